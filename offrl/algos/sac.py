@@ -1,0 +1,141 @@
+"""SAC: an off-policy actor-critic that maximizes return and entropy, with a learned temperature.
+
+Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", 2018, arXiv:1812.05905.
+
+    policy   u = mean(s) + std(s) eps,  a = tanh(u),  log pi(a|s) with the tanh's determinant
+    target   y = r + discount (1 - terminal) (min_e Q'_e(s', a') - alpha log pi(a'|s'))
+    critics  L = 1/2 sum_e mean_b (Q_e(s, a) - y)^2
+    actor    L = mean_b (alpha log pi(a|s) - min_e Q_e(s, a))
+    alpha    L = -log alpha mean_b (log pi(a|s) + target entropy),  target entropy = -dim(a)
+
+Shapes: *S optional leading seed axes, B batch, E critics. Primes are target networks.
+
+Order of an update (as in Stable-Baselines3): temperature, critics, actor, targets; the critics'
+target and the actor's loss use the temperature from before the step.
+
+Differences from the authors' code: theirs keeps a separate value network in its first version;
+this is the second version, with the settings of Stable-Baselines3 and the MuJoCo warm-up of its
+zoo. Log-probabilities are of actions in [-1, 1], whatever the environment's own range.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from offrl.data.collect import Collector
+from offrl.engine.optim import adam, descend, frozen, polyak
+from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.nets import Critics, GaussianActor
+
+FIELDS = ()  # needs no data set: it collects its own
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 1_000_000  # environment steps, warm-up included
+    batch: int = 256
+    lr: float = 3e-4  # Adam, all three optimizers
+    discount: float = 0.99
+    tau: float = 0.005  # share of the online weights in each target update
+    hidden: tuple[int, ...] = (256, 256)
+    alpha: float = 1.0  # first temperature
+    warmup: int = 10_000  # uniformly random environment steps before the first update
+    capacity: int = 1_000_000  # rows of the replay
+
+
+class SAC:
+    def __init__(
+        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
+    ):
+        c = config
+        self.config, self.generator, self.cycle = c, generator, 1
+        self.actor = GaussianActor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
+        self.critics = Critics(spec.obs_dim, spec.act_dim, c.hidden, 2, seeds, generator)
+        self.critics_target = frozen(deepcopy(self.critics))
+        start = torch.full(seeds, c.alpha, device=generator.device).log()
+        self.temperature = nn.ParameterDict({"log": nn.Parameter(start)})
+        self.target_entropy = -float(spec.act_dim)
+        self.actor_opt = adam(self.actor, c.lr)
+        self.critics_opt = adam(self.critics, c.lr)
+        self.temperature_opt = adam(self.temperature, c.lr)
+
+    def update(self, batch: Batch, step: int) -> Metrics:
+        alpha = self.temperature["log"].detach().exp()  # (*S,)
+        act, log_prob = self.actor.sample(batch["obs"], self.generator)
+        metrics = descend(self.temperature_opt, *self.temperature_loss(log_prob.detach()))
+        metrics |= descend(self.critics_opt, *self.critics_loss(batch, alpha))
+        metrics |= descend(self.actor_opt, *self.actor_loss(batch, act, log_prob, alpha))
+        polyak(self.critics_target, self.critics, self.config.tau)
+        return metrics
+
+    def temperature_loss(self, log_prob: Tensor) -> tuple[Tensor, Metrics]:
+        log_alpha = self.temperature["log"]
+        loss = -log_alpha * (log_prob + self.target_entropy).mean(-1)  # (*S,)
+        return loss, {"alpha": log_alpha.exp(), "actor/entropy": -log_prob.mean(-1)}
+
+    def critics_loss(self, batch: Batch, alpha: Tensor) -> tuple[Tensor, Metrics]:
+        y = self.target(batch, alpha)
+        q = self.critics(batch["obs"], batch["act"])  # (*S, E, B)
+        loss = 0.5 * (q - y.unsqueeze(-2)).square().mean(-1).sum(-1)  # (*S,)
+        return loss, {"critics/loss": loss, "critics/q": q.mean((-2, -1))}
+
+    @torch.no_grad()
+    def target(self, batch: Batch, alpha: Tensor) -> Tensor:
+        act, log_prob = self.actor.sample(batch["next_obs"], self.generator)
+        q = self.critics_target(batch["next_obs"], act).amin(-2)  # (*S, B)
+        soft = q - alpha.unsqueeze(-1) * log_prob
+        return batch["reward"] + self.config.discount * (1 - batch["terminal"]) * soft
+
+    def actor_loss(
+        self, batch: Batch, act: Tensor, log_prob: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        q = self.critics(batch["obs"], act, frozen=True).amin(-2)  # (*S, B)
+        loss = (alpha.unsqueeze(-1) * log_prob - q).mean(-1)  # (*S,)
+        return loss, {"actor/loss": loss}
+
+    @torch.no_grad()
+    def act(
+        self,
+        now: Batch,
+        memory: Any = None,
+        explore: bool = False,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Any]:
+        if explore:
+            return self.actor.sample(now["obs"], generator or self.generator)[0], memory
+        return self.actor(now["obs"])[0].tanh(), memory
+
+    NAMES = (
+        "actor", "critics", "critics_target", "temperature",
+        "actor_opt", "critics_opt", "temperature_opt",
+    )  # fmt: skip
+
+    def state(self) -> dict[str, Any]:
+        return modules_state(self, self.NAMES)
+
+    def load(self, state: dict[str, Any]) -> None:
+        load_modules(self, self.NAMES, state)
+
+
+def make(config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()) -> SAC:
+    return SAC(config, spec, generator, seeds)
+
+
+def stages(algo: SAC, data: Collector, run: Run) -> list[Stage]:
+    warmup = min(algo.config.warmup, run.steps)
+    return [
+        Stage(
+            "train",
+            run.steps - warmup,
+            start=lambda: data.replay.sampler(algo.config.batch),
+            update=algo.update,
+            cycle=algo.cycle,
+            before=lambda: data.random(warmup, algo.generator),
+            between=[(data.group, lambda: data.follow(algo))],
+            offset=warmup,
+            parts={"collector": data},
+        )
+    ]

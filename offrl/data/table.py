@@ -1,0 +1,49 @@
+"""Fields packed side by side in one row-major table, so that a batch is one gather."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Column:
+    """Where a field lies in a row: first column, trailing shape, and its type outside the table."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        return math.prod(self.shape)
+
+
+Columns = dict[str, Column]
+
+
+def columns(fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[Columns, int]:
+    """Lay out the fields in order; returns the columns and the width of a row."""
+    out, start = {}, 0
+    for name, (shape, dtype) in fields.items():
+        out[name] = Column(start, shape, dtype)
+        start += out[name].width
+    return out, start
+
+
+def pack(fields: dict[str, Tensor], layout: Columns, lead: int) -> Tensor:
+    """Rows (*lead, width) float32 from fields that carry `lead` leading axes each."""
+    return torch.cat([fields[name].flatten(lead).float() if layout[name].shape
+                      else fields[name].float().unsqueeze(-1) for name in layout], -1)  # fmt: skip
+
+
+def unpack(rows: Tensor, layout: Columns) -> dict[str, Tensor]:
+    """Fields of packed rows, views where the type allows; integers are exact below 2^24."""
+    out = {}
+    for name, column in layout.items():
+        value = rows[..., column.start : column.start + column.width]
+        value = value.unflatten(-1, column.shape) if len(column.shape) > 1 else value
+        value = value if column.shape else value.squeeze(-1)
+        out[name] = value if column.dtype == rows.dtype else value.to(column.dtype)
+    return out

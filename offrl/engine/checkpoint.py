@@ -1,0 +1,51 @@
+"""Checkpoints that are never half-written and never run code."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, then rename.
+
+    Raises:
+        OSError: if the disk is full or not writable; the previous file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}; the previous checkpoint is intact") from error
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint with `weights_only=True`: tensors and plain values, nothing executable.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if the file is damaged, or holds anything but tensors and plain values.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of this library: damaged, cut short, or holding objects "
+            f"other than tensors and plain values, which are never loaded ({first_line(error)})"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != 1:
+        raise ValueError(f"{path} is not a checkpoint of this library (format missing)")
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,274 @@
+"""The loop: stages, evaluation, metrics, checkpoints, exact resume. Knows no algorithm."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from offrl.engine import checkpoint
+from offrl.engine.log import Diverged, Log, Meter
+from offrl.engine.stage import Algorithm, Stage
+
+Evaluate = Callable[[Algorithm, int], dict[str, Tensor]]  # (algo, episodes) -> name -> (*S, n)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How often things happen, in the steps that are shown.
+
+    Attributes:
+        log_every: updates between two rows of metrics.
+        eval_every, eval_episodes: points of the learning curve.
+        final_episodes: of the last evaluation, whose mean is the score.
+        snapshot_every: keep a copy of the algorithm at these steps; None for none.
+    """
+
+    log_every: int = 1000
+    eval_every: int = 5000
+    eval_episodes: int = 10
+    final_episodes: int = 100
+    snapshot_every: int | None = None
+
+
+@dataclass
+class Progress:
+    """What the caller is told: shown on one line."""
+
+    stage: str
+    step: int
+    total: int
+    per_second: float
+    score: float | None
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal after its checkpoint was written."""
+
+
+@dataclass
+class Curve:
+    """Evaluations so far: the step and, per name, raw values (*S, episodes) of each point."""
+
+    steps: list[int] = field(default_factory=list)
+    points: list[dict[str, Tensor]] = field(default_factory=list)
+    final: dict[str, Tensor] | None = None
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self.steps, "points": self.points, "final": self.final}
+
+
+def fit(
+    algo: Algorithm,
+    stages: list[Stage],
+    folder: Path,
+    evaluate: Evaluate | None,
+    schedule: Schedule,
+    seeds: list[int],
+    label: str,
+    resume: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Curve:
+    """Run the stages to their end; returns the learning curve and the final evaluation.
+
+    A checkpoint is written at every evaluation, at the end of every stage, on an interrupt, and
+    when the run is done. Killed at any moment, the run continues from the last one; on a CPU it
+    then ends bit-equal to an uninterrupted run.
+
+    Args:
+        folder: run directory of this group of seeds.
+        evaluate: returns raw values per episode; None to skip evaluation.
+        seeds: the seed behind each stacked entry.
+        label: name of the method, checked on resume.
+        resume: continue from the checkpoint in `folder` if there is one.
+        report: told the progress about twice a second.
+
+    Raises:
+        Diverged: when a metric or parameter stopped being finite; the last checkpoint stays.
+        Interrupted: after SIGINT or SIGTERM, with the checkpoint written.
+        ValueError: if the checkpoint belongs to another method.
+        OSError: if the disk is full; the last checkpoint stays.
+    """
+    path = folder / "checkpoint.pt"
+    saved = checkpoint.load(path) if resume and path.exists() else None
+    if saved is not None and saved["label"] != label:
+        raise ValueError(f"{path} belongs to {saved['label']}, not to {label}")
+    runner = Runner(algo, stages, folder, evaluate, schedule, seeds, label, report, saved)
+    try:
+        return runner.run()
+    finally:
+        runner.log.close()
+
+
+class Runner:
+    """The state of one `fit`: where it stands, and what it writes."""
+
+    def __init__(
+        self,
+        algo: Algorithm,
+        stages: list[Stage],
+        folder: Path,
+        evaluate: Evaluate | None,
+        schedule: Schedule,
+        seeds: list[int],
+        label: str,
+        report: Callable[[Progress], None],
+        saved: dict[str, Any] | None,
+    ):
+        self.algo, self.stages, self.folder = algo, stages, folder
+        self.evaluate, self.schedule, self.report = evaluate, schedule, report
+        self.seeds, self.label = seeds, label
+        self.index = self.step = 0
+        self.begun = False  # whether the current stage's `before` has run
+        self.curve, self.meter = Curve(), Meter()
+        self.parts = {name: part for stage in stages for name, part in stage.parts.items()}
+        keep = purge = None
+        if saved is not None:
+            self.index, self.step, self.begun = saved["stage"], saved["step"], saved["begun"]
+            self.curve = Curve(**saved["curve"])
+            algo.load(saved["algo"])
+            for name, part in self.parts.items():
+                part.load(saved["parts"][name])
+            keep, purge = saved["metrics_bytes"], saved["shown"] + 1
+        self.log = Log(folder, seeds, keep, purge)
+        self.told = self.told_step = 0.0
+
+    def run(self) -> Curve:
+        with stop_requests() as stopping:
+            while self.index < len(self.stages):
+                self.run_stage(self.stages[self.index], stopping)
+                self.index, self.step, self.begun = self.index + 1, 0, False
+                self.save()
+        if self.evaluate is not None and self.curve.final is None:
+            self.curve.final = self.evaluate(self.algo, self.schedule.final_episodes)
+            self.save()
+        return self.curve
+
+    def run_stage(self, stage: Stage, stopping: list[int]) -> None:
+        if not self.begun and stage.before is not None:
+            stage.before()
+        self.begun = True
+        sample = stage.start()
+        while stage.steps is None or self.step < stage.steps:
+            at_border = self.step % stage.cycle == 0
+            if stage.steps is None and at_border and stage.stop is not None and stage.stop():
+                break
+            for period, work in stage.between:
+                if self.step % period == 0:
+                    work()
+            metrics = stage.update(sample(self.algo.generator), self.step)
+            self.meter.add(metrics, self.step)
+            self.step += 1
+            self.after_update(stage)
+            if stopping:
+                self.flush(stage)
+                self.save()
+                raise Interrupted(f"stopped at step {self.shown}; checkpoint written")
+        self.flush(stage)
+
+    def after_update(self, stage: Stage) -> None:
+        every = self.schedule
+        if self.step % every.log_every == 0:
+            self.flush(stage)
+        last = self.step == stage.steps
+        if self.shown % every.eval_every == 0 or last:
+            if self.evaluate is not None:
+                self.flush(stage)
+                point = self.evaluate(self.algo, every.eval_episodes)
+                self.curve.steps.append(self.shown)
+                self.curve.points.append(point)
+                for name, values in point.items():
+                    means = values.double().mean(-1).reshape(-1).tolist()
+                    self.log.write(self.shown, "evaluation", {name: means})
+            if not last:
+                self.save()
+        if every.snapshot_every and (self.shown % every.snapshot_every == 0 or last):
+            snapshots = self.folder / "snapshots"
+            snapshots.mkdir(exist_ok=True)
+            content = {"format": 1, "label": self.label, "seeds": self.seeds, "step": self.shown}
+            checkpoint.save(
+                snapshots / f"{self.shown:09d}.pt", content | {"algo": self.algo.state()}
+            )
+        self.tell(stage)
+
+    @property
+    def shown(self) -> int:
+        """The step that people see: updates, or environment steps of an online method."""
+        return self.step + (self.stages[self.index].offset if self.index < len(self.stages) else 0)
+
+    def flush(self, stage: Stage) -> None:
+        if self.meter.values:
+            self.log.write(self.shown, stage.name, self.meter.flush())
+
+    def tell(self, stage: Stage) -> None:
+        now = time.perf_counter()
+        if now - self.told < 0.5 and self.step != stage.steps:
+            return
+        speed = (self.step - self.told_step) / (now - self.told) if self.told else 0.0
+        if self.step >= self.told_step:
+            self.log.speed(self.shown, speed)
+        self.told, self.told_step = now, self.step
+        point = self.curve.points[-1] if self.curve.points else {}
+        score = float(next(iter(point.values())).mean()) if point else None
+        total = stage.offset + stage.steps if stage.steps else 0
+        self.report(Progress(stage.name, self.shown, total, speed, score))
+
+    def save(self) -> None:
+        state = self.algo.state()
+        check_finite(state)
+        content = {
+            "format": 1,
+            "label": self.label,
+            "seeds": self.seeds,
+            "algo": state,
+            "stage": self.index,
+            "step": self.step,
+            "begun": self.begun,
+            "shown": self.shown,
+            "parts": {name: part.state() for name, part in self.parts.items()},
+            "curve": self.curve.state(),
+            "metrics_bytes": self.log.flush(),
+        }
+        checkpoint.save(self.folder / "checkpoint.pt", content)
+
+
+def check_finite(state: dict[str, Any], where: str = "") -> None:
+    """Walk a state; the first tensor with a NaN or infinity stops the run.
+
+    Raises:
+        Diverged: naming the tensor.
+    """
+    for name, value in state.items():
+        if isinstance(value, dict):
+            check_finite(value, f"{where}{name}.")
+        elif isinstance(value, Tensor) and value.is_floating_point():
+            if not bool(value.isfinite().all()):
+                raise Diverged(
+                    f"{where}{name} holds NaN or infinite values; the last good checkpoint stays"
+                )
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that receives the number of SIGINT or SIGTERM; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)

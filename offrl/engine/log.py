@@ -1,0 +1,104 @@
+"""Metrics to CSV and TensorBoard; nothing leaves the device between two flushes."""
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offrl.engine.stage import Metrics
+
+
+class Diverged(RuntimeError):
+    """A quantity became NaN or infinite; the message names the first one and its update."""
+
+
+class Meter:
+    """Collects per-update metrics as they are, and averages them when asked."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[Tensor]] = {}
+        self.steps: dict[str, list[int]] = {}
+
+    def add(self, metrics: Metrics, step: int) -> None:
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append(value)
+            self.steps.setdefault(name, []).append(step)
+
+    def flush(self) -> dict[str, list[float]]:
+        """Mean of every metric since the last flush, one entry per seed.
+
+        Raises:
+            Diverged: if a value was not finite, naming the first.
+        """
+        means, first = {}, None
+        for name, values in self.values.items():
+            stack = torch.stack(values).cpu().double()  # (updates, *S)
+            bad = ~stack.isfinite().view(len(values), -1).all(-1)
+            if bad.any():
+                step = self.steps[name][int(bad.nonzero()[0, 0])]
+                first = (step, name) if first is None or step < first[0] else first
+            means[name] = stack.mean(0).reshape(-1).tolist()
+        self.values, self.steps = {}, {}
+        if first is not None:
+            raise Diverged(
+                f"{first[1]} became NaN or infinite at update {first[0]}: a smaller learning rate, "
+                "gradient clipping or a look at the rewards' scale may help"
+            )
+        return means
+
+
+class Log:
+    """`metrics.csv` with rows (step, stage, seed, name, value) and TensorBoard events.
+
+    Args:
+        folder: run directory; the files are continued when it already holds some.
+        seeds: the seed behind each entry of a metric.
+        keep: size in bytes of the CSV up to the checkpoint that the run continues from.
+        purge: step from which older TensorBoard events are superseded.
+    """
+
+    def __init__(
+        self, folder: Path, seeds: list[int], keep: int | None = None, purge: int | None = None
+    ):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.seeds = seeds
+        path = folder / "metrics.csv"
+        if keep is not None and path.exists():
+            with open(path, "r+b") as old:
+                old.truncate(keep)
+        self.file = open(path, "a" if keep is not None else "w", newline="")  # noqa: SIM115
+        self.writer = csv.writer(self.file)
+        if keep is None:
+            self.writer.writerow(["step", "stage", "seed", "name", "value"])
+        self.events = SummaryWriter(str(folder), purge_step=purge, max_queue=1000)
+
+    def write(self, step: int, stage: str, means: dict[str, list[float]]) -> None:
+        for name, values in means.items():
+            # a metric without a seed axis holds for every seed
+            values = values * len(self.seeds) if len(values) == 1 else values
+            for seed, value in zip(self.seeds, values, strict=True):
+                self.writer.writerow([step, stage, seed, name, repr(value)])
+                tag = f"{stage}/{name}" + (f"/seed-{seed}" if len(self.seeds) > 1 else "")
+                self.events.add_scalar(tag, value, step)
+
+    def speed(self, step: int, per_second: float) -> None:
+        """Timing goes to TensorBoard only: the CSV of two equal runs is equal."""
+        self.events.add_scalar("speed/steps_per_second", per_second, step)
+
+    def flush(self) -> int:
+        """Bring everything to the disk; returns the size of the CSV in bytes."""
+        self.file.flush()
+        self.events.flush()
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+        self.events.close()
+
+
+def rounded(value: Any, digits: int = 1) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"

@@ -1,0 +1,67 @@
+"""Optimizer steps shared by every update; torch only."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+Metrics = dict[str, Tensor]
+
+
+def adam(
+    params: nn.Module | Iterable[Tensor], lr: float, eps: float = 1e-8, weight_decay: float = 0.0
+) -> torch.optim.Adam:
+    """Fused Adam over a module's or the given parameters.
+
+    On CUDA the learning rate and the step counters are tensors on the device, so that the step
+    can be captured in a graph; on a CPU they are what the fused kernel there takes.
+    """
+    params = list(params.parameters() if isinstance(params, nn.Module) else params)
+    cuda = params[0].is_cuda
+    return torch.optim.Adam(
+        params,
+        lr=torch.tensor(lr, device=params[0].device) if cuda else lr,
+        eps=eps,
+        weight_decay=weight_decay,
+        fused=True,
+        capturable=cuda,
+    )
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, loss: Tensor, metrics: Metrics, clip: float | None = None
+) -> Metrics:
+    """One optimizer step on `loss`; returns the metrics detached. Touches no other parameter.
+
+    Args:
+        optimizer: its parameters receive the gradient; those that `loss` does not use get zero.
+        loss: (*S,), one entry per stacked seed; summed, since each seed owns its parameter slice.
+        metrics: values to report, detached on return.
+        clip: largest gradient norm, taken per seed over all parameters of the optimizer.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    grads = torch.autograd.grad(loss.sum(), params, allow_unused=True, materialize_grads=True)
+    if clip is not None:
+        grads = clipped(grads, clip, loss.dim())
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    optimizer.step()
+    return {name: value.detach() for name, value in metrics.items()}
+
+
+def clipped(grads: tuple[Tensor, ...], clip: float, lead: int) -> list[Tensor]:
+    """Gradients scaled so that each seed's joint norm is at most `clip`."""
+    square = sum(g.flatten(lead).square().sum(-1) for g in grads)
+    scale = (clip / (torch.as_tensor(square).sqrt() + 1e-6)).clamp(max=1.0)  # (*S,)
+    return [g * scale.view(*scale.shape, *[1] * (g.dim() - lead)) for g in grads]
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, online: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online, in place, for all parameters at once."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """The module with gradients switched off: for target networks."""
+    return module.requires_grad_(False)

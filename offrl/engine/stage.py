@@ -1,0 +1,141 @@
+"""What an algorithm tells the loop: the shape of the task, and the stages of its run."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+Batch = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+Sampler = Callable[[Generator], Batch]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape of a task and the observation statistics of its training data.
+
+    Attributes:
+        obs_dim, act_dim: sizes of one observation and one action (number of actions if discrete).
+        obs_mean, obs_std: float32 (obs_dim,) of the training data, or None to leave observations
+            as they are. The std already holds the small constant that keeps it away from zero.
+        discrete: actions are int64 in [0, act_dim) rather than floats in [-1, 1].
+    """
+
+    obs_dim: int
+    act_dim: int
+    obs_mean: Tensor | None = None
+    obs_std: Tensor | None = None
+    discrete: bool = False
+
+
+class Algorithm(Protocol):
+    """What the engine asks of a method; nothing inherits from it.
+
+    `update` must be capturable: fixed shapes, no host synchronization, no branch on a tensor's
+    value, every random draw from the run's generator. Its pattern repeats every `cycle` updates.
+    `act` maps what the policy may know now (obs, where used goal, reward, start) to actions in
+    [-1, 1], drawing from `generator` only. `state` holds everything needed to continue and to
+    evaluate.
+    """
+
+    generator: Generator
+    cycle: int
+
+    def update(self, batch: Batch, step: int) -> Metrics: ...
+
+    def act(
+        self,
+        now: Batch,
+        memory: Any = None,
+        explore: bool = False,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Any]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+class Part(Protocol):
+    """Anything beside the algorithm that a resumed run needs: a replay, a collector."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One phase of training.
+
+    Attributes:
+        name: appears in the metrics.
+        steps: number of updates, or None to run until `stop` says so.
+        start: builds the sampler when the stage begins, on a fresh run and on a resumed one.
+        update: (batch, step) -> metrics.
+        cycle: the update's pattern repeats after this many updates.
+        between: (period, function) pairs of eager work, done before every update whose number is
+            a multiple of the period: environment steps, model roll-outs.
+        before: eager work done once when the stage begins and not on resume: random warm-up.
+        stop: asked after each `cycle`; True ends the stage.
+        offset: added to the update's number wherever a step is shown; an online method's
+            environment steps before its first update.
+        parts: state beside the algorithm's, saved in every checkpoint.
+    """
+
+    name: str
+    steps: int | None
+    start: Callable[[], Sampler]
+    update: Callable[[Batch, int], Metrics]
+    cycle: int = 1
+    between: Sequence[tuple[int, Callable[[], None]]] = ()
+    before: Callable[[], None] | None = None
+    stop: Callable[[], bool] | None = None
+    offset: int = 0
+    parts: dict[str, Part] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method's `stages` may ask of the run.
+
+    Attributes:
+        steps: updates of an offline method, environment steps of an online one.
+        seeds: stacked seed axes, () for a single run.
+        device: where parameters and batches live.
+        cache: folder for what a method precomputes from a data set, keyed by its digest.
+        progress: shows a progress bar over an iterable: (iterable, total, label) -> iterable.
+    """
+
+    steps: int
+    seeds: tuple[int, ...] = ()
+    device: torch.device = torch.device("cpu")
+    cache: str | None = None
+    progress: bool = True
+
+
+def modules_state(owner: Any, names: Sequence[str]) -> dict[str, Any]:
+    """State of the named networks and optimizers of an algorithm, and of its generator."""
+    state = {name: getattr(owner, name).state_dict() for name in names}
+    return state | {"generator": owner.generator.get_state()}
+
+
+def load_modules(owner: Any, names: Sequence[str], state: dict[str, Any]) -> None:
+    """Inverse of `modules_state`.
+
+    Raises:
+        ValueError: if the state was made by another method or with other sizes.
+    """
+    if set(state) != {*names, "generator"}:
+        raise ValueError(
+            f"the checkpoint holds {', '.join(sorted(state))}; "
+            f"{type(owner).__name__} needs {', '.join(sorted({*names, 'generator'}))}"
+        )
+    for name in names:
+        try:
+            getattr(owner, name).load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"the checkpoint's {name} does not fit: {error}") from error
+    owner.generator.set_state(state["generator"].cpu())

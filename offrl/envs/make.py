@@ -1,0 +1,118 @@
+"""Environments by name: Gymnasium MuJoCo robots and any registered Gymnasium id."""
+
+import difflib
+import functools
+import math
+import warnings
+from collections.abc import Callable
+
+import gymnasium
+import numpy as np
+
+ROBOTS = {
+    "halfcheetah": "HalfCheetah", "hopper": "Hopper", "walker2d": "Walker2d", "ant": "Ant",
+    "humanoid": "Humanoid", "humanoid-standup": "HumanoidStandup", "swimmer": "Swimmer",
+    "reacher": "Reacher", "pusher": "Pusher", "inverted-pendulum": "InvertedPendulum",
+    "inverted-double-pendulum": "InvertedDoublePendulum",
+}  # fmt: skip
+VERSIONS = ("v5", "v4")
+
+
+class ScaleAction(gymnasium.ActionWrapper):
+    """Actions in [-1, 1], clipped and stretched to the environment's own range.
+
+    Clipping comes first, since Gymnasium takes the control cost from the action as it is given.
+    """
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        space = env.action_space
+        if not isinstance(space, gymnasium.spaces.Box) or not np.isfinite(space.low).all():
+            raise ValueError(f"{env} needs a bounded continuous action space, has {space}")
+        self.half, self.middle = (space.high - space.low) / 2, (space.high + space.low) / 2
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, space.shape, np.float32)
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        return np.clip(action, -1.0, 1.0) * self.half + self.middle
+
+
+def env_id(name: str, version: str = "v5") -> str:
+    """The Gymnasium id of a name such as `halfcheetah`; registered ids pass through.
+
+    Raises:
+        ValueError: for an unknown name or version; names the nearest.
+    """
+    if version not in VERSIONS:
+        raise ValueError(f"env_version must be one of {', '.join(VERSIONS)}, got {version!r}")
+    if name in ROBOTS:
+        return f"{ROBOTS[name]}-{version}"
+    if name in gymnasium.registry:
+        return name
+    known = [*ROBOTS, *gymnasium.registry]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown environment {name!r}{hint} (robots: {', '.join(ROBOTS)})")
+
+
+def factory(
+    name: str, version: str = "v5", legacy_mass: bool = False, render: bool = False
+) -> Callable[[], gymnasium.Env]:
+    """A picklable maker of the environment, with actions in [-1, 1].
+
+    Args:
+        name: a robot such as `halfcheetah`, or a Gymnasium id.
+        version: of the MuJoCo robots, v5 (default) or v4.
+        legacy_mass: give capsules the mass rho pi r^2 (L + r) of the engines that D4RL's data
+            came from, instead of the exact rho pi r^2 (L + 4r/3): Hopper 15.26 instead of 15.82.
+        render: make RGB frames available.
+    """
+    return functools.partial(build, env_id(name, version), legacy_mass, render)
+
+
+def build(id: str, legacy_mass: bool, render: bool) -> gymnasium.Env:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*out of date.*")  # v4, chosen on purpose
+        env = gymnasium.make(
+            id, disable_env_checker=True, render_mode="rgb_array" if render else None
+        )
+    if legacy_mass:
+        lighten(env)
+    return ScaleAction(env)
+
+
+def lighten(env: gymnasium.Env) -> None:
+    """Set every capsule's contribution to its body to the mass formula of older engines.
+
+    A body's mass and inertia scale by the ratio of its geoms' old to new masses. Bodies of a model
+    that pins its total mass (HalfCheetah) are rescaled to that total.
+
+    Raises:
+        ValueError: for an environment without a MuJoCo model, or a body of other shapes.
+    """
+    import mujoco
+
+    model = getattr(env.unwrapped, "model", None)
+    if not isinstance(model, mujoco.MjModel):
+        raise ValueError(f"legacy_mass needs a MuJoCo environment, not {env}")
+    capsule = int(mujoco.mjtGeom.mjGEOM_CAPSULE)
+    sphere = int(mujoco.mjtGeom.mjGEOM_SPHERE)
+    total = model.body_mass.sum()
+    for body in range(1, model.nbody):
+        first, count = model.body_geomadr[body], model.body_geomnum[body]
+        if count == 0:
+            continue
+        new = old = 0.0
+        for geom in range(first, first + count):
+            radius, half, _ = model.geom_size[geom]
+            if model.geom_type[geom] == capsule:
+                new += math.pi * radius**2 * (2 * half + 4 * radius / 3)
+                old += math.pi * radius**2 * (2 * half + radius)
+            elif model.geom_type[geom] == sphere:
+                new += 4 / 3 * math.pi * radius**3
+                old += 4 / 3 * math.pi * radius**3
+            else:
+                raise ValueError(f"legacy_mass knows capsules and spheres only, see geom {geom}")
+        model.body_mass[body] *= old / new
+        model.body_inertia[body] *= old / new
+    if "HalfCheetah" in str(env.spec.id if env.spec else ""):
+        mujoco.mj_setTotalmass(model, total)

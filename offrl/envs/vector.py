@@ -1,0 +1,129 @@
+"""Environments stepped together in one process, with automatic restarts and exact snapshots."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Vector:
+    """n environments stepped one after the other; on few cores faster than worker processes.
+
+    Observations are float32, actions come in [-1, 1] and are rescaled to the environment's own
+    range by `offrl.envs.make`. An episode that ends restarts at once: `step` returns the true last
+    observation and, apart from it, the one to act on next.
+
+    Args:
+        factories: makers of the environments.
+        seeds: one per environment, for its first reset; later resets continue its own stream.
+    """
+
+    def __init__(self, factories: Sequence[Callable[[], gymnasium.Env]], seeds: Sequence[int]):
+        self.envs = [make() for make in factories]
+        self.seeds, self.count = list(seeds), len(self.envs)
+        self.obs_dim = int(np.prod(self.envs[0].observation_space.shape or ()))
+        self.act_dim = int(np.prod(self.envs[0].action_space.shape or ()))
+        if len(self.seeds) != self.count:
+            raise ValueError(f"{self.count} environments need as many seeds, got {self.seeds}")
+
+    def reset(self) -> Tensor:
+        """First observations (n, o) of episodes started from the seeds."""
+        rows = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, self.seeds, strict=True)]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+    def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Apply actions (n, a).
+
+        Returns:
+            next_obs (n, o): the true successors; reward, terminal, timeout (n,): terminal is 1
+            where the process ended, timeout where a limit cut it off (never both); now (n, o): the
+            observations to act on next, which differ from next_obs where an episode restarted.
+        """
+        rows, now = [], []
+        scalars = np.zeros((3, self.count), dtype=np.float32)
+        for i, (env, a) in enumerate(zip(self.envs, act.numpy(), strict=True)):
+            obs, reward, terminated, truncated, _ = env.step(a)
+            scalars[:, i] = reward, terminated, truncated and not terminated
+            rows.append(obs)
+            now.append(env.reset()[0] if terminated or truncated else obs)
+        next_obs = torch.from_numpy(np.stack(rows).astype(np.float32))
+        start = torch.from_numpy(np.stack(now).astype(np.float32))
+        reward_, terminal, timeout = torch.from_numpy(scalars)
+        return next_obs, reward_, terminal, timeout, start
+
+    def state(self) -> dict[str, Any]:
+        """Exact snapshot of every environment."""
+        return {str(i): snapshot(env) for i, env in enumerate(self.envs)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        for i, (env, seed) in enumerate(zip(self.envs, self.seeds, strict=True)):
+            env.reset(seed=seed)
+            restore(env, state[str(i)])
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+def snapshot(env: gymnasium.Env) -> dict[str, Any]:
+    """Everything that decides the future of a MuJoCo environment: physics, clock, generator.
+
+    Raises:
+        TypeError: for an environment whose state cannot be read.
+    """
+    import mujoco
+
+    core = env.unwrapped
+    if not hasattr(core, "model") or not hasattr(core, "data"):
+        raise TypeError(f"{core} offers no physics state to save")
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    physics = np.empty(mujoco.mj_stateSize(core.model, kind))
+    mujoco.mj_getState(core.model, core.data, physics, kind)
+    return {
+        "physics": torch.from_numpy(physics),
+        "elapsed": limit(env)._elapsed_steps or 0,
+        "generator": generator_state(core.np_random),
+    }
+
+
+def restore(env: gymnasium.Env, state: dict[str, Any]) -> None:
+    """Continue exactly from a `snapshot`; the environment must have been reset before."""
+    import mujoco
+
+    core: Any = env.unwrapped
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    mujoco.mj_setState(core.model, core.data, state["physics"].numpy(), kind)
+    limit(env)._elapsed_steps = state["elapsed"]
+    set_generator_state(core.np_random, state["generator"])
+
+
+def limit(env: gymnasium.Env) -> Any:
+    """The time-limit wrapper around an environment."""
+    while not isinstance(env, gymnasium.wrappers.TimeLimit):
+        if not isinstance(env, gymnasium.Wrapper):
+            raise TypeError(f"{env} has no time limit whose clock could be saved")
+        env = env.env
+    return env
+
+
+def generator_state(generator: np.random.Generator) -> dict[str, Any]:
+    """PCG64 state as strings: its integers have 128 bits."""
+    state: Any = generator.bit_generator.state
+    return {
+        "state": str(state["state"]["state"]),
+        "inc": str(state["state"]["inc"]),
+        "has_uint32": state["has_uint32"],
+        "uinteger": state["uinteger"],
+    }
+
+
+def set_generator_state(generator: np.random.Generator, state: dict[str, Any]) -> None:
+    generator.bit_generator.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": int(state["state"]), "inc": int(state["inc"])},
+        "has_uint32": state["has_uint32"],
+        "uinteger": state["uinteger"],
+    }

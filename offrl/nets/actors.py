@@ -1,0 +1,68 @@
+"""Policies over actions in [-1, 1]: deterministic and squashed Gaussian."""
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from offrl.nets.mlp import MLP
+
+
+class Actor(nn.Module):
+    """Deterministic policy: obs (*S, B, o) -> tanh action (*S, B, a)."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: tuple[int, ...],
+        seeds: tuple[int, ...] = (),
+        generator: Generator | None = None,
+    ):
+        super().__init__()
+        self.net = MLP((obs_dim, *hidden, act_dim), seeds, generator)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.net(obs).tanh()
+
+
+class GaussianActor(nn.Module):
+    """Tanh-squashed diagonal Gaussian: obs (*S, B, o) -> mean and log std before the tanh.
+
+    The log standard deviation is clamped to [-20, 2] (Haarnoja et al. 2018, as in
+    Stable-Baselines3).
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: tuple[int, ...],
+        seeds: tuple[int, ...] = (),
+        generator: Generator | None = None,
+    ):
+        super().__init__()
+        self.net = MLP((obs_dim, *hidden, 2 * act_dim), seeds, generator)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, log_std.clamp(-20, 2)
+
+    def sample(self, obs: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Reparameterized action (*S, B, a) and its log-probability (*S, B) in [-1, 1]^a."""
+        mean, log_std = self(obs)
+        noise = torch.empty_like(mean).normal_(generator=generator)
+        raw = mean + log_std.exp() * noise
+        return raw.tanh(), squashed_log_prob(raw, noise, log_std)
+
+
+def squashed_log_prob(raw: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of tanh(raw) where raw = mean + exp(log_std) noise, summed over the last axis.
+
+    The log-determinant of tanh is written 2 (log 2 - u - softplus(-2 u)), which is stable for
+    large |u|.
+    """
+    normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_det = 2 * (math.log(2) - raw - F.softplus(-2 * raw))
+    return (normal - log_det).sum(-1)

@@ -1,0 +1,36 @@
+"""Ensembles of action-value networks."""
+
+import torch
+from torch import Generator, Tensor, nn
+
+from offrl.nets.linear import affine
+from offrl.nets.mlp import MLP
+
+
+class Critics(nn.Module):
+    """E independent Q-networks: obs (*S, B, o), act (*S, B, a) -> (*S, E, B)."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: tuple[int, ...],
+        count: int = 2,
+        seeds: tuple[int, ...] = (),
+        generator: Generator | None = None,
+    ):
+        super().__init__()
+        self.net = MLP((obs_dim + act_dim, *hidden, 1), (*seeds, count), generator)
+
+    def forward(self, obs: Tensor, act: Tensor, frozen: bool = False) -> Tensor:
+        """All values; with `frozen`, gradients reach obs and act but no weight."""
+        x = torch.cat([obs, act], -1).unsqueeze(-3)  # (*S, 1, B, o + a)
+        return self.net(x, frozen).squeeze(-1)
+
+    def first(self, obs: Tensor, act: Tensor) -> Tensor:
+        """Q of the first network, (*S, B), with its weights held fixed: what a DPG actor climbs."""
+        x = torch.cat([obs, act], -1)
+        for layer in self.net.layers:
+            weight, bias = (p.detach().select(-3, 0) for p in (layer.weight, layer.bias))
+            x = affine(x, weight, bias, relu=layer is not self.net.layers[-1])
+        return x.squeeze(-1)
