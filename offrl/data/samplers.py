@@ -1,0 +1,65 @@
+"""Samplers: functions generator -> Batch over a fixed data set."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from offrl.data.dataset import Dataset
+from offrl.data.table import columns, pack, unpack
+from offrl.engine.stage import Batch, Sampler
+
+BUDGET = 8 << 30  # bytes of transitions that are held on the training device
+
+
+def transitions(
+    data: Dataset,
+    batch: int,
+    seeds: tuple[int, ...] = (),
+    device: torch.device | str = "cpu",
+    names: Sequence[str] = ("obs", "act", "reward", "next_obs", "terminal"),
+    transform: Callable[[Batch], Batch] | None = None,
+    budget: int = BUDGET,
+) -> Sampler:
+    """Uniform transitions with replacement: generator -> fields (*S, batch, ...) and their `index`.
+
+    Data up to `budget` bytes are packed into one table on the device, transformed once; larger
+    data stay where they are (memory-mapped), and each batch is gathered there and then moved.
+
+    Args:
+        names: fields of a batch.
+        transform: row-wise function of a batch of fields, such as standardization.
+        budget: bytes.
+    """
+    device, size = torch.device(device), len(data)
+    first = {name: data[name][:1].to(device) for name in names}
+    layout, width = columns({
+        name: (tuple(value.shape[1:]), value.dtype)
+        for name, value in (transform(first) if transform else first).items()
+    })  # fmt: skip
+
+    def draw(generator: Generator) -> Tensor:
+        # an integer bound is constant for a fixed data set, so a captured graph may hold it
+        return torch.randint(size, (*seeds, batch), generator=generator, device=device)
+
+    if size * width * 4 > budget:
+
+        def gather(generator: Generator) -> Batch:
+            index = draw(generator)
+            rows = index.cpu()
+            fields = {name: data[name][rows].to(device) for name in names}
+            return (transform(fields) if transform else fields) | {"index": index}
+
+        return gather
+
+    table = torch.empty(size, width, device=device)
+    for start in range(0, size, 1 << 18):
+        block = {name: data[name][start : start + (1 << 18)].to(device) for name in names}
+        table[start : start + (1 << 18)] = pack(transform(block) if transform else block, layout, 1)
+
+    def sample(generator: Generator) -> Batch:
+        index = draw(generator)
+        rows = table.index_select(0, index.flatten()).view(*index.shape, -1)
+        return unpack(rows, layout) | {"index": index}
+
+    return sample
