@@ -47,6 +47,11 @@ class Config:
 
 
 class SAC:
+    NAMES = (
+        "actor", "critics", "critics_target", "temperature",
+        "actor_opt", "critics_opt", "temperature_opt",
+    )  # fmt: skip
+
     def __init__(
         self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
     ):
@@ -108,11 +113,6 @@ class SAC:
             return self.actor.sample(now["obs"], generator or self.generator)[0], memory
         return self.actor(now["obs"])[0].tanh(), memory
 
-    NAMES = (
-        "actor", "critics", "critics_target", "temperature",
-        "actor_opt", "critics_opt", "temperature_opt",
-    )  # fmt: skip
-
     def state(self) -> dict[str, Any]:
         return modules_state(self, self.NAMES)
 
@@ -120,8 +120,7 @@ class SAC:
         load_modules(self, self.NAMES, state)
 
 
-def make(config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()) -> SAC:
-    return SAC(config, spec, generator, seeds)
+make = SAC
 
 
 def stages(algo: SAC, data: Collector, run: Run) -> list[Stage]:

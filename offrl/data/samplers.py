@@ -63,3 +63,20 @@ def transitions(
         return unpack(rows, layout) | {"index": index}
 
     return sample
+
+
+def prepare(
+    standardize: Callable[[Tensor], Tensor], scale: float = 1.0, shift: float = 0.0
+) -> Callable[[Batch], Batch]:
+    """Row-wise preparation of a batch: standardized observations, reward scale r + shift."""
+
+    def transform(fields: Batch) -> Batch:
+        out = dict(fields)
+        for name in ("obs", "next_obs"):
+            if name in out:
+                out[name] = standardize(out[name])
+        if "reward" in out:
+            out["reward"] = scale * out["reward"] + shift
+        return out
+
+    return transform

@@ -1,0 +1,259 @@
+"""Settings of a run: one typed home for every value, and where each value came from.
+
+Weakest first: the dataclass default, the preset, every matching task pattern in file order, the
+command line. An override equal to a default is still an override: origins are recorded, never
+guessed from values.
+"""
+
+import dataclasses
+import difflib
+import fnmatch
+import importlib
+import pkgutil
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+import offrl.algos
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or has the wrong type; names the nearest one."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything of a run that is not the method's own."""
+
+    env: str = "halfcheetah"  # environment; see README, "Environments"
+    dataset: str = "medium"  # name within the source, or a path to an HDF5 or npz file
+    source: Literal["auto", "generated", "d4rl", "minari", "files"] = "auto"
+    rows: int | None = None  # transitions to generate; None: the recipe's own number
+    env_version: Literal["auto", "v4", "v5"] = "auto"  # auto: v4 for source=d4rl, else v5
+    legacy_mass: bool = False  # capsule masses of the engines behind D4RL's data
+    seed: int = 0  # the first seed
+    seeds: int = 1  # how many, counting up from `seed`
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1  # torch threads per process on a CPU
+    preset: str = "full"  # quick: minutes on two cores; full: the published protocol
+    log_every: int = 1000  # updates between rows of metrics
+    eval_every: int = 5000  # steps between points of the learning curve
+    eval_episodes: int = 10  # per point
+    final_episodes: int = 100  # of the last checkpoint; their mean is the score
+    snapshot_every: int | None = None  # steps between kept copies of the networks
+    runs: str = "runs"  # folder of all runs
+    keep_memory: bool = True  # stop glibc from returning freed memory between updates
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run's settings, the method's options, and the origin of each."""
+
+    settings: Settings
+    algo: str
+    options: dict[str, Any]
+    origins: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        """What task patterns match, and what a run's folder is called."""
+        return self.settings.env if online(self.algo) else f"{self.settings.env}-{self.data_name}"
+
+    @property
+    def data_name(self) -> str:
+        """The data set in a form fit for a folder's name."""
+        name = self.settings.dataset
+        path = Path(name)
+        return path.stem if path.suffix in (".npz", ".h5", ".hdf5") else name.replace("/", "-")
+
+    def config(self) -> Any:
+        """The method's Config."""
+        return module(self.algo).Config(**self.options)
+
+    def seeds(self) -> list[int]:
+        return list(range(self.settings.seed, self.settings.seed + self.settings.seeds))
+
+    def lines(self) -> list[str]:
+        """Every value with its origin, one per line."""
+        rows = [("algo", self.algo)]
+        rows += [(f"algo.{name}", value) for name, value in self.options.items()]
+        rows += list(dataclasses.asdict(self.settings).items())
+        width = max(len(name) for name, _ in rows)
+        return [f"{n:<{width}} = {v}  ({self.origins.get(n, 'default')})" for n, v in rows]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(
+            {
+                "algo": self.algo,
+                "options": {k: plain(v) for k, v in self.options.items()},
+                "settings": dataclasses.asdict(self.settings),
+                "origins": self.origins,
+            },
+            sort_keys=False,
+        )
+
+
+def from_yaml(text: str) -> Resolved:
+    """Inverse of `Resolved.to_yaml`.
+
+    Raises:
+        ConfigError: if the text is not a stored configuration of this version.
+    """
+    try:
+        raw = yaml.safe_load(text)
+        hints = typing.get_type_hints(module(raw["algo"]).Config)
+        options = {k: convert(k, v, hints[k]) for k, v in raw["options"].items()}
+        return Resolved(Settings(**raw["settings"]), raw["algo"], options, raw["origins"])
+    except (KeyError, TypeError, yaml.YAMLError) as error:
+        raise ConfigError(f"not a stored configuration of this version: {error}") from error
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def algorithms() -> list[str]:
+    """Names of the methods: the modules of `offrl.algos`."""
+    return sorted(m.name for m in pkgutil.iter_modules(offrl.algos.__path__))
+
+
+def module(algo: str) -> types.ModuleType:
+    """The module of a method.
+
+    Raises:
+        ConfigError: naming the nearest method.
+    """
+    if algo not in algorithms():
+        raise ConfigError(
+            f"there is no algorithm {algo!r}{nearest(algo, algorithms())}; "
+            f"known: {', '.join(algorithms())}"
+        )
+    return importlib.import_module(f"offrl.algos.{algo}")
+
+
+def online(algo: str) -> bool:
+    """Whether the method collects its own data."""
+    return not module(algo).FIELDS
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def fields_of(cls: type) -> dict[str, Any]:
+    """Name -> type of a dataclass."""
+    return typing.get_type_hints(cls)
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """The value in the declared type: whole floats become ints, lists become tuples.
+
+    Raises:
+        ConfigError: "<name> must be <type>, got <value>".
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in parts:
+            return None
+        (kind,) = [part for part in parts if part is not type(None)]
+        return convert(name, value, kind)
+    if origin is Literal:
+        if value in parts:
+            return value
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, parts))}, got {value!r}")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(convert(f"{name} entry", entry, parts[0]) for entry in value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(hint, type) and isinstance(value, hint):
+        if not (hint is int and isinstance(value, bool)):
+            return value
+    wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+    raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_key(key: str, algo: str) -> None:
+    """Raises ConfigError if `key` is neither a setting nor an option of the method."""
+    if key.startswith("algo."):
+        name, options = key.removeprefix("algo."), fields_of(module(algo).Config)
+        if name not in options:
+            raise ConfigError(
+                f"{algo} has no option {name!r}{nearest(name, options)}; "
+                f"it has {', '.join(options)}"
+            )
+    elif key not in {"algo", "steps", "resume"} and key not in fields_of(Settings):
+        known = [*fields_of(Settings), "algo", "steps", "resume"]
+        also = fields_of(module(algo).Config)
+        hint = f"; did you mean 'algo.{key}'?" if key in also else nearest(key, known)
+        raise ConfigError(f"there is no setting {key!r}{hint}; known: {', '.join(known)}")
+
+
+def resolve(
+    algo: str,
+    overrides: Mapping[str, Any],
+    tasks: Mapping[str, Mapping[str, Any]] | None = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Resolved:
+    """Put a run's values together.
+
+    Args:
+        algo: name of the method.
+        overrides: of the command line: settings by name, options as "algo.<name>".
+        tasks: pattern of "<env>-<dataset>" -> values; names of options, else of settings.
+        presets: name -> values likewise.
+
+    Raises:
+        ConfigError: unknown key, wrong type, unknown preset.
+    """
+    config = module(algo).Config
+    options, settings = fields_of(config), fields_of(Settings)
+    presets = {"full": {}, **(presets or {})}
+    values: dict[str, Any] = {f"algo.{f.name}": f.default for f in dataclasses.fields(config)}
+    values |= {f.name: f.default for f in dataclasses.fields(Settings)}
+    origins: dict[str, str] = {}
+
+    def put(key: str, value: Any, origin: str) -> None:
+        key = "algo.steps" if key == "steps" else key
+        check_key(key, algo)
+        short = key.removeprefix("algo.")
+        hint = options[short] if key.startswith("algo.") else settings[key]
+        values[key] = convert(key, value, hint)
+        origins[key] = origin
+
+    def qualified(name: str) -> str:
+        return f"algo.{name}" if name in options else name
+
+    for key, value in overrides.items():  # first pass: env, dataset and preset decide the rest
+        put(key, value, "command line")
+    preset = values["preset"]
+    if preset not in presets:
+        raise ConfigError(
+            f"there is no preset {preset!r}{nearest(preset, presets)}; "
+            f"{algo} has {', '.join(presets)}"
+        )
+    for name, value in presets[preset].items():
+        put(qualified(name), value, f"preset {preset}")
+    settings_now = Settings(**{name: values[name] for name in settings})
+    task = Resolved(settings_now, algo, {}).task
+    for pattern, group in (tasks or {}).items():
+        if fnmatch.fnmatchcase(task, pattern):
+            for name, value in group.items():
+                put(qualified(name), value, f"task {pattern}")
+    for key, value in overrides.items():
+        put(key, value, "command line")
+    return Resolved(
+        Settings(**{name: values[name] for name in settings}),
+        algo,
+        {name: values[f"algo.{name}"] for name in options},
+        origins,
+    )
