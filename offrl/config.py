@@ -175,9 +175,9 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    if isinstance(hint, type) and isinstance(value, hint):
-        if not (hint is int and isinstance(value, bool)):
-            return value
+    matches = isinstance(hint, type) and isinstance(value, hint)
+    if matches and not (hint is int and isinstance(value, bool)):
+        return value
     wanted = hint.__name__ if isinstance(hint, type) else str(hint)
     raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 

@@ -60,7 +60,11 @@ class Replay:
 
         def sample(generator: Generator) -> Batch:
             uniform = torch.rand(
-                *self.seeds, batch, dtype=torch.float64, generator=generator, device=self.table.device
+                *self.seeds,
+                batch,
+                dtype=torch.float64,
+                generator=generator,
+                device=self.table.device,
             )
             row = (uniform * self.size.unsqueeze(-1)).long()  # (*S, B)
             index = row + self.first.unsqueeze(-1)

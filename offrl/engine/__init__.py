@@ -1,0 +1,1 @@
+"""The loop around every method: stages, evaluation, logs, checkpoints."""

@@ -132,6 +132,7 @@ class Runner:
             self.index, self.step, self.begun = saved["stage"], saved["step"], saved["begun"]
             self.curve = Curve(**saved["curve"])
             algo.load(saved["algo"])
+            self.meter.load(saved["meter"])
             for name, part in self.parts.items():
                 part.load(saved["parts"][name])
             keep, purge = saved["metrics_bytes"], saved["shown"] + 1
@@ -166,7 +167,6 @@ class Runner:
             self.step += 1
             self.after_update(stage)
             if stopping:
-                self.flush(stage)
                 self.save()
                 raise Interrupted(f"stopped at step {self.shown}; checkpoint written")
         self.flush(stage)
@@ -231,6 +231,7 @@ class Runner:
             "begun": self.begun,
             "shown": self.shown,
             "parts": {name: part.state() for name, part in self.parts.items()},
+            "meter": self.meter.state(),
             "curve": self.curve.state(),
             "metrics_bytes": self.log.flush(),
         }
@@ -246,11 +247,10 @@ def check_finite(state: dict[str, Any], where: str = "") -> None:
     for name, value in state.items():
         if isinstance(value, dict):
             check_finite(value, f"{where}{name}.")
-        elif isinstance(value, Tensor) and value.is_floating_point():
-            if not bool(value.isfinite().all()):
-                raise Diverged(
-                    f"{where}{name} holds NaN or infinite values; the last good checkpoint stays"
-                )
+        elif isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            raise Diverged(
+                f"{where}{name} holds NaN or infinite values; the last good checkpoint stays"
+            )
 
 
 @contextmanager
@@ -259,7 +259,7 @@ def stop_requests() -> Iterator[list[int]]:
     received: list[int] = []
 
     def handler(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
+        if signal.SIGINT in received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
 

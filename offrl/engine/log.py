@@ -1,7 +1,6 @@
 """Metrics to CSV and TensorBoard; nothing leaves the device between two flushes."""
 
 import csv
-import math
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +47,15 @@ class Meter:
                 "gradient clipping or a look at the rewards' scale may help"
             )
         return means
+
+    def state(self) -> dict[str, Any]:
+        """The values since the last flush, so that a resumed run averages the same ones."""
+        values = {name: torch.stack(v) for name, v in self.values.items()}
+        return {"values": values, "steps": self.steps}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.values = {name: list(v.unbind(0)) for name, v in state["values"].items()}
+        self.steps = {name: list(steps) for name, steps in state["steps"].items()}
 
 
 class Log:
@@ -98,7 +106,3 @@ class Log:
     def close(self) -> None:
         self.file.close()
         self.events.close()
-
-
-def rounded(value: Any, digits: int = 1) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"

@@ -111,7 +111,7 @@ class Run:
 
     steps: int
     seeds: tuple[int, ...] = ()
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     cache: str | None = None
     progress: bool = True
 

@@ -1,0 +1,1 @@
+"""Environments by name, vectorized stepping and reference scores."""

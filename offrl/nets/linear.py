@@ -64,9 +64,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = False) -> Tenso
 
 def product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     out = x.new_empty(*weight.shape[:-2], x.shape[-2], weight.shape[-1])
-    members = zip(
-        matrices(x, weight), matrices(weight), matrices(bias), matrices(out), strict=True
-    )
+    members = zip(matrices(x, weight), matrices(weight), matrices(bias), matrices(out), strict=True)
     for x_m, weight_m, bias_m, out_m in members:
         torch.addmm(bias_m, x_m, weight_m, out=out_m)
     return out.relu_() if relu else out

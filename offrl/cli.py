@@ -1,0 +1,233 @@
+"""The command line: `offrl train ...` and the scripts. Grammar and launchers are Hydra's."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from offrl import config as configuration
+from offrl.config import ConfigError, Resolved
+
+OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
+
+
+def main() -> None:
+    """The console command: offrl train|evaluate|collect key=value ..."""
+    commands = {"train": train, "evaluate": evaluate, "collect": collect}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
+        sys.exit(2)
+    commands[sys.argv[1]](sys.argv[2:])
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Train one method: `algo=prdc env=halfcheetah dataset=medium seeds=4`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with readable_errors():
+        overrides = check_overrides(argv)
+        if "resume" in overrides:
+            resume(overrides, argv)
+        elif any(flag.startswith("-") for flag in argv):
+            sweep(argv)
+        else:
+            run(compose(argv))
+
+
+def check_overrides(argv: Sequence[str]) -> dict[str, list[Any]]:
+    """Look at every override before Hydra does, so that a misspelling is answered in words.
+
+    Returns:
+        key -> the values it takes, more than one in a sweep; Hydra's own keys are left out.
+
+    Raises:
+        ConfigError: unknown algorithm, key or preset, or a value that cannot be read.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    words = [word for word in argv if not word.startswith("-")]
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(f"{word!r} is not of the form key=value")
+    try:
+        parsed = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise ConfigError(f"cannot read the command line: {error}") from error
+    values: dict[str, list[Any]] = {}
+    for override in parsed:
+        key = override.key_or_group
+        if key.split("/")[0].split(".")[0] == "hydra":
+            continue
+        if override.is_sweep_override():
+            if not {"-m", "--multirun"} & set(argv):
+                raise ConfigError(f"{key} has several values; a sweep needs -m")
+            values[key] = [unquoted(v) for v in override.sweep_iterator()]
+        else:
+            values[key] = [unquoted(override.value())]
+    for algo in values.get("algo", ["prdc"]):
+        configuration.module(str(algo))
+        for key in values:
+            configuration.check_key(key, str(algo))
+    return values
+
+
+def unquoted(value: Any) -> Any:
+    """A parsed value without the parser's quoted-string objects."""
+    from hydra.core.override_parser.types import QuotedString
+
+    if isinstance(value, QuotedString):
+        return value.text
+    return [unquoted(v) for v in value] if isinstance(value, list) else value
+
+
+def for_hydra(argv: Sequence[str]) -> list[str]:
+    """Our keys are checked by us and live outside Hydra's files: let Hydra add or override them."""
+    out = []
+    for word in argv:
+        key = word.split("=")[0]
+        own = "=" in word and not key.startswith(("-", "+", "~", "hydra")) and key != "algo"
+        out.append(f"++{word}" if own else word)
+    return out
+
+
+def compose(argv: Sequence[str]) -> Resolved:
+    """The configuration of one run, composed by Hydra's API."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    with initialize_config_module("offrl.configs", version_base="1.3"):
+        return resolve(hydra_compose("train", overrides=for_hydra(argv)))
+
+
+def resolve(cfg: Any) -> Resolved:
+    """A composed Hydra configuration as settings with origins."""
+    from omegaconf import OmegaConf
+
+    raw: Any = OmegaConf.to_container(cfg)
+    method = raw.pop("algo")
+    overrides = {f"algo.{k}": v for k, v in method.items() if k not in OWN_KEYS}
+    overrides |= {k: v for k, v in raw.items() if k != "hydra"}
+    return configuration.resolve(
+        method["name"], overrides, method.get("tasks"), method.get("presets")
+    )
+
+
+def run(resolved: Resolved, folder: Path | None = None, resume: bool = False) -> dict[str, Any]:
+    """Print the settings, train, print the score."""
+    from offrl import experiment
+
+    print("\n".join(resolved.lines()), flush=True)
+    folder, result = experiment.train(
+        resolved, folder, resume, say=lambda line: print(line, flush=True)
+    )
+    score, interval = result["score"], result["score"]["interval95"]
+    spread = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
+    print(
+        f"{result['unit']} score {score['iqm']:.1f}{spread}  (IQM of {len(result['seeds'])} "
+        f"seed(s) x {len(result['final_returns'][0])} episodes, last checkpoint"
+        + (", 95% bootstrap interval)" if interval else ")")
+    )
+    print(f"{result['seconds'] / 60:.1f} min; result.json, curve.png, metrics.csv in {folder}")
+    return result
+
+
+def resume(overrides: dict[str, list[Any]], argv: Sequence[str]) -> None:
+    """Continue a run exactly as it was configured."""
+    if len(overrides) > 1 or len(argv) > 1:
+        raise ConfigError("resume=DIR continues a run as it was; give no other setting with it")
+    folder = Path(str(overrides["resume"][0]))
+    if not (folder / "config.yaml").exists():
+        raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
+    if (folder / "result.json").exists():
+        raise ConfigError(
+            f"{folder} is finished: its score is in result.json; start a new run for more steps"
+        )
+    run(configuration.from_yaml((folder / "config.yaml").read_text()), folder, resume=True)
+
+
+def sweep(argv: Sequence[str]) -> None:
+    """Hand over to Hydra: -m with any launcher, --help, --cfg and the rest."""
+    import hydra
+
+    sys.argv = [sys.argv[0], *for_hydra(argv)]
+    hydra.main(version_base="1.3", config_path="pkg://offrl.configs", config_name="train")(
+        sweep_job
+    )()
+
+
+def sweep_job(cfg: Any) -> float:
+    """One run of a sweep; importable, since launchers send it to other processes."""
+    return float(run(resolve(cfg))["score"]["iqm"])
+
+
+class readable_errors:
+    """Turns the library's own errors into one line and an exit status.
+
+    OFFRL_DEBUG=1 shows the traceback instead.
+    """
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+        from offrl.engine.fit import Interrupted
+        from offrl.engine.log import Diverged
+
+        if error is None or os.environ.get("OFFRL_DEBUG"):
+            return False
+        if isinstance(error, (Interrupted, KeyboardInterrupt)):
+            print(f"\n{error or 'stopped'}", file=sys.stderr)
+            sys.exit(130)
+        if isinstance(error, (ValueError, OSError, Diverged)) or kind.__name__ == "Failed":
+            print(f"\nerror: {error}", file=sys.stderr)
+            sys.exit(2)
+        return False
+
+
+def evaluate(argv: Sequence[str] | None = None) -> None:
+    """Score a run directory or checkpoint: `run=runs/... episodes=100 video=film.gif`."""
+    from offrl.evaluation import Options, evaluate_run
+
+    with readable_errors():
+        evaluate_run(options(Options, sys.argv[1:] if argv is None else argv))
+
+
+def collect(argv: Sequence[str] | None = None) -> None:
+    """Make a data set from policies: `env=hopper dataset=medium rows=1_000_000`."""
+    from offrl.collection import Options, collect_data
+
+    with readable_errors():
+        collect_data(options(Options, sys.argv[1:] if argv is None else argv))
+
+
+def options(cls: type, argv: Sequence[str]) -> Any:
+    """Fill a dataclass of options from key=value words.
+
+    Raises:
+        ConfigError: unknown key (the nearest is named), wrong type, or a missing value.
+    """
+    import dataclasses
+
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    hints = configuration.fields_of(cls)
+    if {"-h", "--help"} & set(argv):
+        print(cls.__doc__)
+        sys.exit(0)
+    for word in argv:
+        if "=" not in word:
+            raise ConfigError(f"{word!r} is not of the form key=value")
+    values = {}
+    for override in OverridesParser.create().parse_overrides(list(argv)):
+        key = override.key_or_group
+        if key not in hints:
+            raise ConfigError(
+                f"there is no option {key!r}{configuration.nearest(key, hints)}; "
+                f"known: {', '.join(hints)}"
+            )
+        values[key] = configuration.convert(key, unquoted(override.value()), hints[key])
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise ConfigError(f"{field.name}= is missing; known options: {', '.join(hints)}")
+    return cls(**values)

@@ -1,0 +1,43 @@
+"""A data set by source and name."""
+
+from pathlib import Path
+
+from offrl.data.dataset import DataError, Dataset
+
+SUFFIXES = (".hdf5", ".h5", ".npz")
+
+
+def load(source: str, env: str, dataset: str, rows: int | None = None, workers: int = 0) -> Dataset:
+    """The data set `dataset` of `env` from a source.
+
+    Args:
+        source: "generated", "d4rl", "minari", "files", or "auto": a file where `dataset` is the
+            path of one, generated data otherwise, on every machine alike.
+        dataset: name within the source; for "minari" the id, for "files" the path.
+        rows: transitions to generate; None takes the recipe's number.
+        workers: processes that generate; 0 for one per core.
+
+    Raises:
+        DataError: if the data cannot be found or used.
+        OSError: if a download or the cache fails.
+    """
+    is_file = Path(dataset).suffix in SUFFIXES
+    if source == "auto":
+        source = "files" if is_file else "generated"
+    if rows is not None and source != "generated":
+        raise DataError(f"rows= chooses how much to generate; source={source} has its own number")
+    if source == "generated":
+        from offrl.data import generated
+
+        return generated.load(env, dataset, rows=rows, workers=workers)
+    if source == "d4rl":
+        from offrl.data import d4rl
+
+        return d4rl.load(env, dataset)
+    if source == "minari":
+        from offrl.data import minari
+
+        return minari.load(dataset)
+    from offrl.data import files
+
+    return files.load(Path(dataset))

@@ -1,0 +1,52 @@
+"""Settings of the training process: threads, the allocator, its parent and its folder."""
+
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def prepare(threads: int, keep_memory: bool) -> None:
+    """Set torch's threads, and stop glibc from returning freed memory after every update.
+
+    Without the second, activations above 128 KiB are unmapped and faulted in again page by page.
+    Elsewhere than on glibc it does nothing.
+    """
+    torch.set_num_threads(threads)
+    if keep_memory and sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for key, value in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)):
+                libc.mallopt(key, value)  # mmap threshold, trim threshold, top pad
+
+
+def end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies, so that no worker trains on unseen."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a run directory alone.
+
+    Raises:
+        OSError: if another process is training in it.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(
+                f"another process is training in {folder}; wait for it or stop it"
+            ) from None
+        yield

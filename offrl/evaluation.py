@@ -1,0 +1,186 @@
+"""Scoring a finished or running training, and filming it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from offrl import config as configuration
+from offrl.config import ConfigError, Resolved
+from offrl.engine import checkpoint
+from offrl.engine.evaluate import Evaluator
+from offrl.engine.stage import Algorithm, Spec
+from offrl.envs.make import factory
+from offrl.experiment import make_env, version, width
+from offrl.outcome import rows, scored, summary
+from offrl.parallel import Failed
+from offrl.seeding import derive, generator
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of scripts/evaluate.py.
+
+    run=DIR or FILE        a run directory, a seed's folder, a checkpoint or a snapshot
+    episodes=100           per seed
+    seed=0                 of the environments
+    explore=false          sample actions as in training instead of the deterministic policy
+    video=PATH             film one episode to a .gif or .mp4 (extra `video`)
+    out=PATH               write the returns and the score as JSON
+    """
+
+    run: str
+    episodes: int = 100
+    seed: int = 0
+    explore: bool = False
+    video: str | None = None
+    out: str | None = None
+
+
+def evaluate_run(options: Options) -> dict[str, Any]:
+    """Score every checkpoint of a run, print and return what was found."""
+    folder, files = checkpoints(Path(options.run))
+    resolved = configuration.from_yaml((folder / "config.yaml").read_text())
+    returns, seeds = [], []
+    for file in files:
+        algo, group = load_algorithm(resolved, file)
+        axes = (len(group),) if len(group) > 1 else ()
+        player = Evaluator(
+            make_env(resolved), axes, width(options.episodes), derive(options.seed, "evaluator")
+        )
+        shown = Exploring(algo) if options.explore else algo
+        returns.append(player(shown, options.episodes).returns)
+        seeds += group
+        player.close()
+    unit, values = scored(resolved, rows(returns))
+    found = {
+        "run": str(options.run),
+        "checkpoints": [str(file) for file in files],
+        "env": resolved.settings.env,
+        "env_version": version(resolved),
+        "legacy_mass": resolved.settings.legacy_mass,
+        "seeds": seeds,
+        "episodes": options.episodes,
+        "explore": options.explore,
+        "unit": "D4RL-normalized score" if unit == "score" else "return",
+        "score": summary(values.mean(-1)),
+        "returns": rows(returns).tolist(),
+    }
+    for seed, row in zip(seeds, values, strict=True):
+        print(f"seed {seed}: {unit} {row.mean():.1f} +- {row.std():.1f} over {len(row)} episodes")
+    print(f"IQM of {len(seeds)} seed(s): {found['unit']} {found['score']['iqm']:.1f}")
+    if options.out:
+        Path(options.out).write_text(json.dumps(found, indent=1))
+    if options.video:
+        frames = film(resolved, load_algorithm(resolved, files[0]), options.seed)
+        write_video(Path(options.video), frames)
+        print(f"{len(frames)} frames in {options.video}")
+    return found
+
+
+def checkpoints(place: Path) -> tuple[Path, list[Path]]:
+    """The run directory and the checkpoint files that a path means.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if place.is_file():
+        inside = [p for p in place.parents if (p / "config.yaml").exists()]
+        if not inside:
+            raise FileNotFoundError(f"{place} lies in no run directory (no config.yaml above it)")
+        return inside[0], [place]
+    if (place / "checkpoint.pt").exists():
+        return checkpoints(place / "checkpoint.pt")
+    files = sorted(place.glob("seed*/checkpoint.pt"))
+    if not files or not (place / "config.yaml").exists():
+        raise FileNotFoundError(f"{place} is neither a run directory nor a checkpoint")
+    return place, files
+
+
+def load_algorithm(resolved: Resolved, file: Path) -> tuple[Algorithm, list[int]]:
+    """An algorithm with the weights of a checkpoint, on the CPU, and the seeds it holds.
+
+    Raises:
+        ConfigError: if the checkpoint is of another method.
+        ValueError: if the file is damaged or does not fit.
+    """
+    saved = checkpoint.load(file)
+    if saved["label"] != resolved.algo:
+        raise ConfigError(f"{file} belongs to {saved['label']}, the run is of {resolved.algo}")
+    group = saved["seeds"]
+    axes = (len(group),) if len(group) > 1 else ()
+    env = make_env(resolved)()
+    spec = Spec(
+        int(np.prod(env.observation_space.shape or ())),
+        int(np.prod(env.action_space.shape or ())),
+    )
+    env.close()
+    method = configuration.module(resolved.algo)
+    algo = method.make(resolved.config(), spec, generator(0, "evaluation"), axes)
+    state = saved["algo"]
+    if "generator" in state and state["generator"].shape != algo.generator.get_state().shape:
+        state = state | {"generator": algo.generator.get_state()}  # trained on another device
+    algo.load(state)
+    return algo, group
+
+
+class Exploring:
+    """The policy as it acts in training."""
+
+    def __init__(self, algo: Algorithm):
+        self.algo = algo
+
+    def act(self, now: Any, memory: Any = None, explore: bool = False, generator: Any = None):
+        return self.algo.act(now, memory, explore=True, generator=generator)
+
+
+def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> list[np.ndarray]:
+    """RGB frames of one episode of the first seed.
+
+    Raises:
+        Failed: if the machine cannot render.
+    """
+    algo, group = loaded
+    s = resolved.settings
+    env = factory(s.env, version(resolved), s.legacy_mass, render=True)()
+    stream = generator(seed, "film")
+    obs, _ = env.reset(seed=derive(seed, "film"))
+    frames, memory, over, start = [], None, False, 1.0
+    while not over:
+        try:
+            frames.append(env.render())
+        except Exception as error:  # every GL backend raises its own type
+            raise Failed(
+                f"cannot render here ({error}); on a machine without a screen set MUJOCO_GL=egl "
+                "or MUJOCO_GL=osmesa"
+            ) from error
+        row = torch.as_tensor(obs, dtype=torch.float32).view(1, -1)
+        now = {"obs": row.expand(len(group), 1, -1) if len(group) > 1 else row,
+               "start": torch.full((*([len(group)] if len(group) > 1 else []), 1), start)}  # fmt: skip
+        act, memory = algo.act(now, memory, generator=stream)
+        obs, _, terminal, timeout, _ = env.step(act.reshape(-1, act.shape[-1])[0].numpy())
+        over, start = terminal or timeout, 0.0
+    env.close()
+    return frames
+
+
+def write_video(path: Path, frames: list[np.ndarray]) -> None:
+    """Write frames as .gif (25 per second, every second one) or .mp4 (50 per second).
+
+    Raises:
+        ConfigError: for another suffix.
+        Failed: if the extra `video` is missing.
+    """
+    if path.suffix not in (".gif", ".mp4"):
+        raise ConfigError(f"video must end in .gif or .mp4, got {path}")
+    try:
+        import imageio
+    except ImportError as error:
+        raise Failed("filming needs the extra: pip install 'offrl[video]'") from error
+    if path.suffix == ".gif":
+        imageio.mimsave(path, frames[::2], duration=40, loop=0)
+    else:
+        imageio.mimsave(path, frames, fps=50)

@@ -1,0 +1,248 @@
+"""One command's training: groups of seeds, processes, progress, and the files of a run directory.
+
+runs/<algo>/<env>-<dataset>/<time>/
+    config.yaml     every value with its origin
+    run.json        package versions, device, the data set's name, digest and provenance
+    seed-<i>/       one group: checkpoint.pt, metrics.csv, TensorBoard events
+    episodes.csv    raw return and length of every evaluation episode
+    curve.png       the learning curve
+    result.json     the score and what it rests on; its presence marks a finished run
+"""
+
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from offrl import config as configuration
+from offrl.config import Resolved
+from offrl.data import sources
+from offrl.data.collect import Collector
+from offrl.data.dataset import Dataset, check, check_fits, home
+from offrl.engine import process
+from offrl.engine.evaluate import Evaluator
+from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
+from offrl.engine.stage import Algorithm, Run, Spec
+from offrl.envs.make import env_id, factory
+from offrl.envs.vector import Vector
+from offrl.outcome import finish, provenance, write_json
+from offrl.parallel import Display, Failed, Group, spread
+from offrl.seeding import derive, generator
+
+
+def train(
+    resolved: Resolved,
+    folder: Path | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = print,
+) -> tuple[Path, dict[str, Any]]:
+    """Train all seeds of one configuration; returns the run directory and `result.json`'s content.
+
+    Args:
+        folder: the run directory; None makes a new one under `runs`.
+        resume: continue the groups in `folder` from their checkpoints.
+        say: told which data are used and where the run lies.
+
+    Raises:
+        Failed, Interrupted, Diverged, ConfigError, DataError, OSError: with a message for people.
+    """
+    device = pick_device(resolved.settings.device)
+    make_env(resolved)().close()  # a wrong name stops the run before anything is loaded
+    data = load_data(resolved)
+    if data is not None:
+        say(f"data: {data.name}, {len(data)} transitions in {data.episodes} episodes; "
+            "choose others with dataset=, source=d4rl|minari|files")  # fmt: skip
+    folder = folder or new_folder(resolved)
+    say(f"run directory: {folder} ({device})")
+    with process.only_one(folder):
+        if resume:
+            check_unchanged(folder, data)
+        else:
+            (folder / "config.yaml").write_text(resolved.to_yaml())
+            env = env_id(resolved.settings.env, version(resolved))
+            write_json(folder / "run.json", provenance(resolved, data, env, device))
+        groups = layout(resolved, device)
+        began = time.monotonic()
+        try:
+            if len(groups) == 1:
+                with Display(resolved, groups) as display:
+                    curves = [train_group(folder, groups[0], resume, display.tell)]
+            else:
+                curves = spread(resolved, folder, groups, resume)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            raise Interrupted(f"{stop or 'stopped'}\ncontinue with: resume={folder}") from None
+        seconds = time.monotonic() - began
+        return folder, finish(resolved, folder, groups, curves, device, seconds)
+
+
+def check_unchanged(folder: Path, data: Dataset | None) -> None:
+    """Raises Failed if a resumed run would continue on other data."""
+    if data is None:
+        return
+    stored = json.loads((folder / "run.json").read_text())["dataset"]["digest"]
+    if stored != data.digest:
+        raise Failed(
+            f"the data set has changed since {folder} was started (digest {data.digest[:12]}, "
+            f"then {stored[:12]}); restore it or start a new run"
+        )
+
+
+def load_data(resolved: Resolved) -> Dataset | None:
+    """The data set on disk or in memory, checked against the method and the environment."""
+    if configuration.online(resolved.algo):
+        return None
+    s = resolved.settings
+    data = sources.load(s.source, s.env, s.dataset, s.rows)
+    check(data, configuration.module(resolved.algo).FIELDS)
+    env = make_env(resolved)()
+    check_fits(data, math.prod(env.observation_space.shape or ()),
+               math.prod(env.action_space.shape or ()), s.env)  # fmt: skip
+    env.close()
+    return data
+
+
+def make_env(resolved: Resolved) -> Callable[[], Any]:
+    s = resolved.settings
+    return factory(s.env, version(resolved), s.legacy_mass)
+
+
+def version(resolved: Resolved) -> str:
+    """The robots' version: D4RL's scores belong to v4's dynamics, generated data to v5."""
+    s = resolved.settings
+    if s.env_version != "auto":
+        return s.env_version
+    return "v4" if s.source == "d4rl" else "v5"
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises Failed if CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Failed("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def layout(resolved: Resolved, device: torch.device) -> list[Group]:
+    """Stacked on CUDA; one process per seed on a CPU, where stacking gains nothing."""
+    seeds = resolved.seeds()
+    return [seeds] if device.type == "cuda" else [[seed] for seed in seeds]
+
+
+def new_folder(resolved: Resolved) -> Path:
+    """A fresh run directory.
+
+    Raises:
+        OSError: if the place is not writable.
+    """
+    base = Path(resolved.settings.runs) / resolved.algo / resolved.task
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for extra in range(1000):
+        folder = base / (stamp if extra == 0 else f"{stamp}-{extra}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OSError(
+                f"cannot make the run directory {folder}: {error.strerror or error}; "
+                "choose another place with runs=DIR"
+            ) from error
+    raise OSError(f"{base} already holds a thousand runs of this second")
+
+
+# --- one group of seeds --------------------------------------------------------------------------
+
+
+@dataclass
+class Experiment:
+    """An algorithm with its stages and its evaluation, ready to run."""
+
+    algo: Algorithm
+    stages: list[Any]
+    evaluate: Callable[[Algorithm, int], dict[str, torch.Tensor]]
+
+
+def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool) -> Experiment:
+    """Make the algorithm of one group of seeds from its configuration."""
+    s, method = resolved.settings, configuration.module(resolved.algo)
+    device = pick_device(s.device)
+    axes = (len(group),) if len(group) > 1 else ()
+    options = resolved.config()
+    make = make_env(resolved)
+    stream = generator(group[0], "run", *group[1:], device=device)
+    run = Run(options.steps, axes, device, str(home()), progress)
+    evaluator = Evaluator(
+        make, axes, width(s.eval_episodes, s.final_episodes), derive(s.seed, "evaluator"), device
+    )
+
+    def evaluate(algo: Algorithm, episodes: int) -> dict[str, torch.Tensor]:
+        if not progress or episodes <= s.eval_episodes:
+            played = evaluator(algo, episodes)
+        else:
+            total = episodes * len(group)
+            with tqdm(total=total, desc="final evaluation", unit="episode", leave=False) as bar:
+                played = evaluator(algo, episodes, tick=bar.update)
+        return {"return": played.returns, "length": played.lengths}
+
+    if data is None:
+        envs = Vector([make] * len(group), [derive(seed, "training", 0) for seed in group])
+        spec = Spec(envs.obs_dim, envs.act_dim)
+        algo = method.make(options, spec, stream, axes)
+        capacity = min(options.capacity, options.steps)
+        stages = method.stages(algo, Collector(envs, capacity, axes, device), run)
+    else:
+        mean, std = data.statistics()
+        spec = Spec(data.obs_dim, data.act_dim, mean, std, data.discrete)
+        algo = method.make(options, spec, stream, axes)
+        stages = method.stages(algo, data, run)
+    return Experiment(algo, stages, evaluate)
+
+
+def width(*episodes: int) -> int:
+    """Environments of an evaluation: the largest divisor of both episode counts up to ten."""
+    common = math.gcd(*episodes)
+    return max(n for n in range(1, 11) if common % n == 0)
+
+
+def train_group(
+    folder: Path,
+    group: Group,
+    resume: bool,
+    report: Callable[[Group, Progress], None],
+    progress: bool = True,
+) -> Curve:
+    """Train the seeds of one group in this process, in its own subfolder."""
+    resolved = configuration.from_yaml((folder / "config.yaml").read_text())
+    s = resolved.settings
+    process.prepare(s.threads, s.keep_memory)
+    place = group_folder(folder, group)
+    place.mkdir(exist_ok=True)
+    experiment = build(resolved, group, load_data(resolved), progress)
+    schedule = Schedule(
+        s.log_every, s.eval_every, s.eval_episodes, s.final_episodes, s.snapshot_every
+    )
+    return fit(
+        experiment.algo,
+        experiment.stages,
+        place,
+        experiment.evaluate,
+        schedule,
+        group,
+        resolved.algo,
+        resume,
+        lambda told: report(group, told),
+    )
+
+
+def group_folder(folder: Path, group: Group) -> Path:
+    """seed-3, or seeds-0-7 for stacked ones."""
+    return folder / (f"seed-{group[0]}" if len(group) == 1 else f"seeds-{group[0]}-{group[-1]}")

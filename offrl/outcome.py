@@ -1,0 +1,157 @@
+"""What a run leaves behind: provenance, raw episodes, picture, result."""
+
+import csv
+import datetime
+import json
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from offrl import config as configuration
+from offrl.config import Resolved
+from offrl.data.dataset import Dataset
+from offrl.engine.fit import Curve
+from offrl.envs import scores
+from offrl.results import stats
+
+PACKAGES = ("offrl", "torch", "numpy", "scipy", "gymnasium", "mujoco", "minari", "hydra-core")
+
+
+def scored(resolved: Resolved, returns: Any) -> tuple[str, Any]:
+    """D4RL-normalized where the environment has reference returns, the plain return elsewhere."""
+    if scores.reference(resolved.settings.env, resolved.settings.dataset) is None:
+        return "return", returns
+    value = scores.score(returns, resolved.settings.env, resolved.settings.dataset)
+    return "score", value
+
+
+def finish(
+    resolved: Resolved,
+    folder: Path,
+    groups: list[list[int]],
+    curves: list[Curve],
+    device: torch.device,
+    seconds: float,
+) -> dict[str, Any]:
+    """Write episodes, picture and result of a finished run."""
+    seeds = [seed for group in groups for seed in group]
+    steps = curves[0].steps
+    final = rows([c.final["return"] for c in curves if c.final is not None])  # (seeds, episodes)
+    points = np.stack(
+        [rows([c.points[i]["return"] for c in curves]) for i in range(len(steps))], 1
+    )  # (seeds, points, episodes)
+    write_episodes(folder / "episodes.csv", seeds, curves)
+    unit, final_scores = scored(resolved, final)
+    _, curve_scores = scored(resolved, points.mean(-1))
+    per_seed = final_scores.mean(-1)
+    plot_curve(resolved, folder, np.array(steps), curve_scores, unit)
+    kinds = {"score": "D4RL-normalized", "return": "undiscounted return"}
+    stored = json.loads((folder / "run.json").read_text())
+    result = {
+        "algo": resolved.algo,
+        "task": resolved.task,
+        "env": stored["env"],
+        "dataset": stored["dataset"],
+        "steps": resolved.options["steps"],
+        "seeds": seeds,
+        "layout": "one process per seed" if len(groups) == len(seeds) else "stacked in one process",
+        "unit": kinds[unit],
+        "checkpoint": "last",
+        "score": summary(per_seed),
+        "last10": summary(curve_scores[:, -10:].mean(-1)),
+        "best": summary(curve_scores.max(-1)),
+        "final_returns": final.tolist(),
+        "curve": {"steps": steps, "mean_return": points.mean(-1).tolist()},
+        "device": str(device),
+        "threads": resolved.settings.threads,
+        "seconds": round(seconds, 1),
+        "versions": stored["versions"],
+        "command": stored["command"],
+        "date": stored["date"],
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+def rows(values: list[torch.Tensor]) -> np.ndarray:
+    """Per-group values (*S, n) as (seeds, n)."""
+    return np.concatenate([v.double().reshape(-1, v.shape[-1]).numpy() for v in values])
+
+
+def summary(per_seed: np.ndarray) -> dict[str, Any]:
+    return {
+        "iqm": float(stats.iqm(per_seed)),
+        "interval95": stats.interval(per_seed),
+        "mean": float(per_seed.mean()),
+        "std_sample": float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None,
+        "std_population": float(per_seed.std()),
+        "per_seed": per_seed.tolist(),
+    }
+
+
+def write_episodes(path: Path, seeds: list[int], curves: list[Curve]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "seed", "episode", "return", "length"])
+        for i, step in enumerate([*curves[0].steps, "final"]):
+            points = [c.final if step == "final" else c.points[i] for c in curves]
+            returns, lengths = (rows([p[n] for p in points if p]) for n in ("return", "length"))
+            for seed, seed_returns, seed_lengths in zip(seeds, returns, lengths, strict=True):
+                pairs = zip(seed_returns.tolist(), seed_lengths.tolist(), strict=True)
+                for k, (value, length) in enumerate(pairs):
+                    writer.writerow([step, seed, k, repr(value), int(length)])
+
+
+def plot_curve(
+    resolved: Resolved, folder: Path, steps: np.ndarray, values: np.ndarray, unit: str
+) -> None:
+    from offrl.results.plots import learning_curve
+
+    ylabel = "D4RL-normalized score" if unit == "score" else "return"
+    xlabel = "environment steps" if configuration.online(resolved.algo) else "updates"
+    title = f"{resolved.algo} on {resolved.task}"
+    learning_curve(folder / "curve.png", steps, values, title, ylabel, xlabel)
+
+
+def provenance(
+    resolved: Resolved, data: Dataset | None, env: str, device: torch.device
+) -> dict[str, Any]:
+    """What a run rests on, stored before it begins."""
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    return {
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "command": " ".join(sys.argv),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "device": hardware,
+        "cores": len(os.sched_getaffinity(0)),
+        "env": {"id": env, "legacy_mass": resolved.settings.legacy_mass},
+        "dataset": None
+        if data is None
+        else {
+            "name": data.name,
+            "digest": data.digest,
+            "transitions": len(data),
+            "episodes": data.episodes,
+            "mean_return": float(data.returns.double().mean()),
+            "info": data.info,
+        },
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "CPU"
+    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "CPU")
+
+
+def write_json(path: Path, content: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)

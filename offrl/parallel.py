@@ -1,0 +1,118 @@
+"""Groups of seeds in parallel processes under one command, with one progress line."""
+
+import multiprocessing
+import os
+import queue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from offrl.config import Resolved
+from offrl.engine import process
+from offrl.engine.fit import Curve, Interrupted, Progress, stop_requests
+from offrl.engine.log import Diverged
+from offrl.outcome import scored
+
+Group = list[int]
+
+
+class Failed(RuntimeError):
+    """A run that stopped for a reason told in the message."""
+
+
+def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) -> list[Curve]:
+    """Train the groups in processes of their own, as many at a time as there are cores.
+
+    Raises:
+        Interrupted: if stopped; every worker has written its checkpoint.
+        Failed, Diverged, ValueError, OSError: if a worker failed; the others are stopped with
+            their checkpoints written.
+    """
+    context = multiprocessing.get_context("spawn")
+    inbox: Any = context.Queue()
+    waiting, running, curves = list(groups), {}, {}
+    limit = max(1, len(os.sched_getaffinity(0)) // resolved.settings.threads)
+    problem: Exception | None = None
+    ending = False
+    with Display(resolved, groups) as display, stop_requests() as stopping:
+        while running or (waiting and not ending):
+            while waiting and len(running) < limit and not ending:
+                group = waiting.pop(0)
+                worker = context.Process(target=work, args=(folder, group, resume, inbox))
+                worker.start()
+                running[group[0]] = worker
+            if (stopping or problem) and not ending:
+                ending = True
+                for worker in running.values():
+                    worker.terminate()  # SIGTERM: the worker writes its checkpoint and ends
+            try:
+                kind, group, content = inbox.get(timeout=0.2)
+            except queue.Empty:
+                dead = [seed for seed, worker in running.items() if not worker.is_alive()]
+                for seed in dead if inbox.empty() else ():
+                    code = running.pop(seed).exitcode
+                    problem = problem or Failed(
+                        f"the process of seed {seed} died (exit code {code}); "
+                        f"continue with resume={folder}"
+                    )
+                continue
+            if kind == "progress":
+                display.tell(group, content)
+                continue
+            running.pop(group[0]).join()
+            if kind == "curve":
+                curves[group[0]] = Curve(**content)
+            elif not isinstance(content, Interrupted):
+                problem = problem or content
+            elif not stopping:
+                problem = problem or Failed(f"seed {group[0]} was stopped: {content}")
+    if stopping:
+        raise Interrupted("stopped; every seed has written its checkpoint")
+    if problem is not None:
+        raise problem
+    return [curves[group[0]] for group in groups]
+
+
+def work(folder: Path, group: Group, resume: bool, inbox: Any) -> None:
+    """Body of a worker process."""
+    from offrl.experiment import train_group
+
+    process.end_with_parent()
+    try:
+        curve = train_group(
+            folder, group, resume, lambda g, told: inbox.put(("progress", g, told)), progress=False
+        )
+        inbox.put(("curve", group, curve.state()))
+    except KeyboardInterrupt:
+        inbox.put(("error", group, Interrupted("stopped during the final evaluation")))
+    except (Interrupted, Diverged, ValueError, OSError, Failed) as error:
+        inbox.put(("error", group, type(error)(str(error))))
+
+
+class Display:
+    """One progress line for all groups: steps, steps per second, time left, last score."""
+
+    def __init__(self, resolved: Resolved, groups: list[Group]):
+        self.resolved = resolved
+        self.steps: dict[int, int] = {}
+        self.scores: dict[int, float] = {}
+        total = resolved.options["steps"] * len(groups)
+        name = f"{resolved.algo} {resolved.task}"
+        self.bar = tqdm(total=total, desc=name, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def tell(self, group: Group, told: Progress) -> None:
+        key = group[0]
+        if told.score is not None:
+            self.scores[key] = told.score
+            unit, value = scored(self.resolved, float(np.mean(list(self.scores.values()))))
+            self.bar.set_postfix_str(f"{unit} {value:.1f}", refresh=False)
+        self.bar.update(told.step - self.steps.get(key, 0))
+        self.steps[key] = told.step
