@@ -41,6 +41,7 @@ from offrl.data.neighbors import StateNeighbors
 from offrl.engine.optim import adam, descend, frozen, polyak
 from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import Actor, Critics, Standardize
+from offrl.regularizers.functional import imitation, normalized_trust
 
 FIELDS = ("obs", "act", "reward", "next_obs", "terminal")
 
@@ -108,10 +109,9 @@ class PRDC:
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         act = self.actor(batch["obs"])
         q = self.critics.first(batch["obs"], act)  # (*S, B)
-        scale = self.config.alpha / q.detach().abs().mean(-1)  # one scale per seed
+        scale = normalized_trust(q, self.config.alpha)  # one per seed
         row, search = self.neighbors.nearest(batch["index"], act.detach(), self.config.beta)
-        nearest = self.neighbors.act[row]  # (*S, B, a), constant
-        penalty = (act - nearest).square().mean((-2, -1))
+        penalty = imitation(act, self.neighbors.act[row]).mean(-1)
         loss = penalty - scale * q.mean(-1)  # (*S,)
         metrics = {"actor/loss": loss, "actor/penalty": penalty, "actor/scale": scale}
         return loss, metrics | {f"actor/{name}": value for name, value in search.items()}

@@ -26,6 +26,7 @@ from offrl.data import Dataset, prepare, transitions
 from offrl.engine.optim import adam, descend, frozen, polyak
 from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import Actor, Critics, Standardize
+from offrl.regularizers.functional import imitation, normalized_trust
 
 FIELDS = ("obs", "act", "reward", "next_obs", "terminal")
 
@@ -90,10 +91,10 @@ class TD3BC:
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         act = self.actor(batch["obs"])
         q = self.critics.first(batch["obs"], act)  # (*S, B)
-        scale = self.config.alpha / q.detach().abs().mean(-1)  # one scale per seed
-        imitation = (act - batch["act"]).square().mean((-2, -1))
-        loss = imitation - scale * q.mean(-1)  # (*S,)
-        return loss, {"actor/loss": loss, "actor/imitation": imitation, "actor/scale": scale}
+        scale = normalized_trust(q, self.config.alpha)  # one per seed
+        penalty = imitation(act, batch["act"]).mean(-1)
+        loss = penalty - scale * q.mean(-1)  # (*S,)
+        return loss, {"actor/loss": loss, "actor/imitation": penalty, "actor/scale": scale}
 
     @torch.no_grad()
     def act(

@@ -1,0 +1,113 @@
+"""Engineering tests that every algorithm must pass, called from each test_<name>.py."""
+
+from copy import deepcopy
+
+import torch
+
+
+def run(algo, batches, start=0, stop=30):
+    """Updates start..stop-1; each algorithm draws its own noise from its generator."""
+    for step in range(start, stop):
+        algo.update(batches(step), step)
+    return algo
+
+
+def tensors(algo):
+    """Every tensor of the state, by path."""
+
+    def walk(value, path):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(inner, f"{path}.{key}")
+        elif isinstance(value, (list, tuple)):
+            for i, inner in enumerate(value):
+                yield from walk(inner, f"{path}.{i}")
+        elif isinstance(value, torch.Tensor):
+            yield path, value
+
+    return dict(walk(algo.state(), "state"))
+
+
+def assert_equal(one, other):
+    left, right = tensors(one), tensors(other)
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def same_seed_same_run(make, batches):
+    assert_equal(run(make(), batches), run(make(), batches))
+
+
+def resume_is_exact(make, batches):
+    """Saved at 13 into a file and continued to 30 in a fresh object: bit-equal."""
+    import io
+
+    whole = run(make(), batches)
+    first, file = run(make(), batches, stop=13), io.BytesIO()
+    torch.save(first.state(), file)
+    file.seek(0)
+    second = make()
+    second.load(torch.load(file, weights_only=True))
+    run(second, batches, start=13)
+    assert_equal(whole, second)
+    draw = lambda algo: torch.rand(3, generator=algo.generator)  # noqa: E731
+    assert torch.equal(draw(whole), draw(second))
+
+
+def seeds_do_not_touch_each_other(make_stacked, batches, module):
+    """Disturbing the last of three seeds in `module` leaves the others bit-equal."""
+    one, other = make_stacked((3,)), make_stacked((3,))
+    with torch.no_grad():
+        for p in getattr(other, module).parameters():
+            p[2] *= 2
+    run(one, batches, stop=6)
+    run(other, batches, stop=6)
+    changed = False
+    for p, q in zip(one.actor.parameters(), other.actor.parameters(), strict=True):
+        assert torch.equal(p[:2], q[:2])
+        changed |= not torch.equal(p[2], q[2])
+    assert changed
+
+
+def copy_seed(stacked, single, i):
+    """Give a single-seed algorithm the weights of seed i of a stacked one."""
+    with torch.no_grad():
+        for name in single.NAMES:
+            target, source = getattr(single, name), getattr(stacked, name)
+            if isinstance(target, torch.nn.Module) and name != "standardize":
+                pairs = zip(target.parameters(), source.parameters(), strict=True)
+                for p, q in pairs:
+                    p.copy_(q[i])
+
+
+def stacked_equals_single(make_stacked, batches, loss):
+    """Seed i of a stacked loss and its gradient equal a single run's, given weights and batch.
+
+    `loss(algo, batch)` returns (*S,) and must not draw random numbers.
+    """
+    stacked = make_stacked((3,))
+    batch = batches((3,))
+    value = loss(stacked, batch)
+    grads = torch.autograd.grad(value.sum(), list(stacked.actor.parameters()), allow_unused=True)
+    for i in range(3):
+        single = make_stacked(())
+        copy_seed(stacked, single, i)
+        alone = loss(single, {name: v[i] for name, v in batch.items()})
+        torch.testing.assert_close(value[i], alone, rtol=1e-5, atol=1e-6)
+        alone_grads = torch.autograd.grad(alone, list(single.actor.parameters()), allow_unused=True)
+        for g, h in zip(grads, alone_grads, strict=True):
+            if h is not None:
+                torch.testing.assert_close(g[i], h, rtol=1e-4, atol=1e-6)
+
+
+def targets_follow(algo, batch, pairs, tau):
+    """After an update at a step that moves targets: target = (1 - tau) old + tau online."""
+    before = {t: deepcopy(getattr(algo, t).state_dict()) for t, _ in pairs}
+    algo.update(batch, algo.cycle - 1)
+    for target, online in pairs:
+        online_state = getattr(algo, online).state_dict()
+        for name, value in getattr(algo, target).state_dict().items():
+            torch.testing.assert_close(
+                value, (1 - tau) * before[target][name] + tau * online_state[name]
+            )

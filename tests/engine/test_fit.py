@@ -1,0 +1,216 @@
+"""The loop: exact resume after SIGKILL, divergence, interrupts, checkpoints."""
+
+import csv
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from offrl.algos import sac, td3bc
+from offrl.data import Dataset
+from offrl.data.collect import Collector
+from offrl.engine import checkpoint
+from offrl.engine.evaluate import Evaluator
+from offrl.engine.fit import Interrupted, Schedule, fit
+from offrl.engine.log import Diverged
+from offrl.engine.stage import Run, Spec
+from offrl.envs.make import factory
+from offrl.envs.vector import Vector
+
+SCHEDULE = Schedule(log_every=10, eval_every=40, eval_episodes=2, final_episodes=4)
+HOPPER = factory("hopper")
+
+
+def toy_data():
+    g = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(500, *shape, generator=g)  # noqa: E731
+    fields = dict(obs=normal(11), act=normal(3).tanh(), reward=normal(), next_obs=normal(11),
+                  terminal=torch.zeros(500))  # fmt: skip
+    return Dataset(fields, torch.arange(0, 500, 100), torch.zeros(5), "toy")
+
+
+def offline():
+    config = td3bc.Config(batch=16, hidden=(16,))
+    algo = td3bc.make(config, Spec(11, 3), torch.Generator().manual_seed(1))
+    return algo, td3bc.stages(algo, toy_data(), Run(steps=200))
+
+
+def online():
+    config = sac.Config(batch=16, hidden=(16,), warmup=50, capacity=120)  # the ring wraps
+    envs = Vector([HOPPER], [5])
+    algo = sac.make(config, Spec(11, 3), torch.Generator().manual_seed(1))
+    return algo, sac.stages(algo, Collector(envs, 120), Run(steps=250))
+
+
+KINDS = {"offline": offline, "online": online}
+
+
+def evaluation():
+    player = Evaluator(HOPPER, width=2)
+    return lambda algo, episodes: {"return": player(algo, episodes).returns}
+
+
+def run(kind, folder, resume=False, pace=0.0):
+    torch.set_num_threads(1)
+    algo, stages = KINDS[kind]()
+    report = lambda told: time.sleep(pace)  # noqa: E731
+    if pace:
+        update = stages[0].update
+        object.__setattr__(
+            stages[0], "update", lambda batch, step: time.sleep(pace) or update(batch, step)
+        )
+    curve = fit(algo, stages, Path(folder), evaluation(), SCHEDULE, [0], kind, resume, report)
+    return algo, curve
+
+
+def assert_same_files(one, other):
+    left, right = (checkpoint.load(folder / "checkpoint.pt") for folder in (one, other))
+    assert_same(left, right)
+    assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
+
+
+def assert_same(left, right, path=""):
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_same(left[key], right[key], f"{path}.{key}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), path
+        for i, pair in enumerate(zip(left, right, strict=True)):
+            assert_same(*pair, f"{path}[{i}]")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), path
+    else:
+        assert left == right, path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("moment", [0.15, 0.5, 0.85])
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, moment):
+    """SIGKILL, then resume: parameters, generators, replay, metrics and score are bit-equal."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    run(kind, whole)
+    context = multiprocessing.get_context("fork")
+    worker = context.Process(target=run, args=(kind, killed, False, 0.005))
+    worker.start()
+    target = 1 + int(moment * 4)  # evaluations behind it when it dies
+    deadline = time.monotonic() + 60
+    while worker.is_alive() and time.monotonic() < deadline:
+        path = killed / "checkpoint.pt"
+        if path.exists() and len(checkpoint.load(path)["curve"]["steps"]) >= target:
+            break
+        time.sleep(0.01)
+    time.sleep(0.05)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    assert worker.exitcode == -signal.SIGKILL
+    run(kind, killed, resume=True)
+    assert_same_files(whole, killed)
+
+
+def test_interrupted_between_two_rows_of_metrics_and_resumed_equals_uninterrupted(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    run("offline", whole)
+    algo, stages = offline()
+    update = stages[0].update
+
+    def interrupting(batch, step):
+        if step == 77:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(batch, step)
+
+    object.__setattr__(stages[0], "update", interrupting)
+    with pytest.raises(Interrupted, match="checkpoint written"):
+        fit(algo, stages, stopped, evaluation(), SCHEDULE, [0], "offline")
+    assert checkpoint.load(stopped / "checkpoint.pt")["step"] == 78
+    run("offline", stopped, resume=True)
+    assert_same_files(whole, stopped)
+
+
+def test_divergence_names_the_first_bad_quantity_and_keeps_the_last_good_checkpoint(tmp_path):
+    algo, stages = offline()
+    update = stages[0].update
+
+    def poisoned(batch, step):
+        if step == 95:
+            batch = batch | {"reward": batch["reward"] * float("nan")}
+        return update(batch, step)
+
+    object.__setattr__(stages[0], "update", poisoned)
+    with pytest.raises(Diverged, match=r"critics/loss .* at update 95"):
+        fit(algo, stages, tmp_path, evaluation(), SCHEDULE, [0], "offline")
+    kept = checkpoint.load(tmp_path / "checkpoint.pt")
+    assert kept["step"] == 80
+    assert all(v.isfinite().all() for v in kept["algo"]["actor"].values() if torch.is_tensor(v))
+
+
+def test_metrics_are_means_over_the_updates_of_a_row(tmp_path):
+    algo, stages = offline()
+    seen, update = [], stages[0].update
+
+    def recording(batch, step):
+        metrics = update(batch, step)
+        seen.append(float(metrics["critics/loss"]))
+        return metrics
+
+    object.__setattr__(stages[0], "update", recording)
+    fit(algo, stages, tmp_path, None, SCHEDULE, [0], "offline")
+    with open(tmp_path / "metrics.csv") as file:
+        rows = [r for r in csv.DictReader(file) if r["name"] == "critics/loss"]
+    assert [int(r["step"]) for r in rows] == list(range(10, 201, 10))
+    for i, row in enumerate(rows):
+        assert float(row["value"]) == pytest.approx(sum(seen[10 * i : 10 * i + 10]) / 10, rel=1e-6)
+
+
+def test_a_checkpoint_of_another_algorithm_is_refused(tmp_path):
+    run("offline", tmp_path)
+    with pytest.raises(ValueError, match="belongs to offline, not to sac"):
+        fit(*offline(), tmp_path, None, SCHEDULE, [0], "sac", resume=True)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/offrl-was-here",)
+
+
+def test_a_tampered_checkpoint_is_refused_and_runs_no_code(tmp_path):
+    marker = Path("/tmp/offrl-was-here")
+    marker.unlink(missing_ok=True)
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": 1, "algo": Evil()}, path)
+    with pytest.raises(ValueError, match="never loaded"):
+        checkpoint.load(path)
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        checkpoint.load(path)
+    assert not marker.exists()
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"format": 1, "x": torch.zeros(10_000)})
+    path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        checkpoint.load(path)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"format": 1, "x": torch.ones(3)})
+
+    def full(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="previous checkpoint is intact"):
+        checkpoint.save(path, {"format": 1, "x": torch.zeros(3)})
+    assert torch.equal(checkpoint.load(path)["x"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
