@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from offrl.config import Resolved
-from offrl.engine import process
+from offrl.engine import checkpoint, process
 from offrl.engine.fit import Curve, Interrupted, Progress, stop_requests
 from offrl.engine.log import Diverged
 from offrl.outcome import scored
@@ -62,8 +62,9 @@ def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) 
                 display.tell(group, content)
                 continue
             running.pop(group[0]).join()
-            if kind == "curve":
-                curves[group[0]] = Curve(**content)
+            if kind == "done":
+                saved = checkpoint.load(content / "checkpoint.pt")
+                curves[group[0]] = Curve(**saved["curve"])
             elif not isinstance(content, Interrupted):
                 problem = problem or content
             elif not stopping:
@@ -77,14 +78,14 @@ def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) 
 
 def work(folder: Path, group: Group, resume: bool, inbox: Any) -> None:
     """Body of a worker process."""
-    from offrl.experiment import train_group
+    from offrl.experiment import group_folder, train_group
 
     process.end_with_parent()
     try:
-        curve = train_group(
+        train_group(
             folder, group, resume, lambda g, told: inbox.put(("progress", g, told)), progress=False
         )
-        inbox.put(("curve", group, curve.state()))
+        inbox.put(("done", group, group_folder(folder, group)))
     except KeyboardInterrupt:
         inbox.put(("error", group, Interrupted("stopped during the final evaluation")))
     except (Interrupted, Diverged, ValueError, OSError, Failed) as error:

@@ -22,7 +22,7 @@ class Environments(Protocol):
 
     def state(self) -> dict[str, Any]: ...
 
-    def load(self, state: dict[str, Any]) -> None: ...
+    def load(self, state: dict[str, Any], obs: Tensor) -> Tensor: ...
 
 
 class Collector:
@@ -102,6 +102,6 @@ class Collector:
 
     def load(self, state: dict[str, Any]) -> None:
         self.replay.load(state["replay"])
-        self.envs.load(state["envs"])
-        self.obs = state["obs"].to(self.device)
+        obs = state["obs"].cpu().reshape(self.envs.count, -1)
+        self.obs = self.grouped(self.envs.load(state["envs"], obs))
         self.running = state["running"].clone()

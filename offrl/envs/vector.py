@@ -58,10 +58,21 @@ class Vector:
         """Exact snapshot of every environment."""
         return {str(i): snapshot(env) for i, env in enumerate(self.envs)}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], obs: Tensor) -> Tensor:
+        """Continue from a `state`.
+
+        Args:
+            obs: (n, o) the observations to act on next that belong to it.
+
+        Returns:
+            obs, except in rows whose environment cannot be restored: there an episode starts anew.
+        """
+        rows = obs.clone()
         for i, (env, seed) in enumerate(zip(self.envs, self.seeds, strict=True)):
             env.reset(seed=seed)
-            restore(env, state[str(i)])
+            if not restore(env, state[str(i)]):
+                rows[i] = torch.as_tensor(env.reset()[0], dtype=torch.float32)
+        return rows
 
     def close(self) -> None:
         for env in self.envs:
@@ -69,35 +80,48 @@ class Vector:
 
 
 def snapshot(env: gymnasium.Env) -> dict[str, Any]:
-    """Everything that decides the future of a MuJoCo environment: physics, clock, generator.
+    """What decides the future of an environment: its state, clock and generator.
 
-    Raises:
-        TypeError: for an environment whose state cannot be read.
+    MuJoCo's integration state, or the `state` of Gymnasium's classic control. Other environments
+    give their generator only, and `restore` says so.
     """
-    import mujoco
-
-    core = env.unwrapped
-    if not hasattr(core, "model") or not hasattr(core, "data"):
-        raise TypeError(f"{core} offers no physics state to save")
-    kind = mujoco.mjtState.mjSTATE_INTEGRATION
-    physics = np.empty(mujoco.mj_stateSize(core.model, kind))
-    mujoco.mj_getState(core.model, core.data, physics, kind)
-    return {
-        "physics": torch.from_numpy(physics),
-        "elapsed": limit(env)._elapsed_steps or 0,
-        "generator": generator_state(core.np_random),
-    }
-
-
-def restore(env: gymnasium.Env, state: dict[str, Any]) -> None:
-    """Continue exactly from a `snapshot`; the environment must have been reset before."""
-    import mujoco
-
     core: Any = env.unwrapped
-    kind = mujoco.mjtState.mjSTATE_INTEGRATION
-    mujoco.mj_setState(core.model, core.data, state["physics"].numpy(), kind)
-    limit(env)._elapsed_steps = state["elapsed"]
+    found = {"generator": generator_state(core.np_random)}
+    if hasattr(core, "model") and hasattr(core, "data"):
+        import mujoco
+
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        physics = np.empty(mujoco.mj_stateSize(core.model, kind))
+        mujoco.mj_getState(core.model, core.data, physics, kind)
+        return found | {"physics": torch.from_numpy(physics), "elapsed": elapsed(env)}
+    if core.__module__.startswith("gymnasium.envs.classic_control"):
+        return found | {"state": torch.tensor(np.asarray(core.state)), "elapsed": elapsed(env)}
+    return found
+
+
+def restore(env: gymnasium.Env, state: dict[str, Any]) -> bool:
+    """Continue from a `snapshot`; the environment must have been reset before.
+
+    Returns:
+        False if only the generator could be restored, so that the episode must start anew.
+    """
+    core: Any = env.unwrapped
     set_generator_state(core.np_random, state["generator"])
+    if "physics" in state:
+        import mujoco
+
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        mujoco.mj_setState(core.model, core.data, state["physics"].numpy(), kind)
+    elif "state" in state:
+        core.state = state["state"].numpy().copy()
+    else:
+        return False
+    limit(env)._elapsed_steps = state["elapsed"]
+    return True
+
+
+def elapsed(env: gymnasium.Env) -> int:
+    return limit(env)._elapsed_steps or 0
 
 
 def limit(env: gymnasium.Env) -> Any:

@@ -1,0 +1,66 @@
+"""Picture of how the returns of data sets are distributed."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from offrl.data.dataset import Dataset
+from offrl.envs import scores
+
+BINS = 80
+
+
+def distribution(path: Path, data: Mapping[str, Mapping[str, Dataset]]) -> None:
+    """One panel per environment, one histogram per data set, as PNG.
+
+    A histogram counts transitions, not episodes: each episode weighs as many rows as it has, which
+    is what a sampler of transitions sees. Histograms are scaled to equal height. Scores are
+    D4RL-normalized, plain returns where D4RL has no reference.
+
+    Args:
+        data: environment -> name -> data set, drawn from top to bottom.
+    """
+    figure, panels = plt.subplots(
+        1, len(data), figsize=(4.2 * len(data), 3.6), dpi=120, squeeze=False
+    )
+    for axes, (env, sets) in zip(panels[0], data.items(), strict=True):
+        panel(axes, env, sets)
+    panels[0][0].set_ylabel("share of the transitions")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def panel(axes: plt.Axes, env: str, sets: Mapping[str, Dataset]) -> None:
+    known = scores.reference(env) is not None
+    values = [data.returns.double().numpy() for data in sets.values()]
+    if known:
+        values = [scores.score(value, env) for value in values]
+    edges = bins(values)
+    for level, (name, data, value) in enumerate(zip(sets, sets.values(), values, strict=True)):
+        lengths = data.lengths.double().numpy()
+        counts, _ = np.histogram(value, edges, weights=lengths)
+        base, color = len(sets) - 1 - level, f"C{level}"
+        axes.stairs(base + 0.85 * counts / counts.max(), edges, baseline=base, fill=True,
+                    color=color, alpha=0.7)  # fmt: skip
+        mean = float(value.mean())
+        axes.plot([mean, mean], [base, base + 0.9], color="black", linewidth=1)
+        text = f"{name}\n{len(data) / 1000:.0f}k, mean {mean:.0f}"
+        axes.text(1.02, (base + 0.4) / len(sets), text, transform=axes.transAxes, fontsize=8,
+                  va="center")  # fmt: skip
+    xlabel = "D4RL-normalized score" if known else "return"
+    axes.set(title=env, xlabel=f"{xlabel} of the episode", yticks=[], ylim=(0, len(sets)))
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+
+
+def bins(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Common edges for all data sets, with a width even where all returns are equal."""
+    low, high = min(v.min() for v in values), max(v.max() for v in values)
+    pad = max(high - low, 1e-6 * max(abs(low), abs(high), 1.0)) * 0.02
+    return np.linspace(low - pad, high + pad, BINS + 1)

@@ -1,0 +1,251 @@
+"""The command line end to end on tiny runs, and what it answers to mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from offrl import cli
+from offrl.engine import checkpoint
+
+SIZES = ["algo.hidden=[16]", "algo.batch=16", "eval_episodes=2", "final_episodes=2"]
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path, monkeypatch):
+    """Each test has its own working folder and cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OFFRL_HOME", str(tmp_path / "home"))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_data(path="data.npz", rows=400, **changes):
+    rng = np.random.default_rng(0)
+    fields = {
+        "observations": rng.normal(size=(rows, 11)).astype(np.float32),
+        "actions": rng.uniform(-1, 1, size=(rows, 3)).astype(np.float32),
+        "rewards": rng.normal(size=rows).astype(np.float32),
+        "terminals": np.zeros(rows, bool),
+        "timeouts": np.arange(1, rows + 1) % 100 == 0,
+    } | changes
+    np.savez(path, **{name: value for name, value in fields.items() if value is not None})
+    return f"dataset={path}"
+
+
+def train(*words):
+    cli.train([*words])
+
+
+def fails(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        train(*words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def only_run():
+    (config,) = Path("runs").rglob("config.yaml")
+    return config.parent
+
+
+@pytest.mark.parametrize("algo", ["bc", "td3bc", "prdc"])
+def test_an_offline_run_leaves_everything_a_run_directory_promises(algo, capsys):
+    train(f"algo={algo}", "env=hopper", write_data(), "steps=60", "eval_every=20", *SIZES)
+    folder = only_run()
+    assert folder.parent == Path("runs") / algo / "hopper-data"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 60
+    assert np.shape(result["final_returns"]) == (1, 2)
+    low, high = -20.272305, 3234.3
+    expected = 100 * (np.mean(result["final_returns"]) - low) / (high - low)
+    assert result["score"]["iqm"] == pytest.approx(expected, rel=1e-6)
+    assert result["curve"]["steps"] == [20, 40, 60]
+    assert (folder / "curve.png").stat().st_size > 5_000
+    assert len((folder / "episodes.csv").read_text().splitlines()) == 1 + 4 * 2
+    stored = json.loads((folder / "run.json").read_text())
+    assert len(stored["dataset"]["digest"]) == 64
+    assert stored["versions"]["torch"] == torch.__version__
+    assert any((folder / "seed-0").glob("events.*"))
+    assert "steps" in (folder / "config.yaml").read_text()
+    out = capsys.readouterr().out
+    assert "algo.steps" in out
+    assert "(command line)" in out
+    assert "D4RL-normalized score" in out
+
+
+def test_seeds_run_in_processes_of_their_own_and_equal_single_runs():
+    data = write_data()
+    common = ["algo=td3bc", "env=hopper", data, "steps=40", "eval_every=20", *SIZES]
+    train(*common, "seeds=2", "runs=both")
+    train(*common, "seed=1", "runs=one")
+    (both,), (one,) = (list(Path(p).rglob("result.json")) for p in ("both", "one"))
+    both, one = json.loads(both.read_text()), json.loads(one.read_text())
+    assert both["seeds"] == [0, 1]
+    assert both["layout"] == "one process per seed"
+    assert both["score"]["interval95"] is not None
+    assert both["final_returns"][0] != both["final_returns"][1]
+    assert one.keys() == both.keys()
+
+
+def test_a_killed_run_resumes_to_the_same_result():
+    """SIGKILL of the whole command, then resume=DIR; a finished run is then refused."""
+    words = ["algo=td3bc", "env=hopper", write_data(), "steps=1500", "eval_every=100", *SIZES]
+    train(*words, "runs=whole")
+    command = [sys.executable, "-c", "from offrl.cli import train; train()", *words, "runs=cut"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and running.poll() is None:
+        if any(Path("cut").rglob("checkpoint.pt")):
+            break
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert running.returncode == -signal.SIGKILL
+    (cut,) = (p.parent for p in Path("cut").rglob("config.yaml"))
+    train(f"resume={cut}")
+    (whole,) = (p.parent for p in Path("whole").rglob("config.yaml"))
+    one, two = (json.loads((f / "result.json").read_text()) for f in (whole, cut))
+    assert one["final_returns"] == two["final_returns"]
+    assert one["curve"] == two["curve"]
+    files = [f / "seed-0" / "metrics.csv" for f in (whole, cut)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    states = [checkpoint.load(f / "seed-0" / "checkpoint.pt") for f in (whole, cut)]
+    for name, value in states[0]["algo"]["actor"].items():
+        assert torch.equal(value, states[1]["algo"]["actor"][name])
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on():
+    words = ["algo=td3bc", "env=hopper", write_data(), "steps=100_000", "seeds=2", *SIZES]
+    command = [sys.executable, "-c", "from offrl.cli import train; train()", *words]
+    running = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and len(list(Path("runs").rglob("metrics.csv"))) < 2:
+        time.sleep(0.05)
+    time.sleep(1)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: parent and workers alike
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert f"resume={only_run()}" in err
+    assert len(list(only_run().rglob("checkpoint.pt"))) == 2
+    assert not (only_run() / "result.json").exists()
+
+
+def test_a_finished_run_is_not_resumed(capsys):
+    train("algo=bc", "env=hopper", write_data(), "steps=20", *SIZES)
+    assert "is finished" in fails(capsys, f"resume={only_run()}")
+    assert "no config.yaml" in fails(capsys, "resume=nowhere")
+    assert "give no other setting" in fails(capsys, f"resume={only_run()}", "steps=5")
+
+
+def test_a_checkpoint_of_another_algorithm_is_refused(capsys):
+    data = write_data()
+    train("algo=bc", "env=hopper", data, "steps=20", "runs=a", *SIZES)
+    train("algo=td3bc", "env=hopper", data, "steps=20", "runs=b", *SIZES)
+    (one,), (two,) = (list(Path(p).rglob("checkpoint.pt")) for p in ("a", "b"))
+    two.write_bytes(one.read_bytes())
+    (two.parent.parent / "result.json").unlink()
+    assert "belongs to bc, not to td3bc" in fails(capsys, f"resume={two.parent.parent}")
+
+
+def test_data_that_changed_since_are_refused(capsys):
+    train("algo=bc", "env=hopper", write_data(), "steps=20", *SIZES)
+    (only_run() / "result.json").unlink()
+    write_data(rows=500)
+    assert "the data set has changed" in fails(capsys, f"resume={only_run()}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["algo=prcd"], "no algorithm 'prcd'; did you mean 'prdc'"),
+        (["env=halfcheeta"], "unknown environment 'halfcheeta'; did you mean 'halfcheetah'"),
+        (["dataset=medum"], "medum"),
+        (["algo.alhpa=3"], "prdc has no option 'alhpa'; did you mean 'alpha'"),
+        (["algo.batch=big"], "batch must be int, got 'big'"),
+        (["seeds=2.5"], "seeds must be int, got 2.5"),
+        (["seeds"], "not of the form key=value"),
+        (["algo=prdc,td3bc"], "a sweep needs -m"),
+        (["device=cuda"], "no CUDA device"),
+        (["dataset=missing.hdf5"], "missing.hdf5"),
+        (["rows=5", "source=d4rl"], "rows="),
+    ],
+)
+def test_mistakes_stop_the_run_in_one_line(words, message, capsys):
+    if words == ["device=cuda"] and torch.cuda.is_available():
+        words = ["device=tpu"]
+        message = "device must be one of"
+    err = fails(capsys, *words)
+    assert message in err
+    assert "Traceback" not in err
+    assert not list(Path().rglob("config.yaml"))
+
+
+def changed(name, row, value):
+    data = np.load("data.npz")
+    array = data[name].copy()
+    array[row] = value
+    return {name: array}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: changed("observations", (7, 2), np.nan), "obs is NaN or infinite in 1 of"),
+        (lambda: changed("actions", (9, 1), 3.0), "act lies outside"),
+        (lambda: {"rewards": np.ones(400, np.float32)}, "reward is 1 in every row"),
+        (lambda: {"rewards": None}, "rewards"),
+        (lambda: {"observations": np.zeros((400, 5), np.float32)}, "observations of 5"),
+        (lambda: {"rewards": np.zeros(399, np.float32)}, "399"),
+    ],
+)
+def test_unusable_data_are_refused_with_field_and_row(change, message, capsys):
+    write_data()
+    write_data(**change())
+    err = fails(capsys, "algo=td3bc", "env=hopper", "dataset=data.npz", "steps=20", *SIZES)
+    assert message in err
+
+
+def test_a_place_that_is_not_writable_is_named(capsys):
+    Path("file").write_text("")
+    err = fails(capsys, "algo=bc", "env=hopper", write_data(), "runs=file/runs", *SIZES)
+    assert "choose another place with runs=DIR" in err
+
+
+def test_an_online_run_and_its_evaluation(capsys):
+    train("algo=sac", "env=Pendulum-v1", "steps=80", "algo.warmup=40", "eval_every=40",
+          "snapshot_every=20", *SIZES)  # fmt: skip
+    folder = only_run()
+    assert folder.parent == Path("runs/sac/Pendulum-v1")
+    assert sorted(p.name for p in (folder / "seed-0" / "snapshots").iterdir()) == [
+        "000000060.pt", "000000080.pt",
+    ]  # fmt: skip
+    capsys.readouterr()
+    cli.evaluate([f"run={folder}", "episodes=2", "out=scores.json"])
+    assert "return" in capsys.readouterr().out
+    found = json.loads(Path("scores.json").read_text())
+    stored = json.loads((folder / "result.json").read_text())
+    assert np.shape(found["returns"]) == np.shape(stored["final_returns"])
+    cli.evaluate([f"run={folder / 'seed-0' / 'snapshots' / '000000060.pt'}", "episodes=2"])
+
+
+def test_evaluate_names_missing_options_and_files(capsys):
+    for words, message in (
+        ([], "run= is missing"),
+        (["run=nowhere"], "neither a run directory nor a checkpoint"),
+        (["run=x", "episods=3"], "did you mean 'episodes'"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.evaluate(words)
+        assert message in capsys.readouterr().err

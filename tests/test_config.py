@@ -1,0 +1,88 @@
+from typing import Literal
+
+import pytest
+
+from offrl import config
+from offrl.config import ConfigError, convert, from_yaml, resolve
+
+TASKS = {"halfcheetah-*": {"alpha": 40.0}, "*-medium": {"eval_episodes": 50}}
+PRESETS = {"quick": {"steps": 100, "eval_every": 10}}
+
+
+def test_precedence_and_origins():
+    got = resolve("prdc", {"algo.lr": 1e-3, "preset": "quick", "eval_every": 20}, TASKS, PRESETS)
+    assert got.options["alpha"] == 40.0
+    assert got.origins["algo.alpha"] == "task halfcheetah-*"
+    assert got.settings.eval_episodes == 50
+    assert (got.options["steps"], got.origins["algo.steps"]) == (100, "preset quick")
+    assert (got.settings.eval_every, got.origins["eval_every"]) == (20, "command line")
+    assert "algo.beta" not in got.origins
+
+
+def test_an_override_equal_to_the_default_is_still_an_override():
+    got = resolve("prdc", {"algo.alpha": 2.5}, TASKS)
+    assert got.options["alpha"] == 2.5
+    assert got.origins["algo.alpha"] == "command line"
+
+
+def test_root_steps_are_the_methods_steps():
+    assert resolve("sac", {"steps": 7}).options["steps"] == 7
+
+
+def test_stored_configuration_comes_back_whole():
+    got = resolve("td3bc", {"algo.hidden": [32, 32], "seeds": 3}, TASKS)
+    assert from_yaml(got.to_yaml()) == got
+    assert got.config().hidden == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"algo.alhpa": 1.0}, "prdc has no option 'alhpa'; did you mean 'alpha'"),
+        ({"algo.actor_every": 2.5}, "actor_every must be int, got 2.5"),
+        ({"algo.lr": "fast"}, "lr must be float, got 'fast'"),
+        ({"sedes": 3}, "no setting 'sedes'; did you mean 'seeds'"),
+        ({"alpha": 3.0}, "did you mean 'algo.alpha'"),
+        ({"source": "d4lr"}, "source must be one of auto, generated, d4rl"),
+        ({"preset": "quik"}, "no preset 'quik'; did you mean 'quick'"),
+        ({"legacy_mass": 1}, "legacy_mass must be bool, got 1"),
+    ],
+)
+def test_mistakes_are_named_with_the_nearest_key(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve("prdc", overrides, {}, PRESETS)
+
+
+def test_a_misspelt_algorithm_names_the_nearest():
+    with pytest.raises(ConfigError, match="no algorithm 'prcd'; did you mean 'prdc'"):
+        resolve("prcd", {})
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "out"),
+    [(1e6, int, 1_000_000), (3, float, 3.0), ([1, 2], tuple[int, ...], (1, 2)),
+     (None, int | None, None), (5, int | None, 5), ("a", Literal["a", "b"], "a")],
+)  # fmt: skip
+def test_values_take_the_declared_type(value, hint, out):
+    got = convert("x", value, hint)
+    assert got == out
+    assert type(got) is type(out)
+
+
+def test_task_patterns_cannot_match_across_benchmarks():
+    got = resolve("prdc", {"env": "d4rl-antmaze-large", "dataset": "play"}, TASKS)
+    assert got.task == "d4rl-antmaze-large-play"
+
+
+def test_every_shipped_task_value_fits_its_method():
+    from pathlib import Path
+
+    import yaml
+
+    for name in config.algorithms():
+        text = (Path(__file__).parent.parent / "configs" / "algo" / f"{name}.yaml").read_text()
+        stored = yaml.safe_load(text.replace("_", "_"))
+        for pattern in stored.get("tasks", {}):
+            env = pattern.rstrip("*").rstrip("-") or "hopper"
+            resolve(name, {"env": env, "dataset": "x"}, stored["tasks"], stored["presets"])
+        resolve(name, {"preset": "quick"}, {}, stored["presets"])
