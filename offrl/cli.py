@@ -8,13 +8,14 @@ from typing import Any
 
 from offrl import config as configuration
 from offrl.config import ConfigError, Resolved
+from offrl.data.sources import SUFFIXES
 
 OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
 
 
 def main() -> None:
-    """The console command: offrl train|evaluate|collect key=value ..."""
-    commands = {"train": train, "evaluate": evaluate, "collect": collect}
+    """The console command: offrl train|evaluate|collect|speed key=value ..."""
+    commands = {"train": train, "evaluate": evaluate, "collect": collect, "speed": speed}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
         sys.exit(2)
@@ -150,10 +151,21 @@ def sweep(argv: Sequence[str]) -> None:
     """Hand over to Hydra: -m with any launcher, --help, --cfg and the rest."""
     import hydra
 
-    sys.argv = [sys.argv[0], *for_hydra(argv)]
+    # a job may start elsewhere than here, so the places of runs and files are made absolute
+    words = [anchored(word) for word in argv]
+    if not any(word.startswith("runs=") for word in words):
+        words.append(f"runs={Path('runs').absolute()}")
+    sys.argv = [sys.argv[0], *for_hydra(words)]
     hydra.main(version_base="1.3", config_path="pkg://offrl.configs", config_name="train")(
         sweep_job
     )()
+
+
+def anchored(word: str) -> str:
+    """The override with an absolute path if it names a folder of runs or a data file."""
+    key, _, value = word.partition("=")
+    is_path = key == "runs" or (key == "dataset" and Path(value).suffix in SUFFIXES)
+    return f"{key}={Path(value).absolute()}" if is_path else word
 
 
 def sweep_job(cfg: Any) -> float:
@@ -199,6 +211,14 @@ def collect(argv: Sequence[str] | None = None) -> None:
 
     with readable_errors():
         collect_data(options(Options, sys.argv[1:] if argv is None else argv))
+
+
+def speed(argv: Sequence[str] | None = None) -> None:
+    """Updates per second, side by side: `algos=[td3bc,prdc] env=halfcheetah`."""
+    from offrl.speed import Options, measure_speed
+
+    with readable_errors():
+        measure_speed(options(Options, sys.argv[1:] if argv is None else argv))
 
 
 def options(cls: type, argv: Sequence[str]) -> Any:

@@ -33,13 +33,14 @@ import numpy as np
 
 from offrl.data import policies
 from offrl.data.dataset import FIELDS, DataError, Dataset, home, read, write
-from offrl.data.policies import PACKAGES, Behavior
+from offrl.data.policies import Behavior
 from offrl.data.rollout import CHUNK, Share, Uniform, borders, roll_out
 from offrl.envs import scores
 from offrl.envs.make import env_id, factory
 
 logger = logging.getLogger(__name__)
 
+PACKAGES = ("offrl", "torch", "numpy", "gymnasium", "mujoco")
 RECIPE = 1  # raise it when rows would change for the same weights, and old entries are made anew
 DATASETS = ("random", "medium", "medium-replay", "medium-expert", "expert")
 ROWS = 1_000_000
@@ -125,10 +126,9 @@ def replay(early: list[Behavior], medium: Behavior, random_steps: int, rows: int
     edges = [0, random_steps, *((a + b) / 2 for a, b in pairwise(steps)), steps[-1]]
     counts = borders([b - a for a, b in pairwise(edges)], rows)
     act_dim = actors[0].layers[-1][1].shape[-1] // 2
-    players = [("random", Uniform(act_dim)), *((f"step {s}", a) for s, a in zip(steps, actors))]  # noqa: B905
-    return [
-        Share(name, player, count) for (name, player), count in zip(players, counts, strict=True)
-    ]
+    warmup = Share("random", Uniform(act_dim), counts[0])
+    played = zip(steps, actors, counts[1:], strict=True)
+    return [warmup, *(Share(f"step {step}", actor, count) for step, actor, count in played)]
 
 
 def identity(env: str, shares: Sequence[Share], seed: int) -> str:
@@ -163,7 +163,7 @@ def generate(
             "seed": seed,
             "policies_trained": None if dataset == "random" else origin,
         }
-        return described(f"generated/{label}", env, dataset, shares, found, info)
+        return described(f"generated/{label}", env, env_id(env), shares, found, info)
 
     write(entry, fill)
 
@@ -171,26 +171,31 @@ def generate(
 def described(
     name: str,
     env: str,
-    dataset: str,
+    id: str,
     shares: Sequence[Share],
     found: dict[str, Any],
     info: dict[str, Any],
 ) -> dict[str, Any]:
-    """Name and provenance of rolled-out data, as `offrl.data.dataset.write` wants them."""
-    reference, mean = scores.reference(env, dataset), found["mean_return"]
+    """Name and provenance of rolled-out data, as `offrl.data.dataset.write` wants them.
+
+    Args:
+        env, id: our name of the environment, which has the reference returns, and Gymnasium's.
+        found: what `roll_out` returned.
+    """
+    reference, mean = scores.reference(env), found["mean_return"]
     known = reference is not None and mean is not None
     versions = {package: metadata.version(package) for package in PACKAGES}
     return {
-        "name": f"{name} ({env_id(env)}, mujoco {versions['mujoco']})",
+        "name": f"{name} ({id}, mujoco {versions['mujoco']})",
         "fields": list(FIELDS),
         "info": info
         | found
         | {
-            "env": env_id(env),
+            "env": id,
             "versions": versions,
             "chunk": CHUNK,
             "reference": reference,
-            "mean_score": scores.score(mean, env, dataset) if known else None,
+            "mean_score": scores.score(mean, env) if known else None,
             "shares": [
                 {"name": share.name, "rows": share.rows, "explore": share.explore}
                 | getattr(share.policy, "about", {})

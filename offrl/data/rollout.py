@@ -6,10 +6,12 @@ Its last episode is cut, with timeout = 1.
 """
 
 import itertools
+import logging
 import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,14 +21,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
 import gymnasium
+import mujoco
 import numpy as np
 import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
 from offrl.data.dataset import FIELDS, DataError, bounds, episode_sums
-from offrl.engine import process
 from offrl.seeding import derive, generator
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 10_000  # steps; ten full episodes of a MuJoCo robot, about a second of work
 Made = TypeVar("Made")
@@ -198,10 +202,24 @@ def in_processes(
 
 
 def set_up() -> None:
-    """One thread, and the parent decides when to stop."""
+    """One thread; the parent decides when to stop, and its death is a reason too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    process.end_with_parent()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    mujoco.set_mju_user_warning(simulator_warning)
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def simulator_warning(message: str) -> None:
+    """Tell of unstable physics; old attributes in Gymnasium's own model files are not news."""
+    if "deprecated" not in message:
+        logger.warning("mujoco: %s", message)
 
 
 def borders(weights: Sequence[float], rows: int) -> list[int]:

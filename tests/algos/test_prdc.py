@@ -80,7 +80,7 @@ def lineworld():
 
 def learned(beta):
     """The action at the first state, where Q favors the good action."""
-    config = Config(hidden=(32, 32), lr=3e-3, alpha=0.4, beta=beta, batch=64)
+    config = Config(hidden=(32, 32), lr=3e-3, alpha=1.3, beta=beta, batch=64)
     algo = PRDC(config, Spec(1, 1), torch.Generator().manual_seed(0))
     (stage,) = prdc.stages(algo, lineworld(), Run(steps=600))
     sample = stage.start()
@@ -90,8 +90,9 @@ def learned(beta):
 
 
 def test_a_better_action_of_a_nearby_state_is_reached_only_if_the_state_weighs_little():
-    assert learned(beta=0.1) > 0.3
-    assert learned(beta=100.0) < -0.2
+    # Q pushes either way by about alpha / (2 |Q|) = 0.4 beyond the action that is copied
+    assert learned(beta=0.1) > 0.5
+    assert learned(beta=100.0) < 0.2
 
 
 def test_table_and_batches_hold_the_same_standardized_states():

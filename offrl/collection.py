@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,77 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from offrl.data import generated
+from offrl import config as configuration
+from offrl.config import ConfigError
+from offrl.data import generated, minari
 from offrl.data.dataset import DataError, Dataset, home, read, write
 from offrl.data.rollout import Policy, Share, borders, roll_out
 from offrl.engine.stage import Algorithm
 from offrl.envs.make import env_id
+from offrl.evaluation import checkpoints, load_algorithm
+from offrl.experiment import make_env, version
 
 D4RL_NAMES = {
     "obs": "observations", "act": "actions", "reward": "rewards", "next_obs": "next_observations",
     "terminal": "terminals", "timeout": "timeouts",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of scripts/collect.py.
+
+    env=NAME dataset=NAME  a recipe: random, medium, medium-replay, medium-expert, expert
+    run=PATH               or a run directory, checkpoint or snapshot: its own policies
+    explore=true           of run=: sample actions as in training
+    rows=N                 transitions; a million if not given, D4RL's number for medium-replay
+    seed=0                 of the roll-outs
+    workers=0              processes, 0 for one per core; the rows do not depend on it
+    out=FILE               .npz or .hdf5 with D4RL's field names; train on it with dataset=FILE
+    minari=ID              also a local Minari data set <namespace>/<environment>/<name>-v0
+    plot=FILE.png          the distribution of the returns
+    """
+
+    env: str | None = None
+    dataset: str | None = None
+    run: str | None = None
+    explore: bool = True
+    rows: int | None = None
+    seed: int = 0
+    workers: int = 0
+    out: str | None = None
+    minari: str | None = None
+    plot: str | None = None
+
+
+def collect_data(options: Options) -> Dataset:
+    """Make what the options say, and print what was made.
+
+    Raises:
+        ConfigError: neither or both of a recipe and a run.
+    """
+    o, recipe = options, (options.env, options.dataset)
+    if (o.run is None) == (recipe == (None, None)):
+        raise ConfigError("give either run=DIR, or env= and dataset=")
+    out = Path(o.out) if o.out else None
+    if o.run is not None:
+        rows = generated.ROWS if o.rows is None else o.rows
+        data = collect_run(Path(o.run), rows, o.explore, o.workers, o.seed, out, o.minari)
+    elif o.env is None or o.dataset is None:
+        raise ConfigError("a recipe needs both env= and dataset=")
+    else:
+        data = collect(o.env, o.dataset, o.rows, o.workers, o.seed, out, o.minari)
+    info = data.info
+    score = "" if info["mean_score"] is None else f", D4RL score {info['mean_score']:.1f}"
+    mean = "no whole episode" if info["mean_return"] is None else f"{info['mean_return']:.1f}"
+    print(f"{data.name}: {len(data)} transitions, {data.episodes} episodes, "
+          f"mean return {mean}{score}")  # fmt: skip
+    if o.plot:
+        from offrl.results.returns import distribution
+
+        label = o.dataset or "run"
+        distribution(Path(o.plot), {o.env or info["env"]: {label: data}})
+    return data
 
 
 def collect(
@@ -46,7 +108,7 @@ def collect(
     """
     check_targets(out, minari_id)
     data = generated.load(env, dataset, rows, workers, seed)
-    store(data, env, out, minari_id, f"SAC, {dataset}")
+    store(data, env_id(env), out, minari_id, f"SAC, {dataset}")
     return data
 
 
@@ -75,10 +137,6 @@ def collect_run(
         FileNotFoundError: no run at that place.
         DataError, ValueError, OSError: as `collect`.
     """
-    from offrl import config as configuration
-    from offrl.evaluation import checkpoints, load_algorithm
-    from offrl.experiment import make_env
-
     if out is None and minari_id is None:
         raise DataError("say where the data of a run should go: out=FILE.npz or minari_id=...")
     check_targets(out, minari_id)
@@ -101,8 +159,9 @@ def collect_run(
         "source": "run", "run": str(run), "algo": resolved.algo, "seed": seed,
         "legacy_mass": resolved.settings.legacy_mass,
     }  # fmt: skip
-    data = from_policies(shares, make_env(resolved), env, name, info, workers, seed)
-    store(data, env, out, minari_id, resolved.algo)
+    id = env_id(env, version(resolved))
+    data = from_policies(shares, make_env(resolved), env, id, name, info, workers, seed)
+    store(data, id, out, minari_id, resolved.algo)
     return data
 
 
@@ -110,6 +169,7 @@ def from_policies(
     shares: list[Share],
     make_env: Callable[[], Any],
     env: str,
+    id: str,
     name: str,
     info: dict[str, Any] | None = None,
     workers: int = 0,
@@ -122,7 +182,7 @@ def from_policies(
         shares: who plays how many rows.
         make_env: picklable maker of an environment with actions in [-1, 1]; see
             `offrl.envs.make.factory`.
-        env: name of the environment, for its reference returns.
+        env, id: our name of the environment, which has the reference returns, and Gymnasium's.
         name: of the data, for people.
         info: provenance to keep with the data.
         folder: the entry to write; None for the cache's `collected/<name>`. An old one there is
@@ -132,7 +192,7 @@ def from_policies(
 
     def fill(place: Path) -> dict[str, Any]:
         found = roll_out(shares, make_env, place, seed, workers, name)
-        return generated.described(f"collected/{name}", env, "", shares, found, info or {})
+        return generated.described(f"collected/{name}", env, id, shares, found, info or {})
 
     write(folder, fill)
     return read(folder)
@@ -166,20 +226,16 @@ def check_targets(out: Path | None, minari_id: str | None) -> None:
     if out is not None and not os.access(Path(out).absolute().parent, os.W_OK):
         raise OSError(f"cannot write {out}: its folder does not exist or is not writable")
     if minari_id is not None:
-        from offrl.data import minari
-
         place = minari.root() / minari.valid(minari_id)
         if place.exists():
             raise ValueError(f"there is a Minari data set {minari_id} already, in {place}")
 
 
-def store(data: Dataset, env: str, out: Path | None, minari_id: str | None, algorithm: str) -> None:
+def store(data: Dataset, id: str, out: Path | None, minari_id: str | None, algorithm: str) -> None:
     if out is not None:
         to_file(data, Path(out))
     if minari_id is not None:
-        from offrl.data import minari
-
-        minari.export(data, minari_id, env=env_id(env), algorithm=algorithm, description=data.name)
+        minari.export(data, minari_id, env=id, algorithm=algorithm, description=data.name)
 
 
 def to_file(data: Dataset, path: Path) -> None:
