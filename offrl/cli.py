@@ -182,19 +182,18 @@ class readable_errors:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         from offrl.engine.fit import Interrupted
         from offrl.engine.log import Diverged
 
         if error is None or os.environ.get("OFFRL_DEBUG"):
-            return False
+            return
         if isinstance(error, (Interrupted, KeyboardInterrupt)):
             print(f"\n{error or 'stopped'}", file=sys.stderr)
             sys.exit(130)
         if isinstance(error, (ValueError, OSError, Diverged)) or kind.__name__ == "Failed":
             print(f"\nerror: {error}", file=sys.stderr)
             sys.exit(2)
-        return False
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:

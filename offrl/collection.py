@@ -17,8 +17,8 @@ from offrl import config as configuration
 from offrl.config import ConfigError
 from offrl.data import generated, minari
 from offrl.data.dataset import DataError, Dataset, home, read, write
-from offrl.data.rollout import Policy, Share, borders, roll_out
-from offrl.engine.stage import Algorithm
+from offrl.data.rollout import Share, borders, roll_out
+from offrl.engine.stage import Algorithm, Policy
 from offrl.envs.make import env_id
 from offrl.evaluation import checkpoints, load_algorithm
 from offrl.experiment import make_env, version

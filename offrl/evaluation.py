@@ -12,7 +12,7 @@ from offrl import config as configuration
 from offrl.config import ConfigError, Resolved
 from offrl.engine import checkpoint
 from offrl.engine.evaluate import Evaluator
-from offrl.engine.stage import Algorithm, Spec
+from offrl.engine.stage import Algorithm, Policy, Spec
 from offrl.envs.make import factory
 from offrl.experiment import make_env, version, width
 from offrl.outcome import rows, scored, summary
@@ -51,7 +51,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         player = Evaluator(
             make_env(resolved), axes, width(options.episodes), derive(options.seed, "evaluator")
         )
-        shown = Exploring(algo) if options.explore else algo
+        shown: Policy = Exploring(algo) if options.explore else algo
         returns.append(player(shown, options.episodes).returns)
         seeds += group
         player.close()
@@ -130,14 +130,14 @@ def load_algorithm(resolved: Resolved, file: Path) -> tuple[Algorithm, list[int]
 class Exploring:
     """The policy as it acts in training."""
 
-    def __init__(self, algo: Algorithm):
+    def __init__(self, algo: Policy):
         self.algo = algo
 
     def act(self, now: Any, memory: Any = None, explore: bool = False, generator: Any = None):
         return self.algo.act(now, memory, explore=True, generator=generator)
 
 
-def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> list[np.ndarray]:
+def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> list[Any]:
     """RGB frames of one episode of the first seed.
 
     Raises:
@@ -148,7 +148,9 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
     env = factory(s.env, version(resolved), s.legacy_mass, render=True)()
     stream = generator(seed, "film")
     obs, _ = env.reset(seed=derive(seed, "film"))
-    frames, memory, over, start = [], None, False, 1.0
+    frames: list[Any] = []
+    lead = (len(group), 1) if len(group) > 1 else (1,)
+    memory, over, start = None, False, 1.0
     while not over:
         try:
             frames.append(env.render())
@@ -157,9 +159,8 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
                 f"cannot render here ({error}); on a machine without a screen set MUJOCO_GL=egl "
                 "or MUJOCO_GL=osmesa"
             ) from error
-        row = torch.as_tensor(obs, dtype=torch.float32).view(1, -1)
-        now = {"obs": row.expand(len(group), 1, -1) if len(group) > 1 else row,
-               "start": torch.full((*([len(group)] if len(group) > 1 else []), 1), start)}  # fmt: skip
+        row = torch.as_tensor(obs, dtype=torch.float32).expand(*lead, -1)
+        now = {"obs": row, "start": torch.full(lead, start)}
         act, memory = algo.act(now, memory, generator=stream)
         obs, _, terminal, timeout, _ = env.step(act.reshape(-1, act.shape[-1])[0].numpy())
         over, start = terminal or timeout, 0.0
@@ -167,7 +168,7 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
     return frames
 
 
-def write_video(path: Path, frames: list[np.ndarray]) -> None:
+def write_video(path: Path, frames: list[Any]) -> None:
     """Write frames as .gif (25 per second, every second one) or .mp4 (50 per second).
 
     Raises:

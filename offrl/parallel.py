@@ -32,7 +32,8 @@ def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) 
     """
     context = multiprocessing.get_context("spawn")
     inbox: Any = context.Queue()
-    waiting, running, curves = list(groups), {}, {}
+    waiting, curves = list(groups), {}
+    running: dict[int, Any] = {}
     limit = max(1, len(os.sched_getaffinity(0)) // resolved.settings.threads)
     problem: Exception | None = None
     ending = False

@@ -73,9 +73,9 @@ def measure_speed(options: Options) -> dict[str, Any]:
         "threads": options.threads, "torch": torch.__version__,
         "calibration_gflops": [round(min(calibration)), round(max(calibration))], "methods": {},
     }  # fmt: skip
-    print(f"{data.name}: {len(data)} transitions; {found['hardware']}, {options.threads} thread(s), "
-          f"256-cubed product {min(calibration):.0f} to {max(calibration):.0f} GFLOP/s")  # fmt: skip
-    print(f"{'method':<8} {'updates/s':>9} {'range':>13} {'ratio':>7} {'outside products':>17}")
+    print(f"{data.name}: {len(data)} transitions; {found['hardware']}, "
+          f"{options.threads} thread(s), 256-cubed product {min(calibration):.0f} to {max(calibration):.0f} GFLOP/s")  # fmt: skip
+    print(f"{'method':<8} {'updates/s':>9} {'range':>13} {'time':>7} {'outside products':>17}")
     for name, (algo, update) in steps.items():
         rates = sorted(1 / t for t in times[name])
         row = {
@@ -125,7 +125,7 @@ def shipped(name: str) -> dict[str, Any]:
     return yaml.safe_load((resources.files("offrl.configs") / "algo" / f"{name}.yaml").read_text())
 
 
-def seconds(update: Callable[[], None], count: int, device: torch.device) -> float:
+def seconds(update: Callable[[], Any], count: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -154,9 +154,7 @@ def outside_products(update: Callable[[], None]) -> float:
     return 1 - sum(e.self_cpu_time_total for e in events if e.key in PRODUCTS) / total
 
 
-def by_share(
-    algo: Any, data: Dataset, base: float, device: torch.device
-) -> list[dict[str, float]]:
+def by_share(algo: Any, data: Dataset, base: float, device: torch.device) -> list[dict[str, float]]:
     """Time of the neighbor search against the share of rows that the lists certify.
 
     The policy's actions are replaced by the data's with Gaussian noise of growing size.

@@ -39,9 +39,7 @@ def test_joblib_gives_the_same_results(tmp_path, one_after_the_other):
 
 
 @pytest.mark.slow
-def test_a_local_ray_cluster_of_two_processes_gives_the_same_results(
-    tmp_path, one_after_the_other
-):
+def test_a_local_ray_cluster_of_two_processes_gives_the_same_results(tmp_path, one_after_the_other):
     found = sweep(tmp_path, "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2")
     assert found == one_after_the_other
 
@@ -49,7 +47,8 @@ def test_a_local_ray_cluster_of_two_processes_gives_the_same_results(
 @pytest.mark.slow
 def test_a_ray_head_in_a_process_of_its_own_gives_the_same_results(tmp_path, one_after_the_other):
     ray = Path(sys.executable).parent / "ray"
-    start = [ray, "start", "--head", "--num-cpus=2", "--port=6399", "--include-dashboard=false"]
+    start = [ray, "start", "--head", "--num-cpus=2", "--port=6399",
+             "--node-ip-address=127.0.0.1", "--include-dashboard=false"]  # fmt: skip
     subprocess.run(start, check=True, capture_output=True, cwd="/", timeout=120)
     try:
         address = "hydra.launcher.ray.init.address='127.0.0.1:6399'"

@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import gymnasium
 import mujoco
@@ -28,24 +28,13 @@ from torch import Generator, Tensor
 from tqdm import tqdm
 
 from offrl.data.dataset import FIELDS, DataError, bounds, episode_sums
+from offrl.engine.stage import Policy
 from offrl.seeding import derive, generator
 
 logger = logging.getLogger(__name__)
 
 CHUNK = 10_000  # steps; ten full episodes of a MuJoCo robot, about a second of work
 Made = TypeVar("Made")
-
-
-class Policy(Protocol):
-    """What a roll-out asks of a policy, as `offrl.engine.stage.Algorithm.act`; picklable."""
-
-    def act(
-        self,
-        now: dict[str, Tensor],
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]: ...
 
 
 class Uniform:

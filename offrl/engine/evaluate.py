@@ -7,7 +7,7 @@ import gymnasium
 import torch
 from torch import Generator, Tensor
 
-from offrl.engine.stage import Algorithm
+from offrl.engine.stage import Policy
 from offrl.envs.vector import Vector
 from offrl.seeding import derive
 
@@ -49,7 +49,7 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(
-        self, algo: Algorithm, episodes: int, tick: Callable[[int], None] | None = None
+        self, algo: Policy, episodes: int, tick: Callable[[int], None] | None = None
     ) -> Episodes:
         """Play `episodes` per seed with the deterministic policy.
 

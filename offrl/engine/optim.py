@@ -1,6 +1,6 @@
 """Optimizer steps shared by every update; torch only."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,9 @@ def descend(
         clip: largest gradient norm, taken per seed over all parameters of the optimizer.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = torch.autograd.grad(loss.sum(), params, allow_unused=True, materialize_grads=True)
+    grads: Sequence[Tensor] = torch.autograd.grad(
+        loss.sum(), params, allow_unused=True, materialize_grads=True
+    )
     if clip is not None:
         grads = clipped(grads, clip, loss.dim())
     for p, grad in zip(params, grads, strict=True):
@@ -49,7 +51,7 @@ def descend(
     return {name: value.detach() for name, value in metrics.items()}
 
 
-def clipped(grads: tuple[Tensor, ...], clip: float, lead: int) -> list[Tensor]:
+def clipped(grads: Sequence[Tensor], clip: float, lead: int) -> list[Tensor]:
     """Gradients scaled so that each seed's joint norm is at most `clip`."""
     square = sum(g.flatten(lead).square().sum(-1) for g in grads)
     scale = (clip / (torch.as_tensor(square).sqrt() + 1e-6)).clamp(max=1.0)  # (*S,)

@@ -30,20 +30,13 @@ class Spec:
     discrete: bool = False
 
 
-class Algorithm(Protocol):
-    """What the engine asks of a method; nothing inherits from it.
+class Policy(Protocol):
+    """What evaluation and roll-outs ask: actions from what may be known now.
 
-    `update` must be capturable: fixed shapes, no host synchronization, no branch on a tensor's
-    value, every random draw from the run's generator. Its pattern repeats every `cycle` updates.
-    `act` maps what the policy may know now (obs, where used goal, reward, start) to actions in
-    [-1, 1], drawing from `generator` only. `state` holds everything needed to continue and to
-    evaluate.
+    `now` holds obs (*S, B, o), start (*S, B), 1 where an episode begins, and where used goal and
+    reward. Actions lie in [-1, 1]; `explore` samples as in training; random draws come from
+    `generator` only.
     """
-
-    generator: Generator
-    cycle: int
-
-    def update(self, batch: Batch, step: int) -> Metrics: ...
 
     def act(
         self,
@@ -52,6 +45,20 @@ class Algorithm(Protocol):
         explore: bool = False,
         generator: Generator | None = None,
     ) -> tuple[Tensor, Any]: ...
+
+
+class Algorithm(Policy, Protocol):
+    """What the engine asks of a method; nothing inherits from it.
+
+    `update` must be capturable: fixed shapes, no host synchronization, no branch on a tensor's
+    value, every random draw from the run's generator. Its pattern repeats every `cycle` updates.
+    `state` holds everything needed to continue and to evaluate.
+    """
+
+    generator: Generator
+    cycle: int
+
+    def update(self, batch: Batch, step: int) -> Metrics: ...
 
     def state(self) -> dict[str, Any]: ...
 

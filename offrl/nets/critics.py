@@ -31,6 +31,6 @@ class Critics(nn.Module):
         """Q of the first network, (*S, B), with its weights held fixed: what a DPG actor climbs."""
         x = torch.cat([obs, act], -1)
         for layer in self.net.layers:
-            weight, bias = (p.detach().select(-3, 0) for p in (layer.weight, layer.bias))
+            weight, bias = (p.detach().select(-3, 0) for p in layer.parameters())
             x = affine(x, weight, bias, relu=layer is not self.net.layers[-1])
         return x.squeeze(-1)
