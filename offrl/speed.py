@@ -73,8 +73,9 @@ def measure_speed(options: Options) -> dict[str, Any]:
         "threads": options.threads, "torch": torch.__version__,
         "calibration_gflops": [round(min(calibration)), round(max(calibration))], "methods": {},
     }  # fmt: skip
-    print(f"{data.name}: {len(data)} transitions; {found['hardware']}, "
-          f"{options.threads} thread(s), 256-cubed product {min(calibration):.0f} to {max(calibration):.0f} GFLOP/s")  # fmt: skip
+    speed = f"{min(calibration):.0f} to {max(calibration):.0f} GFLOP/s"
+    print(f"{data.name}: {len(data)} transitions")
+    print(f"{found['hardware']}, {options.threads} thread(s), 256-cubed product {speed}")
     print(f"{'method':<8} {'updates/s':>9} {'range':>13} {'time':>7} {'outside products':>17}")
     for name, (algo, update) in steps.items():
         rates = sorted(1 / t for t in times[name])

@@ -1,6 +1,8 @@
 """Sweeps through Hydra's launchers; needs the extras `joblib` and `ray`."""
 
 import json
+import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,10 @@ SWEEP = [
 ]  # fmt: skip
 
 
-def sweep(folder, *words):
+def sweep(folder, *words, env=None):
     """Run the sweep as a command in `folder`; returns steps -> result of each run."""
     command = [sys.executable, "-c", "from offrl.cli import train; train()", *SWEEP, *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     results = [json.loads(path.read_text()) for path in Path(folder).rglob("result.json")]
     return {result["steps"]: result["final_returns"] for result in results}
@@ -47,12 +49,16 @@ def test_a_local_ray_cluster_of_two_processes_gives_the_same_results(tmp_path, o
 @pytest.mark.slow
 def test_a_ray_head_in_a_process_of_its_own_gives_the_same_results(tmp_path, one_after_the_other):
     ray = Path(sys.executable).parent / "ray"
-    start = [ray, "start", "--head", "--num-cpus=2", "--port=6399",
-             "--node-ip-address=127.0.0.1", "--include-dashboard=false"]  # fmt: skip
-    subprocess.run(start, check=True, capture_output=True, cwd="/", timeout=120)
+    # head and client share a token made here, whatever the machine's own Ray settings are
+    env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    start = [
+        ray, "start", "--head", "--num-cpus=2", "--port=6399",
+        "--node-ip-address=127.0.0.1", "--include-dashboard=false",
+    ]  # fmt: skip
+    subprocess.run(start, check=True, capture_output=True, cwd="/", env=env, timeout=120)
     try:
         address = "hydra.launcher.ray.init.address='127.0.0.1:6399'"
-        found = sweep(tmp_path, "hydra/launcher=ray_cluster", address)
+        found = sweep(tmp_path, "hydra/launcher=ray_cluster", address, env=env)
     finally:
         subprocess.run([ray, "stop", "--force"], capture_output=True, timeout=60)
     assert found == one_after_the_other
