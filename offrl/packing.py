@@ -78,6 +78,7 @@ def pack(
             for name, value in state.items()
         }
         save_file(tensors, folder / f"{env}.safetensors")
+        (folder / f"{env}.safetensors").chmod(0o644)  # safetensors makes it readable by its owner
         told["robots"][env] = {
             "env": env_id(env),
             "seed": found[0][2],
