@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+import torch
+
+from offrl.engine.evaluate import Evaluator
+from offrl.envs.make import factory
+from offrl.envs.vector import Vector, restore, snapshot
+
+
+def test_hopper_weighs_as_in_either_engine():
+    masses = [
+        factory("hopper", "v4", legacy_mass=flag)().unwrapped.model.body_mass for flag in (0, 1)
+    ]
+    assert masses[0].sum() == pytest.approx(15.82, abs=0.01)
+    assert masses[1].sum() == pytest.approx(15.26, abs=0.01)
+    expected = [3.534, 3.927, 2.714, 5.089]
+    np.testing.assert_allclose(masses[1][1:], expected, atol=1e-3)
+
+
+def test_walker_weighs_as_in_the_older_engine():
+    assert factory("walker2d", legacy_mass=True)().unwrapped.model.body_mass.sum() == pytest.approx(
+        22.70, abs=0.02
+    )
+
+
+def test_unknown_names_and_versions_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'hopper'"):
+        factory("hoper")
+    with pytest.raises(ValueError, match="v5, v4"):
+        factory("hopper", "v3")
+
+
+def test_actions_are_clipped_and_stretched_to_the_range():
+    env = factory("Pendulum-v1")()
+    np.testing.assert_allclose(env.action(np.array([0.5])), [1.0])
+    np.testing.assert_allclose(env.action(np.array([-7.0])), [-2.0])
+
+
+@pytest.mark.parametrize("name", ["hopper", "halfcheetah", "Pendulum-v1"])
+def test_a_snapshot_continues_bit_equal_through_the_next_episode(name):
+    env, g = factory(name)(), np.random.default_rng(0)
+    env.reset(seed=3)
+
+    def play(env, acts):
+        out = []
+        for act in acts:
+            obs, reward, terminated, truncated, _ = env.step(act)
+            out.append((*obs, reward))
+            if terminated or truncated:
+                out.append(env.reset()[0])
+        return np.concatenate([np.ravel(o) for o in out])
+
+    shape = env.action_space.shape
+    play(env, g.uniform(-1, 1, (30, *shape)))
+    saved = snapshot(env)
+    acts = g.uniform(-1, 1, (250, *shape))
+    expected = play(env, acts)
+    other = factory(name)()
+    other.reset(seed=99)
+    assert restore(other, saved)
+    np.testing.assert_array_equal(play(other, acts), expected)
+
+
+def test_v5_pays_one_less_per_fall_than_v4():
+    acts = np.random.default_rng(0).uniform(-1, 1, (2000, 3))
+    totals = []
+    for version in ("v4", "v5"):
+        env = factory("hopper", version)()
+        env.reset(seed=0)
+        total, falls = 0.0, 0
+        for i, act in enumerate(acts):
+            _, reward, terminated, _, _ = env.step(act)
+            total += reward
+            if terminated:
+                falls += 1
+                env.reset(seed=i)
+        totals.append(total)
+    assert totals[0] - totals[1] == pytest.approx(falls, abs=1e-6)
+
+
+def test_an_episode_restarts_with_its_true_last_observation_reported():
+    envs = Vector([factory("hopper")] * 2, [0, 1])
+    obs = envs.reset()
+    seen = torch.zeros(2)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        act = torch.rand(2, 3, generator=g) * 2 - 1
+        next_obs, _, terminal, timeout, now = envs.step(act)
+        over = (terminal + timeout) > 0
+        assert torch.equal(next_obs[~over], now[~over])
+        assert not any(torch.equal(a, b) for a, b in zip(next_obs[over], now[over], strict=True))
+        seen += over
+        obs = now
+    assert (seen > 0).all()
+    assert obs.shape == (2, 11)
+
+
+class Still:
+    """Does nothing, and records the size of the batches it is asked for."""
+
+    def __init__(self):
+        self.sizes = set()
+
+    def act(self, now, memory=None, explore=False, generator=None):
+        self.sizes.add(tuple(now["obs"].shape))
+        return torch.zeros(*now["obs"].shape[:-1], 3), memory
+
+
+def test_evaluation_plays_equal_episodes_in_fixed_batches_and_repeats_itself():
+    policy, player = Still(), Evaluator(factory("hopper"), width=3, seed=4)
+    one, two = player(policy, 6), player(policy, 6)
+    assert policy.sizes == {(3, 11)}
+    assert one.returns.shape == (6,)
+    assert torch.equal(one.returns, two.returns)
+    assert (one.lengths > 10).all()
+    with pytest.raises(ValueError, match="multiple of 3"):
+        player(policy, 7)
+
+
+def test_evaluation_equals_a_plain_loop():
+    from offrl.seeding import derive
+
+    env = factory("hopper")()
+    env.reset(seed=derive(4, "evaluation", 0))
+    returns = []
+    for _ in range(2):
+        total, over = 0.0, False
+        while not over:
+            _, reward, terminated, truncated, _ = env.step(np.zeros(3))
+            total, over = total + reward, terminated or truncated
+        returns.append(total)
+        env.reset()
+    found = Evaluator(factory("hopper"), width=1, seed=4)(Still(), 2).returns
+    np.testing.assert_allclose(found.numpy(), returns, rtol=1e-5)
+
+
+def test_stacked_seeds_meet_the_same_start_states():
+    class Shared(Still):
+        pass
+
+    player = Evaluator(factory("hopper"), seeds=(2,), width=2, seed=4)
+    found = player(Shared(), 4)
+    assert found.returns.shape == (2, 4)
+    assert torch.equal(found.returns[0], found.returns[1])
