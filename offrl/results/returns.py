@@ -19,8 +19,9 @@ def distribution(path: Path, data: Mapping[str, Mapping[str, Dataset]]) -> None:
     """One panel per environment, one histogram per data set, as PNG.
 
     A histogram counts transitions, not episodes: each episode weighs as many rows as it has, which
-    is what a sampler of transitions sees. Histograms are scaled to equal height. Scores are
-    D4RL-normalized, plain returns where D4RL has no reference.
+    is what a sampler of transitions sees; the line is its mean, the number beside it the plain
+    mean of the episodes. Histograms are scaled to equal height. Scores are D4RL-normalized, plain
+    returns where D4RL has no reference.
 
     Args:
         data: environment -> name -> data set, drawn from top to bottom.
@@ -48,9 +49,9 @@ def panel(axes: plt.Axes, env: str, sets: Mapping[str, Dataset]) -> None:
         base, color = len(sets) - 1 - level, f"C{level}"
         axes.stairs(base + 0.85 * counts / counts.max(), edges, baseline=base, fill=True,
                     color=color, alpha=0.7)  # fmt: skip
-        mean = float(value.mean())
+        mean = float(np.average(value, weights=lengths))
         axes.plot([mean, mean], [base, base + 0.9], color="black", linewidth=1)
-        text = f"{name}\n{len(data) / 1000:.0f}k, mean {mean:.0f}"
+        text = f"{name}\n{len(data) / 1000:.0f}k, mean {value.mean():.1f}"
         axes.text(1.02, (base + 0.4) / len(sets), text, transform=axes.transAxes, fontsize=8,
                   va="center")  # fmt: skip
     xlabel = "D4RL-normalized score" if known else "return"

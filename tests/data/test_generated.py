@@ -142,26 +142,6 @@ def test_rows_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
     two, again = rolled(tmp_path / "two", shares, workers=2)
     assert one.digest == two.digest
     assert found == again
-    monkeypatch.undo()
-    monkeypatch.setattr(rollout, "CHUNK", 200)
-    chunks = [rollout.play(*job) for job in jobs(shares)]
-    rewards = np.concatenate([fields["reward"] for fields, _ in chunks])
-    assert np.array_equal(one["reward"].numpy(), rewards)
-
-
-def jobs(shares):
-    """The jobs that `roll_out` hands to its processes."""
-    seen = []
-
-    def note(function, jobs, workers=0):
-        seen.extend(jobs)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "in_processes", note)
-        with pytest.raises(KeyboardInterrupt):
-            roll_out(shares, HOPPER, Path("unused"))
-    return seen
 
 
 def test_episodes_follow_each_other_and_their_flags_are_right(tmp_path, here, monkeypatch):
