@@ -5,21 +5,24 @@
 The query's state is data row i, so the state part of every distance is fixed before training. For
 each row the K nearest rows in state space are stored with their squared distances, and with
 `reach`: no row outside the list is closer than that. The best cost c of the list is the optimum of
-all rows if c < beta^2 reach, whatever the action and beta. Other rows are searched in full:
+all rows if c < beta^2 reach, whatever the action and beta. Other queries are searched in full:
 
-- The full search (`scan`) takes matrix products in float32, keeps the 8 groups of 32 rows with the
-  smallest values, and computes their costs again in float64. Its answer is proven if it beats the
-  largest value that float32 rounding could have hidden outside those groups.
-- What remains, such as hundreds of exact copies of a row, is compared in float64 row by row.
+- On a CPU by a KD-tree over [beta s, a], or by float32 products if those are faster on the data.
+- On CUDA by float32 products with all rows: the 8 groups of 32 rows with the smallest values are
+  compared in float64. No B x N matrix is held, and the host is not asked.
 
-Lists come from a KD-tree or from `scan`, whichever is faster on a sample of the data: the tree
-prunes well on narrow data and not at all on wide ones. Either gives the same neighbors in the end.
+Either returns some rows and a lower bound of the costs of all others, with room for rounding, and
+is proven as the lists are. What stays open, such as rows with many exact copies, is compared with
+all rows in float64. The lists themselves are made by a tree or by products, whichever is faster on
+a sample: a tree prunes well on narrow data and not at all on wide ones.
 """
 
 import hashlib
+import logging
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +36,21 @@ from offrl.data.dataset import DataError, write
 
 VERSION = 1  # of the stored lists
 GROUP = 32  # rows whose smallest float32 value decides whether they are compared in float64
-KEPT = 8  # groups compared in float64 per query
-MARGIN = 1 - 1e-9  # float64 rounding of squared distances, with room
+GROUPS = 8  # of these per query of the full search by products
+NEAREST = 4  # rows per query of the full search by the tree
 SCORES = {"cpu": 1 << 19, "cuda": 1 << 24}  # float32 scores held at a time: caches of each kind
-SAMPLED = 20_000  # rows from which on both ways of making lists are timed first
+SAMPLED = 20_000  # rows from which on the two ways to the lists are timed
+
+Found = tuple[Tensor, Tensor]  # rows (n, C) int64; floor (n,): all other rows cost at least that
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StateNeighbors:
     """Lists of state neighbors and the rows themselves.
 
-    Memory at N rows: 12 N K bytes of lists (192 MB for a million rows and K = 16; memory-mapped on
-    a CPU) and 4 N (o + 2 a + 2) of rows.
+    Memory at N rows: N (12 K + 8) bytes of lists (200 MB for a million rows and K = 16; mapped from
+    the cache on a CPU) and 4 N (o + 2 a + 2) of rows; a tree takes 16 N (o + a) more.
 
     Attributes:
         act: (N, a) float32.
@@ -53,8 +59,9 @@ class StateNeighbors:
             more than K rows share its state.
         square: (N, K) float64, squared state distances of the lists, ascending.
         reach: (N,) float64, a lower bound of the squared state distance of all rows outside.
-        budget: rows per seed and batch that are searched in full; None for as many as needed,
-            which reads the device's answer and cannot be captured in a graph.
+        budget: queries per seed and batch that are searched in full; None for as many as needed,
+            which asks the host and cannot be captured in a graph.
+        finders: the full searches of the values of beta met so far.
     """
 
     act: Tensor
@@ -63,6 +70,7 @@ class StateNeighbors:
     square: Tensor
     reach: Tensor
     budget: int | None = None
+    finders: dict[float, Callable[..., Found]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -83,7 +91,7 @@ class StateNeighbors:
             digest: of the data set; with the states themselves and k it names the cache entry.
             k: length of the lists; changes the speed, never the answer.
             cache: lists are kept in `cache/neighbors/`; None keeps them in memory only.
-            progress: shows a bar over the blocks of rows.
+            progress: shows a bar over the rows.
 
         Raises:
             DataError: for states or actions that are not finite float32, or a damaged cache entry.
@@ -93,11 +101,11 @@ class StateNeighbors:
         obs, act = obs_std.to(device).contiguous(), act.to(device).contiguous()
         if obs.dtype != torch.float32 or act.dtype != torch.float32 or len(obs) != len(act):
             raise DataError(
-                f"the neighbor search takes float32 states and actions of equal length, got "
+                "the neighbor search takes float32 states and actions of equal length, got "
                 f"{obs.dtype} {tuple(obs.shape)} and {act.dtype} {tuple(act.shape)}"
             )
         if not (obs.isfinite().all() and act.isfinite().all()):
-            raise DataError("the neighbor search found NaN or infinity in states or actions")
+            raise DataError("the neighbor search met NaN or infinity in the states or actions")
         k = min(k, len(obs))
         if cache is None:
             lists = state_lists(obs, k, progress)
@@ -123,9 +131,9 @@ class StateNeighbors:
 
         Returns:
             row: (*S, B) int64.
-            info: shares per seed, (*S,): `uncertified`, rows that the lists could not decide, and
-                `self_match`, rows that are their own neighbor. With a `budget` also `overflow`,
-                rows beyond it: theirs is the best row of the list, which may not be the nearest.
+            info: shares per seed, (*S,): `uncertified`, queries that the lists could not decide,
+                and `self_match`, rows that are their own neighbor. With a `budget` also `overflow`,
+                undecided queries beyond it: they get the best row of their list.
         """
         query, pi = index.reshape(-1, index.shape[-1]), pi.nan_to_num()  # (S, B)
         pi = pi.reshape(*query.shape, -1)
@@ -133,62 +141,73 @@ class StateNeighbors:
         cost = (pi.unsqueeze(-2).double() - self.act[listed]).square().sum(-1)
         row, least = lowest(cost + beta**2 * self.square[query], listed)  # (S, B)
         gap = beta**2 * self.reach[query] - least  # positive: certified
-        info = {"uncertified": share(gap <= 0)}
+        info = {"uncertified": (gap <= 0).float().mean(-1)}
         if self.budget is None:
             hard = (gap <= 0).nonzero(as_tuple=True)
             if len(hard[0]):
-                row[hard] = self.search(query[hard], pi[hard], beta)
+                row[hard] = self.search(query[hard], pi[hard], beta, least[hard])
         else:
             worst, at = gap.topk(min(self.budget, gap.shape[-1]), largest=False)  # (S, budget)
-            chosen, chosen_pi = query.gather(-1, at), pi.take_along_dim(at.unsqueeze(-1), -2)
-            found, proven = self.scan(chosen.flatten(), chosen_pi.flatten(0, 1), beta)
-            settled = proven.view_as(at) & (worst <= 0)
-            old = row.gather(-1, at)
-            row.scatter_(-1, at, torch.where(settled, found.view_as(at), old))
-            overflow = (gap <= 0).sum(-1) - settled.sum(-1)
-            info["overflow"] = overflow.float() / gap.shape[-1]
-        info["self_match"] = share(row == query)
+            i, p = query.gather(-1, at), pi.take_along_dim(at.unsqueeze(-1), -2)
+            found, proven = self.best(
+                i, p, beta, *self.products(i.flatten(), p.flatten(0, 1), beta)
+            )
+            settled = proven & (worst <= 0)
+            row.scatter_(-1, at, torch.where(settled, found, row.gather(-1, at)))
+            info["overflow"] = ((gap <= 0).sum(-1) - settled.sum(-1)) / gap.shape[-1]
+        info["self_match"] = (row == query).float().mean(-1)
         lead = index.shape[:-1]
         return row.view(index.shape), {name: value.view(lead) for name, value in info.items()}
 
-    def search(self, index: Tensor, pi: Tensor, beta: float) -> Tensor:
-        """Nearest rows by the full search: index (n,), pi (n, a) -> (n,) int64."""
-        row, proven = self.scan(index, pi, beta)
+    def search(self, index: Tensor, pi: Tensor, beta: float, least: Tensor) -> Tensor:
+        """Full search on a CPU: index (n,), pi (n, a), a cost within reach (n,) -> (n,) int64.
+
+        The first search at a beta builds a tree and decides between it and products.
+        """
+        if beta not in self.finders:
+            tree = Tree(torch.cat([beta * self.obs.double(), self.act], -1))
+
+            def by_tree(index: Tensor, pi: Tensor, least: Tensor) -> Found:
+                points = torch.cat([beta * self.obs[index].double(), pi], -1)
+                return tree.find(points, NEAREST, float(least.max()))
+
+            ways = {"tree": by_tree, "products": lambda i, p, _: self.products(i, p, beta)}
+            name = fastest(ways, index, pi, least)
+            log.info("neighbors that the lists do not decide are found by %s", name)
+            self.finders[beta] = ways[name]
+        row, proven = self.best(index, pi, beta, *self.finders[beta](index, pi, least))
         rest = (~proven).nonzero()[:, 0]
         if len(rest):
             row[rest] = brute_force(self.obs, self.act, index[rest], pi[rest], beta)
         return row
 
-    def scan(self, index: Tensor, pi: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-        """Nearest rows without host synchronization: index (n,), pi (n, a).
+    def products(self, index: Tensor, pi: Tensor, beta: float) -> Found:
+        """Rows (n, 256) that may be nearest to index (n,), pi (n, a), and the floor of the rest."""
+        return candidates(self.keys, len(self.act), self.obs[index], pi, beta, GROUPS)
 
-        Returns:
-            row: (n,) int64.
-            proven: (n,) bool; False where float32 rounding leaves the answer open.
+    def best(self, index: Tensor, pi: Tensor, beta: float, near: Tensor, floor: Tensor) -> Found:
+        """The best of the rows `near` (n, C) in float64 and whether it is proven.
+
+        index (*shape), pi (*shape, a), of n queries -> row int64 and bool of the same shape.
         """
-        obs = self.obs[index]
-        near, floor = candidates(self.keys, len(self.act), obs, pi, beta, KEPT)  # (n, C), (n,)
+        obs, pi = self.obs[index.flatten()].double(), pi.flatten(0, -2).double()
         point = self.keys[near]  # (n, C, o + a + 2)
-        o, a = obs.shape[-1], pi.shape[-1]
-        cost = (pi.unsqueeze(-2).double() - point[..., o : o + a]).square().sum(-1)
-        cost += beta**2 * (obs.unsqueeze(-2).double() - point[..., :o]).square().sum(-1)
+        split = obs.shape[-1]
+        cost = (pi.unsqueeze(-2) - point[..., split:-2]).square().sum(-1)
+        cost += beta**2 * (obs.unsqueeze(-2) - point[..., :split]).square().sum(-1)
         row, least = lowest(cost, near)
-        return row, least < floor
+        return row.view_as(index), (least < floor).view_as(index)
 
 
 def lowest(cost: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Row of the smallest cost and that cost, (..., C) -> (...); equal costs: the lowest row."""
     least = cost.amin(-1, keepdim=True)
-    row = torch.where(cost == least, rows, torch.iinfo(torch.int64).max).amin(-1)
+    row = rows.masked_fill(cost != least, torch.iinfo(torch.int64).max).amin(-1)
     return row, least.squeeze(-1)
 
 
-def share(flags: Tensor) -> Tensor:
-    return flags.float().mean(-1)
-
-
 def brute_force(obs: Tensor, act: Tensor, index: Tensor, pi: Tensor, beta: float) -> Tensor:
-    """The definition: float64 costs against every row, lowest row on ties.
+    """The definition: float64 costs of every row, the lowest row on ties.
 
     Args:
         obs, act: (N, o) and (N, a) data.
@@ -199,25 +218,58 @@ def brute_force(obs: Tensor, act: Tensor, index: Tensor, pi: Tensor, beta: float
     """
     least = torch.full((len(index),), torch.inf, dtype=torch.float64, device=obs.device)
     best = torch.zeros_like(index)
-    tile = max(64, SCORES[obs.device.type] // 4 // max(1, len(index)))
     columns = [(obs[index, c], obs[:, c], beta**2) for c in range(obs.shape[-1])]
     columns += [(pi[:, c], act[:, c], 1.0) for c in range(act.shape[-1])]
+    tile = max(64, SCORES[obs.device.type] // 4 // max(1, len(index)))
     for start in range(0, len(obs), tile):
-        cost = torch.zeros(1, dtype=torch.float64, device=obs.device)
+        cost = torch.zeros_like(least).unsqueeze(-1)
         for query, data, weight in columns:
-            part = data[start : start + tile].double() - query.double().unsqueeze(-1)  # (n, tile)
-            cost = torch.addcmul(cost, part, part, value=weight)
+            apart = data[start : start + tile].double() - query.double().unsqueeze(-1)  # (n, tile)
+            cost = torch.addcmul(cost, apart, apart, value=weight)
         row, value = lowest(cost, torch.arange(start, start + cost.shape[-1], device=obs.device))
         best = torch.where(value < least, row, best)  # strict: an earlier tile wins a tie
         least = torch.minimum(value, least)
     return best
 
 
-# --- the full search -----------------------------------------------------------------------------
+# --- the full searches ---------------------------------------------------------------------------
+
+
+class Tree:
+    """KD-tree for queries near its points (N, d), float64.
+
+    The points are turned to their principal axes, where few coordinates separate most of them, and
+    stored leaf by leaf, which is kind to caches: two to five times faster than the plain tree.
+    """
+
+    def __init__(self, points: Tensor):
+        x = points.numpy()
+        centered = x - x.mean(0)
+        self.axes = np.linalg.eigh(centered.T @ centered)[1][:, ::-1]
+        # of a turned point; the turning errs by less than d^1.5 2^-53 |x|
+        self.error = 1e-12 * float(np.linalg.norm(x, axis=1).max())
+        turned = x @ self.axes
+        order = cKDTree(turned, leafsize=32, balanced_tree=False).indices
+        self.order = torch.from_numpy(order.astype(np.int64))
+        self.tree = cKDTree(turned[order], leafsize=32, balanced_tree=False)
+
+    def find(self, points: Tensor, k: int, square: float = np.inf) -> Found:
+        """The k nearest rows of points (n, d) within a squared distance, and the floor of the rest.
+
+        Where there are fewer, other rows take their places.
+        """
+        bound = square**0.5 * (1 + 1e-9) + 2 * self.error
+        distance, at = self.tree.query(
+            points.numpy() @ self.axes, k=range(1, k + 1), distance_upper_bound=bound,
+            workers=torch.get_num_threads(),
+        )  # fmt: skip
+        near = self.order[torch.from_numpy(at).clamp_(max=len(self.order) - 1)]
+        outside = torch.from_numpy(distance[:, -1]).clamp(max=bound) - self.error
+        return near, outside.clamp(min=0).square() * (1 - 1e-9)
 
 
 def make_keys(obs: Tensor, act: Tensor) -> Tensor:
-    """Rows [s, a, |s|^2, |a|^2] such that a cost less the query's own norm is one product.
+    """Rows [s, a, |s|^2, |a|^2]: a cost less the query's own norm is a product with such a row.
 
     Padded with rows of infinite cost to a multiple of GROUP.
     """
@@ -228,45 +280,38 @@ def make_keys(obs: Tensor, act: Tensor) -> Tensor:
     return torch.cat([keys, padding])
 
 
-def candidates(
-    keys: Tensor, size: int, obs: Tensor, pi: Tensor, beta: float, kept: int
-) -> tuple[Tensor, Tensor]:
-    """Rows that may be nearest, by float32 products over all rows.
+def candidates(keys: Tensor, size: int, obs: Tensor, pi: Tensor, beta: float, groups: int) -> Found:
+    """Rows that may be nearest, by float32 products with all rows, and the floor of the rest.
 
     Args:
         keys: (padded N, o + a + 2) from `make_keys`; size: N.
         obs, pi: (n, o) and (n, a) queries.
-        kept: groups of GROUP rows to return per query.
-
-    Returns:
-        rows: (n, kept * GROUP) int64; padding repeats the last row.
-        floor: (n,) float64, lower bound of the exact cost of every row not returned.
+        groups: number of groups to return per query, of GROUP rows each.
     """
-    n, width = len(obs), keys.shape[-1]
-    ones = torch.ones(n, 1, device=obs.device)
+    n, device = len(obs), obs.device
+    ones = torch.ones(n, 1, device=device)
     query = torch.cat([-2 * beta**2 * obs, -2 * pi, beta**2 * ones, ones], -1)
-    values = torch.empty(n, len(keys) // GROUP, device=obs.device)
-    tile = max(1, SCORES[obs.device.type] // GROUP // max(1, n)) * GROUP
-    buffer = torch.empty(n * min(tile, len(keys)), device=obs.device)
+    values = torch.empty(n, len(keys) // GROUP, device=device)
+    tile = max(1, SCORES[device.type] // GROUP // max(1, n)) * GROUP
+    buffer = torch.empty(n * min(tile, len(keys)), device=device)
     with full_precision():
         for start in range(0, len(keys), tile):
             block = keys[start : start + tile]
-            scores = buffer[: n * len(block)].view(n, len(block))
-            torch.mm(query, block.T, out=scores)
+            scores = torch.mm(query, block.T, out=buffer[: n * len(block)].view(n, len(block)))
             part = values[:, start // GROUP : (start + len(block)) // GROUP]
             torch.amin(scores.view(n, -1, GROUP), -1, out=part)
-    kept = min(kept, values.shape[-1])
-    value, group = values.topk(kept, largest=False)
-    rows = (group.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=obs.device)).flatten(-2)
-    rows = rows.clamp(max=size - 1)
-    if kept == values.shape[-1]:
-        return rows, torch.full((n,), torch.inf, dtype=torch.float64, device=obs.device)
-    # A row of exact cost c has |key| <= |query| + sqrt(c), so its float32 value is off by at most
-    # (width + 4) 2^-24 (2 |query| + sqrt(c))^2 (Higham, Accuracy and Stability, section 3.1; the
-    # factor 2 below is room). All rows not returned have values of at least the last one kept.
+    groups = min(groups, values.shape[-1])
+    value, group = values.topk(groups, largest=False)
+    rows = group.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=device)
+    rows = rows.flatten(-2).clamp_(max=size - 1)
+    if groups == values.shape[-1]:
+        return rows, torch.full((n,), torch.inf, dtype=torch.float64, device=device)
+    # A row of exact cost c has |key| <= |query| + sqrt(c), so its float32 value errs by at most
+    # (columns + 4) 2^-24 (2 |query| + sqrt(c))^2 (Higham, Accuracy and Stability of Numerical
+    # Algorithms, section 3.1; the 2 below is room). All other rows have at least the last value.
     norm = beta**2 * obs.double().square().sum(-1) + pi.double().square().sum(-1)
     bound = (value[:, -1].double() + norm).clamp(min=0)
-    error = 2 * (width + 4) * 2.0**-24 * (2 * norm.sqrt() + bound.sqrt()).square()
+    error = 2 * (keys.shape[-1] + 4) * 2.0**-24 * (2 * norm.sqrt() + bound.sqrt()).square()
     return rows, bound - error
 
 
@@ -281,9 +326,19 @@ def full_precision():
         torch.set_float32_matmul_precision(before)
 
 
+def fastest(ways: dict[str, Callable[..., Found]], *sample: Tensor) -> str:
+    """Name of the way that takes the least time for a sample; the answers are the same."""
+    seconds = {}
+    for name, way in ways.items():
+        before = time.perf_counter()
+        way(*sample)
+        seconds[name] = time.perf_counter() - before
+    return min(seconds, key=lambda name: seconds[name])
+
+
 # --- the lists -----------------------------------------------------------------------------------
 
-Lists = tuple[Tensor, Tensor, Tensor]  # rows, square, reach
+Lists = tuple[Tensor, Tensor, Tensor]  # rows, square and reach of StateNeighbors
 
 
 def cached_lists(obs: Tensor, k: int, digest: str, cache: Path, progress: bool) -> Lists:
@@ -294,30 +349,29 @@ def cached_lists(obs: Tensor, k: int, digest: str, cache: Path, progress: bool) 
     """
     states = hashlib.sha256(obs.cpu().numpy().data).hexdigest()
     folder = cache / "neighbors" / f"{digest[:16]}-{states[:16]}-k{k}-v{VERSION}"
+    shapes = {"rows": (len(obs), k), "square": (len(obs), k), "reach": (len(obs),)}
 
     def fill(place: Path) -> dict[str, Any]:
-        lists = state_lists(obs, k, progress)
-        for name, value in zip(("rows", "square", "reach"), lists, strict=True):
+        for name, value in zip(shapes, state_lists(obs, k, progress), strict=True):
             np.save(place / f"{name}.npy", value.cpu().numpy())
         return {"digest": digest, "states": states, "rows": len(obs), "k": k}
 
     if not folder.exists():
         write(folder, fill)
-    shapes = {"rows": (len(obs), k), "square": (len(obs), k), "reach": (len(obs),)}
     try:
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in shapes}
-        if any(arrays[name].shape != shape for name, shape in shapes.items()):
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="c") for name in shapes]
+        if [array.shape for array in arrays] != list(shapes.values()):
             raise ValueError("wrong shape")
-        if arrays["rows"].min() < 0 or arrays["rows"].max() >= len(obs):
+        if arrays[0].min() < 0 or arrays[0].max() >= len(obs):
             raise ValueError("rows outside the data")
     except (OSError, ValueError) as error:
         raise DataError(f"the cache entry {folder} is damaged ({error}); delete it") from error
-    rows, square, reach = (torch.from_numpy(arrays[name]) for name in shapes)
+    rows, square, reach = map(torch.from_numpy, arrays)
     return rows, square, reach
 
 
 def state_lists(obs: Tensor, k: int, progress: bool) -> Lists:
-    """The k nearest states of every state, by the faster of two ways on these data.
+    """The k nearest states of every state.
 
     Args:
         obs: (N, o) float32.
@@ -325,71 +379,36 @@ def state_lists(obs: Tensor, k: int, progress: bool) -> Lists:
     Returns:
         rows (N, k) int32, square (N, k) float64 and reach (N,) float64 of `StateNeighbors`.
     """
-    size = len(obs)
-    order, ways = torch.arange(size, device=obs.device), {"products": by_products(obs, k)}
-    if obs.device.type == "cpu":
-        points = obs.numpy().astype(np.float64)
-        # rows in the order of a tree's leaves lie together, which halves the time of a query
-        order = torch.from_numpy(cKDTree(points, balanced_tree=False).indices.copy())
-        ways["tree"] = by_tree(points[order.numpy()], order, k)
-    rows = torch.empty(size, k, dtype=torch.int32, device=obs.device)
-    square = torch.empty(size, k, dtype=torch.float64, device=obs.device)
-    reach = torch.empty(size, dtype=torch.float64, device=obs.device)
-    name = fastest(ways, order) if len(ways) > 1 and size >= SAMPLED else next(iter(ways))
-    block = 1024
-    with tqdm(total=size, desc=f"state neighbors by {name}", unit="row", disable=not progress,
-              unit_scale=True) as bar:  # fmt: skip
-        for start in range(0, size, block):
-            own = order[start : start + block]
-            near, floor = ways[name](own, start)
-            rows[own], square[own], reach[own] = nearest_of(obs, own, near, floor, k)
-            bar.update(len(own))
+    size, device = len(obs), obs.device
+    keys, none = make_keys(obs, obs[:, :0]), obs[:, :0]
+    ways = {"products": lambda own: candidates(keys, size, obs[own], none[own], 1.0, k)}
+    order, name = torch.arange(size, device=device), "products"
+    if device.type == "cpu":
+        tree = Tree(obs.double())
+        ways["tree"] = lambda own: tree.find(obs[own].double(), k)
+        order = tree.order  # neighbors one after the other find their leaves in the cache
+        sample = torch.cat([order[size * part // 5 :][:16] for part in range(1, 5)])
+        name = fastest(ways, sample) if size >= SAMPLED else "tree"
+    rows = torch.empty(size, k, dtype=torch.int32, device=device)
+    square = torch.empty(size, k, dtype=torch.float64, device=device)
+    reach = torch.empty(size, dtype=torch.float64, device=device)
+    bar = {"desc": f"state neighbors by {name}", "unit": "row", "unit_scale": True}
+    with tqdm(total=size, disable=not progress, **bar) as shown:
+        for own in order.split(1024):
+            rows[own], square[own], reach[own] = nearest_of(obs, own, *ways[name](own), k)
+            shown.update(len(own))
     return rows, square, reach
 
 
-def by_tree(points, order: Tensor, k: int):
-    """Candidates from a KD-tree over `points`, which are the rows in `order`."""
-    tree = cKDTree(points, balanced_tree=False)
-
-    def find(own: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        distance, at = tree.query(points[start : start + len(own)], k=range(1, k + 1), workers=-1)
-        return order[torch.from_numpy(at)], torch.from_numpy(distance[:, -1]).square()
-
-    return find
-
-
-def by_products(obs: Tensor, k: int):
-    """Candidates from float32 products with all rows."""
-    nothing = obs[:, :0]
-    keys = make_keys(obs, nothing)
-
-    def find(own: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        return candidates(keys, len(obs), obs[own], nothing[own], 1.0, k)
-
-    return find
-
-
 def nearest_of(obs: Tensor, own: Tensor, near: Tensor, floor: Tensor, k: int) -> Lists:
-    """The k nearest of the candidates `near` (n, C) of rows `own` (n,), in float64.
+    """The k nearest among the rows `near` (n, C) of rows `own` (n,), in float64.
 
     Returns:
-        rows (n, k) and square (n, k), ordered by distance, then row; reach (n,).
+        rows (n, k) and square (n, k), by distance, then row; reach (n,), also below `floor` (n,).
     """
     near = near.sort(-1).values
     square = (obs[own].unsqueeze(1).double() - obs[near]).square().sum(-1)
-    repeated = torch.zeros_like(near, dtype=torch.bool)
-    repeated[:, 1:] = near[:, 1:] == near[:, :-1]
-    square, at = square.masked_fill(repeated, torch.inf).sort(dim=-1, stable=True)
+    square[:, 1:].masked_fill_(near[:, 1:] == near[:, :-1], torch.inf)  # padding repeats a row
+    square, at = square.sort(dim=-1, stable=True)
     rows, square = near.gather(-1, at)[:, :k], square[:, :k]
-    return rows.int(), square, torch.minimum(square[:, -1], floor).clamp(min=0) * MARGIN
-
-
-def fastest(ways: dict, order: Tensor) -> str:
-    """The way that answers a sample of rows sooner; both give exact answers later."""
-    seconds = {}
-    for name, find in ways.items():
-        before = time.perf_counter()
-        for start in (len(order) // 8, len(order) // 3, len(order) // 2, len(order) * 4 // 5):
-            find(order[start : start + 128], start)
-        seconds[name] = time.perf_counter() - before
-    return min(seconds, key=lambda name: seconds[name])
+    return rows.int(), square, torch.minimum(square[:, -1] * (1 - 1e-9), floor).clamp(min=0)

@@ -59,14 +59,22 @@ def test_every_path_returns_the_definition(data, table, beta):
     pi[:64] = data[1][index[:64]]  # a cost of zero, shared with copies
     truth = definition(*data, index, pi, beta)
     assert torch.equal(brute_force(*data, index, pi, beta), truth)
-    assert torch.equal(table.search(index, pi, beta), truth)
     assert torch.equal(table.nearest(index, pi, beta)[0], truth)
     row, info = replace(table, budget=256).nearest(index, pi, beta)
     assert torch.equal(row, truth)
     assert info["overflow"] == 0
-    found, proven = table.scan(index, pi, beta)
-    assert torch.equal(found[proven], truth[proven])
-    assert proven.float().mean() > 0.95
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("way", ["tree", "products"])
+def test_both_full_searches_return_the_definition(data, table, monkeypatch, way, beta):
+    monkeypatch.setattr(neighbors, "fastest", lambda ways, *sample: way)
+    monkeypatch.setattr(neighbors, "brute_force", None)  # they prove every row themselves
+    index, pi = queries(data[1], sd=1.0)
+    truth = definition(*data, index, pi, beta)
+    for least in (1e9, float((pi - data[1][index]).double().square().sum(-1).max())):
+        found = replace(table, finders={}).search(index, pi, beta, torch.full((256,), least))
+        assert torch.equal(found, truth)
 
 
 def test_lists_decide_most_rows_near_the_data(data, table):
@@ -87,7 +95,9 @@ def test_copies_answer_with_their_lowest_row(data, table):
 
 
 @pytest.mark.parametrize("share_action", [True, False])
-def test_more_copies_of_a_state_than_the_list_holds(share_action):
+@pytest.mark.parametrize("way", ["tree", "products"])
+def test_more_copies_of_a_state_than_the_list_holds(monkeypatch, way, share_action):
+    monkeypatch.setattr(neighbors, "fastest", lambda ways, *sample: way)
     obs, act = rows(2000, copies=0)
     obs[100:1900] = obs[50]
     if share_action:
@@ -97,8 +107,6 @@ def test_more_copies_of_a_state_than_the_list_holds(share_action):
     for beta in BETAS:
         truth = definition(obs, act, index, pi, beta)
         assert torch.equal(table.nearest(index, pi, beta)[0], truth)
-        found, proven = table.scan(index, pi, beta)
-        assert torch.equal(found[proven], truth[proven])
 
 
 def test_a_neighbor_outside_the_list_is_not_certified_and_found():
@@ -159,16 +167,19 @@ def test_seeds_are_separate_batches(data, table):
                 assert info[name][seed] == value
 
 
-def test_far_rows_do_not_loosen_the_proof(data):
+@pytest.mark.parametrize("way", ["tree", "products"])
+def test_far_rows_do_not_loosen_the_proof(data, monkeypatch, way):
+    monkeypatch.setattr(neighbors, "fastest", lambda ways, *sample: way)
     obs, act = data[0].clone(), data[1]
     obs[::50] *= 300
     table = StateNeighbors.build(obs, act, "digest")
     index, pi = queries(act)
-    for beta in BETAS:
-        truth = definition(obs, act, index, pi, beta)
-        assert torch.equal(table.nearest(index, pi, beta)[0], truth)
-        ordinary = index % 50 != 0
-        assert table.scan(index, pi, beta)[1][ordinary].float().mean() > 0.9
+    truth = definition(obs, act, index, pi, 2.0)
+    assert torch.equal(table.nearest(index, pi, 2.0)[0], truth)
+    ordinary = index % 50 != 0
+    monkeypatch.setattr(neighbors, "brute_force", None)
+    found = table.search(index[ordinary], pi[ordinary], 2.0, torch.full((1,), 99.0))
+    assert torch.equal(found, truth[ordinary])
 
 
 def test_actions_that_are_not_numbers_do_not_leave_the_data(data, table):
@@ -182,7 +193,7 @@ def test_actions_that_are_not_numbers_do_not_leave_the_data(data, table):
 @pytest.mark.parametrize("way", ["tree", "products"])
 def test_lists_hold_the_nearest_states_and_bound_the_rest(data, monkeypatch, way):
     obs = data[0][:1000]
-    monkeypatch.setattr(neighbors, "fastest", lambda ways, order: way)
+    monkeypatch.setattr(neighbors, "fastest", lambda ways, *sample: way)
     monkeypatch.setattr(neighbors, "SAMPLED", 0)
     near, square, reach = state_lists(obs, 16, progress=False)
     truth = (obs.unsqueeze(0).double() - obs.unsqueeze(1).double()).square().sum(-1)
