@@ -87,16 +87,18 @@ def roll_out(
         the others, None if there are none.
 
     Raises:
-        DataError: if a process died. An error of a policy or an environment is raised as it is.
+        DataError: no rows are asked for, or a process died. An error of a policy or an
+            environment is raised as it is.
         OSError: if the disk is full.
     """
-    jobs = []
+    total, jobs = sum(share.rows for share in shares), []
+    if total < 1:
+        raise DataError(f"rows must be at least 1, got {total}")
     for share in shares:
         packed = pickle.dumps((make_env, share.policy, share.explore))
         for number, first in enumerate(range(0, share.rows, CHUNK)):
             chunk_seed = derive(seed, "rollout", share.name, number)
             jobs.append((packed, min(CHUNK, share.rows - first), chunk_seed))
-    total = sum(share.rows for share in shares)
     rewards, ends, cut = [], [], []
     with ExitStack() as stack:
         files: dict[str, BinaryIO] = {}

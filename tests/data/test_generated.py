@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,12 +43,14 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "home"
 
 
+def one_process(function, jobs, workers=0):
+    return (function(*job) for job in jobs)
+
+
 @pytest.fixture
 def here(monkeypatch):
     """Play in this process, which saves the start of workers; see the test of their equality."""
-    monkeypatch.setattr(
-        rollout, "in_processes", lambda function, jobs, workers=0: (function(*job) for job in jobs)
-    )
+    monkeypatch.setattr(rollout, "in_processes", one_process)
 
 
 @pytest.fixture
@@ -121,15 +122,43 @@ def test_unknown_robots_and_damaged_policies_are_named(shipped):
         policies.load("hopper", shipped)
 
 
-def test_packing_takes_the_best_as_expert_and_the_first_in_the_band_as_medium():
-    from offrl.packing import choose
+def test_packing_keeps_evenly_spaced_snapshots_up_to_medium_and_the_expert():
+    from offrl.packing import kept, within
 
-    means = [10.0, 100.0, 200.0, 380.0, 450.0, 300.0, 1000.0, 900.0]
-    assert choose(Path("run"), list(range(8)), means, keep=3) == [
-        (0, "early"), (2, "early"), (3, "medium"), (6, "expert")
+    assert within((0.4, 0.5), [10, 100, 380, 450, 700, 500], 1000) == [3, 5]
+    assert kept(medium=4, expert=7, keep=3) == [
+        (0, "early"), (2, "early"), (4, "medium"), (7, "expert")
     ]  # fmt: skip
-    with pytest.raises(DataError, match="snapshots more often"):
-        choose(Path("run"), [1, 2], [10.0, 1000.0], keep=3)
+    assert kept(medium=1, expert=3, keep=10) == [(0, "early"), (1, "medium"), (3, "expert")]
+
+
+def test_packed_policies_play_as_the_run_that_they_come_from(tmp_path, monkeypatch):
+    from offrl import packing
+
+    run = tmp_path / "run" / "snapshots"
+    run.mkdir(parents=True)
+    config = sac.Config(hidden=(32, 32), batch=8)
+    algo = sac.make(config, Spec(11, 3), torch.Generator().manual_seed(0))
+    obs, means, scalar = torch.randn(5, 11), {}, torch.zeros(8)
+    batch = {"obs": torch.randn(8, 11), "act": torch.zeros(8, 3), "reward": scalar,
+             "next_obs": torch.randn(8, 11), "terminal": scalar}  # fmt: skip
+    for update in range(3):
+        algo.update(batch, update)
+        content = {"format": 1, "label": "sac", "seeds": [4], "step": 101 + update,
+                   "algo": algo.state()}  # fmt: skip
+        torch.save(content, run / f"{101 + update}.pt")
+        means[101 + update] = algo.act({"obs": obs})[0]
+    monkeypatch.setattr(packing, "in_processes", one_process)
+    monkeypatch.setattr(packing, "MEDIUM", (0.0, 1.5))
+    told = packing.pack({"hopper": run.parent}, folder=tmp_path / "out", episodes=2)
+    robot = told["robots"]["hopper"]
+    assert (robot["seed"], robot["random_steps"], robot["env"]) == (4, 100, "Hopper-v5")
+    medium, expert = policies.load("hopper", tmp_path / "out")
+    assert (medium.about["role"], medium.about["step"]) == ("medium", 101)
+    assert expert.about["return"] > 0
+    for policy in (medium, expert):
+        played = policy.act({"obs": obs})[0]
+        torch.testing.assert_close(played, means[policy.about["step"]], rtol=0, atol=1e-3)
 
 
 # --- roll-outs -----------------------------------------------------------------------------------
