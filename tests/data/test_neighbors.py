@@ -258,7 +258,7 @@ def test_an_interrupted_build_leaves_nothing(data, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(neighbors, "nearest_of", interrupted)
+    monkeypatch.setattr(neighbors, "take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         StateNeighbors.build(*data, "digest", cache=tmp_path)
     assert not list((tmp_path / "neighbors").iterdir())
