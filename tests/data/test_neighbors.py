@@ -73,7 +73,9 @@ def test_both_full_searches_return_the_definition(data, table, monkeypatch, way,
     index, pi = queries(data[1], sd=1.0)
     truth = definition(*data, index, pi, beta)
     for least in (1e9, float((pi - data[1][index]).double().square().sum(-1).max())):
-        found = replace(table, finders={}).search(index, pi, beta, torch.full((256,), least))
+        found = replace(table, finders={}).search(
+            index, pi, beta, torch.full((256,), least, dtype=torch.float64)
+        )
         assert torch.equal(found, truth)
 
 
