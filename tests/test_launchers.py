@@ -18,7 +18,7 @@ SWEEP = [
 def sweep(folder, *words, env=None):
     """Run the sweep as a command in `folder`; returns steps -> result of each run."""
     command = [sys.executable, "-c", "from offrl.cli import train; train()", *SWEEP, *words]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     results = [json.loads(path.read_text()) for path in Path(folder).rglob("result.json")]
     return {result["steps"]: result["final_returns"] for result in results}
