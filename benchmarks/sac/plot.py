@@ -1,0 +1,22 @@
+"""Draw the curves of the behavior policies' training runs: python benchmarks/sac/plot.py."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from offrl.results.plots import learning_curve
+
+HERE = Path(__file__).parent
+
+for path in sorted(HERE.glob("*-metrics.csv")):
+    env = path.name.removesuffix("-metrics.csv")
+    with open(path) as file:
+        points = [
+            (int(row["step"]), float(row["value"]))
+            for row in csv.DictReader(file)
+            if row["stage"] == "evaluation" and row["name"] == "return"
+        ]
+    steps, returns = np.array(points).T
+    learning_curve(HERE / f"{env}.png", steps, returns[None], f"SAC on {env} (v5), seed 0",
+                   "return of 10 deterministic episodes", "environment steps")  # fmt: skip
