@@ -2,12 +2,15 @@
 
 import difflib
 import functools
+import logging
 import math
 import warnings
 from collections.abc import Callable
 
 import gymnasium
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 ROBOTS = {
     "halfcheetah": "HalfCheetah", "hopper": "Hopper", "walker2d": "Walker2d", "ant": "Ant",
@@ -69,7 +72,19 @@ def factory(
     return functools.partial(build, env_id(name, version), legacy_mass, render)
 
 
+def simulator_warning(message: str) -> None:
+    """MuJoCo's warnings go to the log, not to a MUJOCO_LOG.TXT in the working folder.
+
+    Gymnasium's HalfCheetah model uses a deprecated attribute, which no user can change.
+    """
+    if "settotalmass" not in message:
+        logger.warning("mujoco: %s", message)
+
+
 def build(id: str, legacy_mass: bool, render: bool) -> gymnasium.Env:
+    import mujoco
+
+    mujoco.set_mju_user_warning(simulator_warning)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*out of date.*")  # v4, chosen on purpose
         env = gymnasium.make(
