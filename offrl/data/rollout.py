@@ -6,7 +6,6 @@ Its last episode is cut, with timeout = 1.
 """
 
 import itertools
-import logging
 import multiprocessing
 import os
 import pickle
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import gymnasium
-import mujoco
 import numpy as np
 import torch
 from torch import Generator, Tensor
@@ -30,8 +28,6 @@ from tqdm import tqdm
 from offrl.data.dataset import FIELDS, DataError, bounds, episode_sums
 from offrl.engine.stage import Policy
 from offrl.seeding import derive, generator
-
-logger = logging.getLogger(__name__)
 
 CHUNK = 10_000  # steps; ten full episodes of a MuJoCo robot, about a second of work
 Made = TypeVar("Made")
@@ -197,7 +193,6 @@ def set_up() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    mujoco.set_mju_user_warning(simulator_warning)
 
 
 def end_with_parent() -> None:
@@ -205,12 +200,6 @@ def end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def simulator_warning(message: str) -> None:
-    """Tell of unstable physics; old attributes in Gymnasium's own model files are not news."""
-    if "deprecated" not in message:
-        logger.warning("mujoco: %s", message)
 
 
 def borders(weights: Sequence[float], rows: int) -> list[int]:
