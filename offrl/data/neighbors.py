@@ -13,8 +13,7 @@ all rows if c < beta^2 reach, whatever the action and beta. Other queries are se
 
 Either returns some rows and a lower bound of the costs of all others, with room for rounding, and
 is proven as the lists are. What stays open, such as rows with many exact copies, is compared with
-all rows in float64. The lists themselves are made by a tree or by products, whichever is faster on
-a sample: a tree prunes well on narrow data and not at all on wide ones.
+all rows in float64. The lists are made by the same two searches, in state space.
 """
 
 import hashlib
@@ -39,7 +38,9 @@ GROUP = 32  # rows whose smallest float32 value decides whether they are compare
 GROUPS = 8  # of these per query of the full search by products
 NEAREST = 4  # rows per query of the full search by the tree
 SCORES = {"cpu": 1 << 19, "cuda": 1 << 24}  # float32 scores held at a time: caches of each kind
-SAMPLED = 20_000  # rows from which on the two ways to the lists are timed
+RADIUS = (
+    1.0  # state distance at which the tree ends a list; costs below beta^2 RADIUS^2 need no more
+)
 
 Found = tuple[Tensor, Tensor]  # rows (n, C) int64; floor (n,): all other rows cost at least that
 log = logging.getLogger(__name__)
@@ -106,12 +107,9 @@ class StateNeighbors:
             )
         if not (obs.isfinite().all() and act.isfinite().all()):
             raise DataError("the neighbor search met NaN or infinity in the states or actions")
-        k = min(k, len(obs))
-        if cache is None:
-            lists = state_lists(obs, k, progress)
-        else:
-            lists = cached_lists(obs, k, digest, Path(cache), progress)
-        rows, square, reach = (value.to(device) for value in lists)
+        what = (obs, min(k, len(obs)), progress)
+        made = state_lists(*what) if cache is None else cached_lists(*what, digest, cache)
+        rows, square, reach = (value.to(device) for value in made)
         budget = 64 if device.type == "cuda" else None
         return cls(act, make_keys(obs, act), rows, square, reach, budget)
 
@@ -214,12 +212,7 @@ def lowest(cost: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 def brute_force(obs: Tensor, act: Tensor, index: Tensor, pi: Tensor, beta: float) -> Tensor:
     """The definition: float64 costs of every row, the lowest row on ties.
 
-    Args:
-        obs, act: (N, o) and (N, a) data.
-        index, pi: (n,) int64 and (n, a) queries.
-
-    Returns:
-        (n,) int64.
+    Data obs (N, o), act (N, a) and queries index (n,), pi (n, a) -> (n,) int64.
     """
     least = torch.full((len(index),), torch.inf, dtype=torch.float64, device=obs.device)
     best = torch.zeros_like(index)
@@ -244,7 +237,7 @@ class Tree:
     """KD-tree for queries near its points (N, d), float64.
 
     The points are turned to their principal axes, where few coordinates separate most of them, and
-    stored leaf by leaf, which is kind to caches: two to five times faster than the plain tree.
+    stored leaf by leaf, which is kind to caches: two to four times faster than the plain tree.
     """
 
     def __init__(self, points: Tensor):
@@ -254,14 +247,14 @@ class Tree:
         # of a turned point; the turning errs by less than d^1.5 2^-53 |x|
         self.error = 1e-12 * float(np.linalg.norm(x, axis=1).max())
         turned = x @ self.axes
-        order = cKDTree(turned, leafsize=32, balanced_tree=False).indices
+        order = cKDTree(turned, leafsize=64, balanced_tree=False).indices
         self.order = torch.from_numpy(order.astype(np.int64))
-        self.tree = cKDTree(turned[order], leafsize=32, balanced_tree=False)
+        self.tree = cKDTree(turned[order], leafsize=64, balanced_tree=False)
 
     def find(self, points: Tensor, k: int, square: float = np.inf) -> Found:
         """The k nearest rows of points (n, d) within a squared distance, and the floor of the rest.
 
-        Where there are fewer, other rows take their places.
+        Where there are fewer, some other row takes their places.
         """
         bound = square**0.5 * (1 + 1e-9) + 2 * self.error
         distance, at = self.tree.query(
@@ -345,14 +338,14 @@ def fastest(ways: dict[str, Callable[..., Found]], *sample: Tensor) -> str:
 Lists = tuple[Tensor, Tensor, Tensor]  # rows, square and reach of StateNeighbors
 
 
-def cached_lists(obs: Tensor, k: int, digest: str, cache: Path, progress: bool) -> Lists:
+def cached_lists(obs: Tensor, k: int, progress: bool, digest: str, cache: Path) -> Lists:
     """Lists from the cache, made on first use; nothing is left there if that is interrupted.
 
     Raises:
         DataError: if the entry is damaged.
     """
     states = hashlib.sha256(obs.cpu().numpy().data).hexdigest()
-    folder = cache / "neighbors" / f"{digest[:16]}-{states[:16]}-k{k}-v{VERSION}"
+    folder = cache / "neighbors" / f"{digest[:16]}-{states[:16]}-{obs.device.type}-k{k}-v{VERSION}"
     shapes = {"rows": (len(obs), k), "square": (len(obs), k), "reach": (len(obs),)}
 
     def fill(place: Path) -> dict[str, Any]:
@@ -370,8 +363,7 @@ def cached_lists(obs: Tensor, k: int, digest: str, cache: Path, progress: bool) 
             raise ValueError("rows outside the data")
     except (OSError, ValueError) as error:
         raise DataError(f"the cache entry {folder} is damaged ({error}); delete it") from error
-    rows, square, reach = map(torch.from_numpy, arrays)
-    return rows, square, reach
+    return torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1]), torch.from_numpy(arrays[2])
 
 
 def state_lists(obs: Tensor, k: int, progress: bool) -> Lists:
@@ -383,26 +375,23 @@ def state_lists(obs: Tensor, k: int, progress: bool) -> Lists:
     Returns:
         rows (N, k) int32, square (N, k) float64 and reach (N,) float64 of `StateNeighbors`.
     """
-    size, device = len(obs), obs.device
-    keys, none = make_keys(obs, obs[:, :0]), obs[:, :0]
-    ways = {"products": lambda own: candidates(keys, obs[own], none[own], 1.0, k)}
-    order, name = torch.arange(size, device=device), "products"
+    size, device, none = len(obs), obs.device, obs[:, :0]
+    keys = make_keys(obs, none)
+    order = torch.arange(size, device=device)
+    find = lambda own: candidates(keys, obs[own], none[own], 1.0, k)  # noqa: E731
     if device.type == "cpu":
         tree = Tree(obs.double())
-        ways["tree"] = lambda own: tree.find(obs[own].double(), k)
-        order = tree.order  # neighbors one after the other find their leaves in the cache
-        sample = torch.cat([order[size * part // 5 :][:16] for part in range(1, 5)])
-        name = fastest(ways, sample) if size >= SAMPLED else "tree"
+        find = lambda own: tree.find(obs[own].double(), k, RADIUS**2)  # noqa: E731
+        order = tree.order  # rows side by side find their leaves in the cache
     rows = torch.empty(size, k, dtype=torch.int32, device=device)
     square = torch.empty(size, k, dtype=torch.float64, device=device)
     reach = torch.empty(size, dtype=torch.float64, device=device)
-    bar = {"desc": f"state neighbors by {name}", "unit": "row", "unit_scale": True}
-    with tqdm(total=size, disable=not progress, **bar) as shown:
+    with tqdm(total=size, desc="state neighbors", unit="row", disable=not progress) as bar:
         for own in order.split(256 if device.type == "cpu" else 4096):
-            near, floor = ways[name](own)
+            near, floor = find(own)
             apart = obs[own].unsqueeze(1).double() - take(keys, near)[..., :-2]
             square[own], at = apart.square().sum(-1).topk(k, largest=False)
             rows[own] = near.gather(-1, at).int()
             reach[own] = torch.minimum(square[own, -1] * (1 - 1e-9), floor).clamp(min=0)
-            shown.update(len(own))
+            bar.update(len(own))
     return rows, square, reach
