@@ -17,7 +17,7 @@ The penalty of a row never exceeds TD3+BC's: the row itself is in the table. `ac
 the share of rows whose neighbor is themselves; near 1, PRDC equals TD3+BC with the same alpha.
 
 The search is exact (`offrl.data.neighbors`). On CUDA a fixed number of uncertified rows is searched
-per batch; `actor/overflow` counts those beyond it.
+per batch; `actor/overflow` is the share of rows beyond it.
 
 Differences from the authors' code and paper:
 - The paper states the penalty as the unsquared joint distance; the released code, followed here,
