@@ -251,8 +251,11 @@ def test_a_failing_policy_leaves_nothing(cache, here):
 def test_ctrl_c_leaves_nothing(cache, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
+        "import signal\n"
         "from offrl.data import generated\n"
         "if __name__ == '__main__':\n"
+        # a shell ignores the signal for what it starts in the background; here it must arrive
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    generated.load('hopper', 'random', rows=2_000_000, workers=1)\n"
     )
     run = subprocess.Popen(
