@@ -1,6 +1,6 @@
 """Settings of a run: one typed home for every value, and where each value came from.
 
-Weakest first: the dataclass default, the preset, every matching task pattern in file order, the
+Weakest first: the dataclass default, every matching task pattern in file order, the preset, the
 command line. An override equal to a default is still an override: origins are recorded, never
 guessed from values.
 """
@@ -241,14 +241,14 @@ def resolve(
             f"there is no preset {preset!r}{nearest(preset, presets)}; "
             f"{algo} has {', '.join(presets)}"
         )
-    for name, value in presets[preset].items():
-        put(qualified(name), value, f"preset {preset}")
     settings_now = Settings(**{name: values[name] for name in settings})
     task = Resolved(settings_now, algo, {}).task
     for pattern, group in (tasks or {}).items():
         if fnmatch.fnmatchcase(task, pattern):
             for name, value in group.items():
                 put(qualified(name), value, f"task {pattern}")
+    for name, value in presets[preset].items():
+        put(qualified(name), value, f"preset {preset}")
     for key, value in overrides.items():
         put(key, value, "command line")
     return Resolved(
