@@ -10,6 +10,8 @@ from offrl import config as configuration
 from offrl.config import ConfigError, Resolved
 from offrl.data.sources import SUFFIXES
 
+# flags of Hydra that are followed by a value
+HYDRA_FLAGS = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd"}
 OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
 
 
@@ -47,7 +49,12 @@ def check_overrides(argv: Sequence[str]) -> dict[str, list[Any]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    words = [word for word in argv if not word.startswith("-")]
+    before = ["", *argv]
+    words = [
+        word
+        for word, flag in zip(argv, before, strict=False)
+        if not word.startswith("-") and flag not in HYDRA_FLAGS
+    ]
     for word in words:
         if "=" not in word:
             raise ConfigError(f"{word!r} is not of the form key=value")
@@ -154,7 +161,9 @@ def sweep(argv: Sequence[str]) -> None:
     # a job may start elsewhere than here, so the places of runs and files are made absolute
     words = [anchored(word) for word in argv]
     if not any(word.startswith("runs=") for word in words):
-        words.append(f"runs={Path('runs').absolute()}")
+        # beside the others: Hydra's parser takes overrides in one piece
+        place = next((i for i, word in enumerate(words) if "=" in word), len(words))
+        words.insert(place, f"runs={Path('runs').absolute()}")
     sys.argv = [sys.argv[0], *for_hydra(words)]
     hydra.main(version_base="1.3", config_path="pkg://offrl.configs", config_name="train")(
         sweep_job
