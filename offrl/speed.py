@@ -9,14 +9,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from offrl import config as configuration
-from offrl.config import Resolved, Settings
 from offrl.data import Dataset, sources
 from offrl.data.dataset import home
 from offrl.engine import process
@@ -100,12 +99,11 @@ def updater(
 ) -> tuple[Algorithm, Callable[[], None]]:
     """The algorithm after its warm-up, and a function that makes one complete update."""
     method = configuration.module(name)
-    task = Resolved(replace(Settings(), env=options.env, dataset=options.dataset), name, {})
     values = configuration.resolve(name, {"env": options.env, "dataset": options.dataset},
                                    shipped(name).get("tasks"))  # fmt: skip
     algo = method.make(
         values.config(), Spec(data.obs_dim, data.act_dim, *data.statistics()),
-        generator(0, "speed", task.task, device=device),
+        generator(0, "speed", values.task, device=device),
     )  # fmt: skip
     (stage,) = method.stages(algo, data, Run(1, device=device, cache=str(home())))
     sample, count = stage.start(), iter(range(10**12))
