@@ -16,8 +16,9 @@ OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
 
 
 def main() -> None:
-    """The console command: offrl train|evaluate|collect|speed key=value ..."""
-    commands = {"train": train, "evaluate": evaluate, "collect": collect, "speed": speed}
+    """The console command: offrl train|evaluate|collect|report|speed key=value ..."""
+    commands = {"train": train, "evaluate": evaluate, "collect": collect,
+                "report": report, "speed": speed}  # fmt: skip
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
         sys.exit(2)
@@ -219,6 +220,14 @@ def collect(argv: Sequence[str] | None = None) -> None:
 
     with readable_errors():
         collect_data(options(Options, sys.argv[1:] if argv is None else argv))
+
+
+def report(argv: Sequence[str] | None = None) -> None:
+    """Table and pictures of finished runs: `runs=[runs] out=benchmarks/mine`."""
+    from offrl.report import Options, make_report
+
+    with readable_errors():
+        make_report(options(Options, sys.argv[1:] if argv is None else argv))
 
 
 def speed(argv: Sequence[str] | None = None) -> None:

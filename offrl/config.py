@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 import offrl.algos
+from offrl.data import sources
 
 
 class ConfigError(ValueError):
@@ -209,7 +210,8 @@ def resolve(
     Args:
         algo: name of the method.
         overrides: of the command line: settings by name, options as "algo.<name>".
-        tasks: pattern of "<env>-<dataset>" -> values; names of options, else of settings.
+        tasks: pattern of "<env>-<dataset>" -> values; names of options, else of settings. With
+            "<source>:" before it a pattern holds for data of that source only.
         presets: name -> values likewise.
 
     Raises:
@@ -243,8 +245,9 @@ def resolve(
         )
     settings_now = Settings(**{name: values[name] for name in settings})
     task = Resolved(settings_now, algo, {}).task
+    source = sources.settled(settings_now.source, settings_now.dataset)
     for pattern, group in (tasks or {}).items():
-        if fnmatch.fnmatchcase(task, pattern):
+        if fnmatch.fnmatchcase(f"{source}:{task}" if ":" in pattern else task, pattern):
             for name, value in group.items():
                 put(qualified(name), value, f"task {pattern}")
     for name, value in presets[preset].items():

@@ -19,6 +19,18 @@ def test_precedence_and_origins():
     assert "algo.beta" not in got.origins
 
 
+def test_a_pattern_with_a_source_holds_for_its_data_only():
+    tasks = {"halfcheetah-*": {"alpha": 5.0}, "d4rl:halfcheetah-*": {"alpha": 40.0}}
+    values = {
+        source: resolve("prdc", {"source": source}, tasks).options["alpha"]
+        for source in ("auto", "generated", "d4rl", "minari")
+    }
+    assert values == {"auto": 5.0, "generated": 5.0, "d4rl": 40.0, "minari": 5.0}
+    assert resolve("prdc", {"source": "d4rl"}, tasks).origins["algo.alpha"] == (
+        "task d4rl:halfcheetah-*"
+    )
+
+
 def test_an_override_equal_to_the_default_is_still_an_override():
     got = resolve("prdc", {"algo.alpha": 2.5}, TASKS)
     assert got.options["alpha"] == 2.5
