@@ -265,6 +265,7 @@ def options(cls: type, argv: Sequence[str]) -> Any:
             )
         values[key] = configuration.convert(key, unquoted(override.value()), hints[key])
     for field in dataclasses.fields(cls):
-        if field.default is dataclasses.MISSING and field.name not in values:
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if not optional and field.name not in values:
             raise ConfigError(f"{field.name}= is missing; known options: {', '.join(hints)}")
     return cls(**values)

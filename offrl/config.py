@@ -168,6 +168,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if value in parts:
             return value
         raise ConfigError(f"{name} must be one of {', '.join(map(str, parts))}, got {value!r}")
+    if origin is dict and isinstance(value, dict):
+        return value
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(convert(f"{name} entry", entry, parts[0]) for entry in value)
     if hint is int and isinstance(value, float) and value.is_integer():
