@@ -153,6 +153,7 @@ def test_packed_policies_play_as_the_run_that_they_come_from(tmp_path, monkeypat
     told = packing.pack({"hopper": run.parent}, folder=tmp_path / "out", episodes=2)
     robot = told["robots"]["hopper"]
     assert (robot["seed"], robot["random_steps"], robot["env"]) == (4, 100, "Hopper-v5")
+    assert robot["last_snapshot"] == 103
     medium, expert = policies.load("hopper", tmp_path / "out")
     assert (medium.about["role"], medium.about["step"]) == ("medium", 101)
     assert expert.about["return"] > 0

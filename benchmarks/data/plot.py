@@ -1,0 +1,16 @@
+"""Draw the returns of all generated data sets, 100,000 rows each: python benchmarks/data/plot.py."""
+
+from pathlib import Path
+
+from offrl.data import generated
+from offrl.results.returns import distribution
+
+ROBOTS = ("halfcheetah", "hopper", "walker2d")
+
+distribution(
+    Path(__file__).parent / "returns.png",
+    {
+        robot: {name: generated.load(robot, name, rows=100_000) for name in generated.DATASETS}
+        for robot in ROBOTS
+    },
+)
