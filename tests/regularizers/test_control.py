@@ -3,12 +3,12 @@ import doctest
 import pytest
 import torch
 
-from offrl.regularizers import functional
+from offrl.regularizers import control
 from offrl.regularizers.functional import imitation, nearest_pair, normalized_trust
 
 
 def test_docstring_examples():
-    assert doctest.testmod(functional).failed == 0
+    assert doctest.testmod(control).failed == 0
 
 
 def test_imitation_gradient_is_by_the_formula_and_spares_the_anchor():
