@@ -26,7 +26,7 @@ class DualVariable(nn.Module):
         rule: how `raw` answers a violation v:
             sgd           momentum <- momentum_decay momentum + clip(v); raw += lr momentum
             adam          Adam ascent with rate lr and betas 0.9, 0.999 (SAC's temperature)
-            additive      raw += delta sign(v) (adaptive entropy of Skywork and TRL)
+            additive      raw += delta if v >= 0 else -delta (adaptive entropy of Skywork and TRL)
             proportional  raw *= 1 + clip(v, +-clip) scale: Ziegler's KL controller, with
                           v = KL / target - 1 and scale = samples / horizon
             factor        raw *= factor if v > 0 else 1 / factor
@@ -108,7 +108,7 @@ class DualVariable(nn.Module):
             second = self.second / (1 - 0.999 ** self.step.clamp(min=1))
             raw = self.raw + self.lr * first / (second.sqrt() + 1e-8)
         elif self.rule == "additive":
-            raw = self.raw + self.delta * v.sign()
+            raw = self.raw + torch.where(v >= 0, self.delta, -self.delta)
         elif self.rule == "proportional":
             raw = self.raw * (1 + bounded * self.scale)
         else:
@@ -139,7 +139,11 @@ class Schedule(nn.Module):
 
     Args:
         kind: constant; linear or cosine from `start` to `end` within `steps`, then `end`;
-            exponential: start factor^floor(step / steps), not below `end`.
+            exponential: start factor^floor(step / steps), not below `end`;
+            two-phase: EPO's weight of its smoothing term, with k = step up to `steps` = 2 h:
+            start (1 - 0.2 (1 - e^(-2 k / h))) for k <= h, then 0.8 start e^(-3 (k - h) / h):
+            1 -> 0.827, a jump to 0.8, -> 0.040. The numbers are those of the released code, whose
+            comment states 0.8 and 0 instead; the paper's formula is not checked.
         factor: of exponential.
     """
 
@@ -147,7 +151,7 @@ class Schedule(nn.Module):
 
     def __init__(
         self,
-        kind: Literal["constant", "linear", "cosine", "exponential"],
+        kind: Literal["constant", "linear", "cosine", "exponential", "two-phase"],
         start: float,
         end: float = 0.0,
         steps: int = 1,
@@ -169,6 +173,9 @@ class Schedule(nn.Module):
             return self.start + (self.end - self.start) * now
         if self.kind == "cosine":
             return self.end + (self.start - self.end) * (1 + torch.cos(math.pi * now)) / 2
+        if self.kind == "two-phase":
+            early = 1 - 0.2 * (1 - torch.exp(-4 * now))
+            return self.start * torch.where(now <= 0.5, early, 0.8 * torch.exp(3 - 6 * now))
         return (self.start * self.factor ** (self.step // self.steps)).float().clamp(min=self.end)
 
     @torch.no_grad()

@@ -9,7 +9,10 @@ from offrl.regularizers.reductions import (
     group_sum,
     keep,
     masked_mean,
+    masked_quantile,
     masked_reduce,
+    over_tokens,
+    sum_and_count,
 )
 
 __all__ = [
@@ -21,7 +24,10 @@ __all__ = [
     "imitation",
     "keep",
     "masked_mean",
+    "masked_quantile",
     "masked_reduce",
     "nearest_pair",
     "normalized_trust",
+    "over_tokens",
+    "sum_and_count",
 ]

@@ -82,6 +82,44 @@ def masked_mean(x: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:
     return x.sum(dim) / mask.to(x.dtype).sum(dim).clamp(min=1)
 
 
+def sum_and_count(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum of the entries where the mask is 1, and their number: what `sync` carries. Detached."""
+    x = keep(x.detach(), mask)
+    weight = torch.ones_like(x) if mask is None else mask.to(x.dtype).expand_as(x)
+    return x.sum(), weight.sum()
+
+
+def masked_quantile(
+    x: Tensor, quantile: float, mask: Tensor | None = None, rowwise: bool = False
+) -> Tensor:
+    """Quantile of the entries where the mask is 1, interpolated as by `torch.quantile`. Detached.
+
+    Args:
+        x: values of shape L, of any number (`torch.quantile` stops at 16 million).
+        quantile: in [0, 1]; 0 gives the smallest entry, 1 the largest.
+        rowwise: one quantile per row of the last axis instead of one of all entries.
+
+    Returns:
+        (..., 1) or (1,), which broadcasts against `x`; not finite where nothing counts.
+
+    >>> masked_quantile(torch.tensor([1.0, 5.0, 2.0, 9.0]), 0.5, torch.tensor([1, 1, 1, 0]))
+    tensor([2.])
+    """
+    valid = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool().expand_as(x)
+    x = keep(x.detach(), valid, torch.inf)
+    if not rowwise:
+        x, valid = x.reshape(-1), valid.reshape(-1)
+    rank = quantile * (valid.sum(-1, keepdim=True) - 1).clamp(min=0).double()
+    ordered = x.sort(-1).values
+    low, high = (ordered.gather(-1, edge.long()) for edge in (rank.floor(), rank.ceil()))
+    return torch.lerp(low, high, (rank - rank.floor()).to(low.dtype))
+
+
+def over_tokens(x: Tensor, like: Tensor) -> Tensor:
+    """`x` in the shape of `like`: one number per sequence (B,) is repeated over its tokens."""
+    return x if x.dim() == like.dim() else x.unsqueeze(-1).expand_as(like)
+
+
 def group_sum(x: Tensor, group: Tensor) -> Tensor:
     """For every row the sum of `x` (B,) over the rows of its group.
 
