@@ -3,13 +3,35 @@
 from offrl.regularizers import functional
 from offrl.regularizers.base import Compose, RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import DualVariable, Schedule
+from offrl.regularizers.entropy import (
+    EntropyAnchor,
+    EntropyBand,
+    EntropyBonus,
+    PeakEntropyMask,
+    TemperatureController,
+)
+from offrl.regularizers.kl import DADS, EMAAnchor, GeometricMixture, KLReward, KLToReference
+from offrl.regularizers.selective import ClipCov, KLCov, LowProbability
 
 __all__ = [
+    "DADS",
+    "ClipCov",
     "Compose",
     "DualVariable",
+    "EMAAnchor",
+    "EntropyAnchor",
+    "EntropyBand",
+    "EntropyBonus",
+    "GeometricMixture",
+    "KLCov",
+    "KLReward",
+    "KLToReference",
+    "LowProbability",
+    "PeakEntropyMask",
     "RegInputs",
     "RegOutput",
     "Regularizer",
     "Schedule",
+    "TemperatureController",
     "functional",
 ]

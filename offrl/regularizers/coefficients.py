@@ -188,6 +188,17 @@ class Schedule(nn.Module):
 Coefficient = float | DualVariable | Schedule
 
 
+def needs_target(coefficient: Coefficient, target: float | None) -> float:
+    """The target, NaN if there is none; a `DualVariable` cannot do without.
+
+    Raises:
+        ValueError: if it has to.
+    """
+    if isinstance(coefficient, DualVariable) and target is None:
+        raise ValueError("an adaptive coefficient needs target=")
+    return math.nan if target is None else target
+
+
 def value_of(coefficient: Coefficient) -> Tensor | float:
     """The number now, whatever kind of coefficient it is."""
     return coefficient if isinstance(coefficient, (int, float)) else coefficient.value

@@ -1,6 +1,8 @@
 """All pure functions of the package: tensors in, unreduced and unscaled tensors out."""
 
 from offrl.regularizers.control import imitation, nearest_pair, normalized_trust
+from offrl.regularizers.entropy import peak_mask, reinforce_positive
+from offrl.regularizers.kl import dads_weight, geometric_mixture, kl_estimate, kl_in_reward
 from offrl.regularizers.reductions import (
     dense_groups,
     group_extreme,
@@ -14,20 +16,36 @@ from offrl.regularizers.reductions import (
     over_tokens,
     sum_and_count,
 )
+from offrl.regularizers.selective import (
+    covariance,
+    low_probability_loss,
+    low_probability_mask,
+    proxy_logp,
+)
 
 __all__ = [
+    "covariance",
+    "dads_weight",
     "dense_groups",
+    "geometric_mixture",
     "group_extreme",
     "group_mean",
     "group_std",
     "group_sum",
     "imitation",
     "keep",
+    "kl_estimate",
+    "kl_in_reward",
+    "low_probability_loss",
+    "low_probability_mask",
     "masked_mean",
     "masked_quantile",
     "masked_reduce",
     "nearest_pair",
     "normalized_trust",
     "over_tokens",
+    "peak_mask",
+    "proxy_logp",
+    "reinforce_positive",
     "sum_and_count",
 ]
