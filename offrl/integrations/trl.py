@@ -45,7 +45,6 @@ from offrl.regularizers.reductions import dense_groups
 
 FILE = "offrl_regularizers.pt"  # in every checkpoint folder
 UNSEEN = math.ulp(0.0)  # not zero for TRL's `beta != 0`, and 0 as soon as it meets a float32 tensor
-PER_TOKEN = ("mask", "entropy", "old_logp", "ref_logp", "turn")
 PER_ROW = ("rewards", "lengths", "correct", "finished", "group", "prompt_id", "level")
 
 SAVING = {"_save_checkpoint": "model trial", "_load_optimizer_and_scheduler": "checkpoint"}
@@ -329,8 +328,9 @@ class Rollout(Adapter):
 
     def __init__(self, *args, regularizers=(), correct=None, **kwargs):
         self._correct = correct
-        self._calls: list = []  # per-token log-probabilities and entropies
+        self._calls: list = []  # passes made while scoring: arguments, log-probabilities, entropies
         self._scoring = False
+        self._policy_mask: list | None = None
         regularizers = Compose(regularizers)
         bound = inspect.signature(super(Adapter, self).__init__).bind(*args, **kwargs)
         if "ref_logp" in regularizers.requires:
@@ -368,7 +368,9 @@ class Rollout(Adapter):
                 "normalize_then_sum would rescale the shaping of rewards: set "
                 "multi_objective_aggregation='sum_then_normalize'"
             )
-        unmade = self._needs("reward") & {"logp", "old_logp", "ref_logp", "entropy", "mask", "turn"}
+        unmade = self._needs("reward") & {"logp", "entropy", "mask", "turn"}
+        if "ref_logp" not in needs:
+            unmade |= self._needs("reward") & {"old_logp"}
         unmade |= {n for n in self._needs("reward", "advantage") if n.startswith("stats.")}
         unmade |= self._needs("advantage") & {"logp"}
         if unmade:
@@ -407,11 +409,13 @@ class Rollout(Adapter):
             return table
         x = self._rows = self._describe(table, inputs, completion_ids_list)
         if "reward" in self.reg.stages:
+            if "ref_logp" in self._needs("reward"):
+                x = self._with_log_probabilities(x)
             out: Any = self.reg.run("reward", x)
             self._share(out)
             unscored = table.isnan().all(dim=1)
             table[:, -1] = (out.rewards - x.need("rewards")).masked_fill(unscored, torch.nan)
-            self._rows = replace(x, rewards=out.rewards)
+            self._rows = replace(self._rows, rewards=out.rewards)
         return table
 
     def _describe(self, table: Tensor, inputs: list[dict], ids: list[list[int]]) -> RegInputs:
@@ -472,14 +476,42 @@ class Rollout(Adapter):
         if "entropy" in self._needs("advantage"):
             kwargs["compute_entropy"] = True
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._calls.append(found[:2])
+        self._calls.append((args, kwargs, found[:2]))
         return found
 
-    def _keep_log_probabilities(self, out: dict) -> None:
-        """Name what TRL's passes returned: the reference's is the last, the policy's the first."""
-        made = list(self._calls)
+    def _passes(self) -> tuple[Any, Any]:
+        """What the policy's and the reference's pass returned: the reference's is the last."""
+        made = [found for _, _, found in self._calls]
         reference = made.pop() if self.beta != 0.0 else None
-        old = made.pop() if made else None
+        return (made.pop() if made else None), reference
+
+    def _with_log_probabilities(self, x: RegInputs) -> RegInputs:
+        """Per-token inputs of the reward stage, on rows gathered over all ranks."""
+        old, reference = self._passes()
+        args, kwargs, _ = self._calls[-1]
+        if old is None:  # on-policy data of GRPO: repeat the reference's pass with the policy
+            method = super()._get_per_token_logps_and_entropies
+            with torch.no_grad():
+                old = method(self.model, *args[1:], **kwargs)
+        _, _, attention, t = args[:4]
+        mask = attention[:, -t:].clone()
+        if self._policy_mask:
+            for row, tokens in zip(mask, self._policy_mask, strict=True):
+                row[: len(tokens)] *= torch.tensor(tokens, device=row.device)
+        return replace(
+            x,
+            mask=self._gather_tokens(mask),
+            old_logp=self._gather_tokens(old[0]),
+            ref_logp=self._gather_tokens(reference[0]),
+        )
+
+    def _gather_tokens(self, value: Tensor) -> Tensor:
+        """(B, T) of every rank, padded to one T and stacked."""
+        return self.accelerator.gather(self.accelerator.pad_across_processes(value, dim=1))
+
+    def _keep_log_probabilities(self, out: dict) -> None:
+        """Carry what the passes returned to the loss."""
+        old, reference = self._passes()
         if old is None and self._needs("advantage") & {"old_logp", "entropy"}:
             old = self._score(out)
         if reference is not None:
@@ -509,12 +541,13 @@ class Rollout(Adapter):
     def _shape_advantages(self, out: dict, own: slice) -> None:
         """Statistics are over all tokens of all ranks; each rank keeps its rows."""
         t = out["completion_ids"].size(1)
-        local = {"mask": policy_mask(out)} | {k: out.get(f"reg_{k}") for k in PER_TOKEN[1:4]}
+        local = {"mask": policy_mask(out)} | {
+            name: out.get(f"reg_{name}") for name in ("entropy", "old_logp", "ref_logp")
+        }
         x = replace(self._rows, advantages=self.accelerator.gather(out["advantages"]))
         for name, value in local.items():
             if value is not None:
-                wide = self.accelerator.pad_across_processes(value, dim=1)
-                setattr(x, name, self.accelerator.gather(wide))
+                setattr(x, name, self._gather_tokens(value))
         x.turn = turns(x.need("mask")) if "turn" in self._needs("advantage") else None
         shaped: Any = self.reg.run("advantage", x)
         self._share(shaped)
