@@ -22,8 +22,24 @@ from offrl.regularizers.selective import (
     low_probability_mask,
     proxy_logp,
 )
+from offrl.regularizers.statistics import (
+    Head,
+    LogMass,
+    MinP,
+    Nucleus,
+    SetEntropy,
+    Threshold,
+    token_stats,
+    token_stats_from_logits,
+)
 
 __all__ = [
+    "Head",
+    "LogMass",
+    "MinP",
+    "Nucleus",
+    "SetEntropy",
+    "Threshold",
     "covariance",
     "dads_weight",
     "dense_groups",
@@ -48,4 +64,6 @@ __all__ = [
     "proxy_logp",
     "reinforce_positive",
     "sum_and_count",
+    "token_stats",
+    "token_stats_from_logits",
 ]
