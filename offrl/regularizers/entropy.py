@@ -136,35 +136,39 @@ class EntropyAnchor(Regularizer):
     Args:
         coef: 0.005 in the released code.
         quantile, scope: of `peak_mask`; control actors (B,) need scope "batch".
-        statistic: input that holds the entropy, such as "entropy" for control actors.
-        include_crossing: what `statistic` contains, for adapters that compute it: with the token
-            that crosses the mass, the nucleus is never empty; without it, as in the released code,
-            tokens with p_max >= 0.8 have an empty one, entropy 0 and no gradient.
+        mass: of the nucleus; None takes the entropy of the whole distribution.
+        include_crossing: with the token that crosses the mass the nucleus is never empty; without
+            it, as in the released code, tokens with p_max >= 0.8 have an empty one, entropy 0 and
+            no gradient. `mass` and `include_crossing` are attributes: who makes the statistic
+            asks `token_stats` for `SetEntropy(Nucleus(mass, include_crossing))`.
 
     The anchor is of the whole first step on all ranks; (h - h0)^2 is of each micro-batch.
+
+    Source: Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", 2025,
+    arXiv:2509.25133, and its code.
     """
 
     anchor: Tensor
     anchored: Tensor
-    mass = 0.8
 
     def __init__(
         self,
         coef: Coefficient = 0.005,
         quantile: float = 0.8,
         scope: Scope = "sequence",
-        statistic: str = "stats.nucleus_entropy",
+        mass: float | None = 0.8,
         include_crossing: bool = True,
     ):
         super().__init__(coef)
-        self.requires = frozenset({statistic})
         self.quantile, self.scope = quantile, scope
-        self.statistic, self.include_crossing = statistic, include_crossing
+        self.source = "entropy" if mass is None else "stats.nucleus_entropy"
+        self.requires = frozenset({self.source})
+        self.mass, self.include_crossing = mass, include_crossing
         self.register_buffer("anchor", torch.tensor(0.0))
         self.register_buffer("anchored", torch.tensor(0, dtype=torch.int64))
 
     def forward(self, x: RegInputs) -> RegOutput:
-        entropy = keep(x.need(self.statistic), x.mask)
+        entropy = keep(x.need(self.source), x.mask)
         peak = peak_mask(entropy, self.quantile, x.mask, self.scope, strict=True)
         level = masked_reduce(entropy, peak, "seq-mean-token-mean")
         count = (peak if peak.dim() == 1 else peak.any(-1)).sum()
@@ -205,7 +209,11 @@ class EntropyBand(Regularizer):
         turns: longest episode in turns; 1 needs no `turn` and keeps one history, for control actors
             and single answers. Later turns cost nothing and are not recorded.
         low, high: edges of the band; 0 and 2 in the released configurations.
-        first: first turn with a cost; None is turns // 2, as released.
+        first: first turn with a cost; None is turns // 2. (The released code counts all rows of a
+            micro-batch as soon as one has got that far.)
+
+    Source: Xu et al., "EPO: Entropy-regularized Policy Optimization for LLM Agents RL", 2025,
+    arXiv:2509.22576, and its code.
     """
 
     history: Tensor
@@ -283,9 +291,9 @@ def reinforce_positive(logp: Tensor, correct: Tensor, mask: Tensor | None = None
     Returns:
         Of the shape of `logp`, unscaled.
 
-    Source: AEPO (arbitrary entropy policy optimization). The released code has no weight: it sets
-    advantages above 0.05 to 1 and puts up to 60 such rows (30 when lowering the entropy) in place
-    of rows of the batch.
+    Source: Wang et al., "Arbitrary Entropy Policy Optimization", 2025, arXiv:2510.08141. Its code
+    has no weight: it sets advantages above 0.05 to 1 and puts up to 60 such rows (30 when lowering
+    the entropy) in place of rows of the batch.
 
     >>> reinforce_positive(torch.tensor([-1.0, -2.0]), torch.tensor([True, False]))
     tensor([1., 0.])
@@ -302,7 +310,9 @@ class TemperatureController(Regularizer):
     samples extra responses at `temperature` and trains on them with `reinforce_positive`.
 
     Args:
-        target: nats; 0.5 in the released script, 0.75 in the table with the best average.
+        target: nats; 0.5 in the released script, 0.75 in the table of results.
+
+    Source: as `reinforce_positive`.
     """
 
     requires = frozenset({"logp"})

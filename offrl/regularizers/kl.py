@@ -121,7 +121,8 @@ def kl_in_reward(
     Returns:
         Token rewards (B, T), or (B,) for actions; no gradient.
 
-    Source: Korbak et al., arXiv:2205.11275 (from memory of the paper; not checked).
+    Source: Korbak, Perez and Buckley, EMNLP Findings 2022, arXiv:2205.11275; the identities are
+    derived.
 
     >>> logp, ref_logp = torch.tensor([[0.0, 0.0]]), torch.tensor([[-1.0, -2.0]])
     >>> kl_in_reward(torch.tensor([1.0]), logp, ref_logp, 0.1)
@@ -215,6 +216,7 @@ class KLToReference(Regularizer):
     demonstrator's divergence from the clone is at most e^2 and the second stage is solved to within
     eps of its regularized objective, the result falls short of the demonstrator by at most
     eps + lambda e^2 (derived from the definitions); lambda* = eps / e^2 makes both parts equal.
+    Source: Tiapkin et al., ICLR 2024, arXiv:2310.17303.
 
     Args:
         coef: a `DualVariable` needs `target`; its violation is <KL> / target - 1 of the last
@@ -333,6 +335,9 @@ class DADS(KLToReference):
 
     Defaults are those of the released code: coef 1e-3 with 8 responses per prompt, and the path
     gradient of k3, which pulls along KL(ref || pi); grad="ratio" is the corrected one.
+
+    Source: "APO: Enhancing Reasoning of MLLMs via Asymmetric Policy Optimization", 2025,
+    arXiv:2506.21655, and its code.
     """
 
     reduction = "seq-mean-token-mean"
@@ -367,8 +372,8 @@ class EMAAnchor:
     Args:
         tau: in [0, 1]; 0 leaves the reference frozen, 1 copies the policy.
 
-    Source: the "dynamic anchor" of T1, arXiv:2501.11651 (number from memory; its coefficients are
-    not verified).
+    Source: the "dynamic anchor" of T1, Hou et al., ICML 2025, arXiv:2501.11651, next to an entropy
+    bonus and sampling above temperature 1; its coefficients are not verified.
     """
 
     def __init__(self, tau: float):

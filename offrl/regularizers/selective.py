@@ -41,9 +41,10 @@ def proxy_logp(
     per token; no second forward pass and no logits are kept.
 
     Args:
-        logp: log-probabilities under the sampling policy, L.
-        log_mass: log of the mass of the kept set, L: stats["log_mass"] of the same policy and set.
-        log_top: log of the largest probability, L; needed for "minp".
+        logp: log-probabilities under the filtered policy, L.
+        log_mass: log of the mass of the kept set, L: of `token_stats` the statistic
+            `LogMass(MinP(0.02))` or `LogMass(Threshold(0.02))` of the same policy.
+        log_top: log of the largest probability, L, needed for "minp": `LogMass(MinP(1.0))`.
 
     Returns:
         L, -inf for tokens that were filtered out; no gradient. Give it to `LowProbability` as
@@ -115,11 +116,17 @@ class LowProbability(Regularizer):
     released clip_low of 1 it equals -A ratio and this module next to it is the released loss. With
     a tighter clip replace the surrogate by `low_probability_loss`.
 
+    The released proxy is of the policy that sampled. One of the policy now, as trainers make it
+    that keep no statistics of the rollout, is the same in the first update of a batch.
+
     Args:
         coef: 1 in the released code; batches without negative advantages cost 0.
         share: of the tokens with negative advantage; 0.01 in the released code, with the proxy of
             threshold 0.02 in mode "minp". The paper speaks of a forward KL over the proxy, the code
             of k3 on the sampled token, as here.
+
+    Source: Huang et al., "Low-probability Tokens Sustain Exploration in RLVR", 2025,
+    arXiv:2510.03222, and its code.
     """
 
     requires = frozenset({"logp", "advantages", "stats.proxy_logp"})

@@ -123,7 +123,7 @@ def test_minus_log_probability_estimates_the_entropy_but_its_gradient_is_zero_in
 def test_control_actor_and_token_policy_of_one_token_agree():
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 5, generator=g)
-    anchor = EntropyAnchor(0.5, 0.5, "batch", "entropy")
+    anchor = EntropyAnchor(0.5, 0.5, "batch", mass=None)
     anchor.update(sums(1.0, 1))
     band = EntropyBand(0.2, high=0.9)
     band.update(sums([1.5], [1.0]))
@@ -254,6 +254,11 @@ def test_without_the_crossing_token_confident_tokens_have_an_empty_nucleus():
     assert h[0, 0] == 0
     assert (torch.autograd.grad(h[0, 0], logits)[0] == 0).all()
     assert nucleus_of(logits)[0].any(-1).all()
+
+
+def test_anchor_of_the_whole_entropy_needs_no_nucleus():
+    assert EntropyAnchor(mass=None).requires == {"entropy"}
+    assert EntropyAnchor().requires == {"stats.nucleus_entropy"}
 
 
 def test_anchor_waits_for_a_step_with_tokens_and_rests_in_evaluation():
