@@ -11,10 +11,12 @@ from offrl.regularizers.entropy import (
     TemperatureController,
 )
 from offrl.regularizers.kl import DADS, EMAAnchor, GeometricMixture, KLReward, KLToReference
+from offrl.regularizers.occupancy import Chi2Occupancy, OccupancyReward
 from offrl.regularizers.selective import ClipCov, KLCov, LowProbability
 
 __all__ = [
     "DADS",
+    "Chi2Occupancy",
     "ClipCov",
     "Compose",
     "DualVariable",
@@ -27,6 +29,7 @@ __all__ = [
     "KLReward",
     "KLToReference",
     "LowProbability",
+    "OccupancyReward",
     "PeakEntropyMask",
     "RegInputs",
     "RegOutput",

@@ -1,8 +1,10 @@
 """All pure functions of the package: tensors in, unreduced and unscaled tensors out."""
 
 from offrl.regularizers.control import imitation, nearest_pair, normalized_trust
+from offrl.regularizers.divergences import f_divergence, robust_value
 from offrl.regularizers.entropy import peak_mask, reinforce_positive
 from offrl.regularizers.kl import dads_weight, geometric_mixture, kl_estimate, kl_in_reward
+from offrl.regularizers.occupancy import discriminator_loss, occupancy_penalty, sequence_chi2
 from offrl.regularizers.reductions import (
     dense_groups,
     group_extreme,
@@ -43,6 +45,8 @@ __all__ = [
     "covariance",
     "dads_weight",
     "dense_groups",
+    "discriminator_loss",
+    "f_divergence",
     "geometric_mixture",
     "group_extreme",
     "group_mean",
@@ -59,10 +63,13 @@ __all__ = [
     "masked_reduce",
     "nearest_pair",
     "normalized_trust",
+    "occupancy_penalty",
     "over_tokens",
     "peak_mask",
     "proxy_logp",
     "reinforce_positive",
+    "robust_value",
+    "sequence_chi2",
     "sum_and_count",
     "token_stats",
     "token_stats_from_logits",
