@@ -20,9 +20,11 @@ step, reduced over ranks once, and handed to `Compose.update`; what the first tw
 equal on all ranks already and is not reduced again. Evaluation changes neither loss nor state.
 
 Limits: no context or sequence parallelism, no `auto_find_batch_size`, no adapter on the head, no
-`nn.DataParallel`. Not tried: FSDP, ZeRO-3. Statistics of two distributions at once (exact KL,
-chi2) are not offered. Logits are divided by the sampling temperature before every statistic, and
-top-p, top-k and min-p are not reflected, as in TRL's own.
+`nn.DataParallel`. Not tried: FSDP, ZeRO-3. Statistics of two distributions at once (exact KL, chi2)
+are not offered, and the proxy of Lp-Reg is that of the policy now, not of the sampler. Logits are
+divided by the sampling temperature before every statistic; top-p, top-k and min-p are not
+reflected, as in TRL's own. A micro-batch holds parts of groups, in any order: modules of the loss
+stage that compare rows of a group see the rows that are there.
 """
 
 import copy
@@ -42,8 +44,17 @@ from torch import Tensor
 from offrl.regularizers import Compose, RegInputs
 from offrl.regularizers.base import Stage
 from offrl.regularizers.reductions import dense_groups
+from offrl.regularizers.selective import proxy_logp
+from offrl.regularizers.statistics import PLAIN, token_stats
+from offrl.regularizers.token_sets import LogMass, MinP, Nucleus, SetEntropy, Statistic
 
 FILE = "offrl_regularizers.pt"  # in every checkpoint folder
+LOSS_STAGES: tuple[Stage, ...] = ("token", "loss", "model")
+PROXY: dict[str, Statistic] = {
+    "logp": "logp",
+    "log_mass": LogMass(MinP(0.02)),
+    "log_top": LogMass(MinP(1.0)),
+}
 UNSEEN = math.ulp(0.0)  # not zero for TRL's `beta != 0`, and 0 as soon as it meets a float32 tensor
 PER_ROW = ("rewards", "lengths", "correct", "finished", "group", "prompt_id", "level")
 
@@ -133,7 +144,6 @@ class Adapter(Host):
         self._window: dict[str, Tensor] = {}  # sums since the last optimizer step
         self._shared: dict[str, Tensor] = {}  # the same of the stages that ran on gathered rows
         self._seen: list | None = None  # outputs of the forward passes inside `_compute_loss`
-        self._verified = False
         super().__init__(*args, **kwargs)
         self.reg.to(self.accelerator.device)
         self._check_needs()
@@ -142,15 +152,15 @@ class Adapter(Host):
 
     @property
     def _at_loss(self) -> bool:
-        return bool(self.reg.stages & {"token", "loss", "model"})
+        return bool(self.reg.stages & set(LOSS_STAGES))
 
     def _needs(self, *stages: Stage) -> set[str]:
         return {n for s in stages for part in self.reg.at(s).values() for n in part.requires}
 
     def _check_needs(self) -> None:
         for name in sorted(self.reg.requires):
-            head, _, statistic = name.partition(".")
-            if head == "extra" or (head == "stats" and statistic) or name in self.offered:
+            head = name.split(".")[0]
+            if head in ("extra", "stats") or name in self.offered:
                 continue
             raise ValueError(f"a regularizer needs {name!r}: {self._remedy(name)}")
 
@@ -166,27 +176,51 @@ class Adapter(Host):
         weights where data-parallel wrappers have gathered them, and every pass, hooks or not.
         """
         model = model.get_base_model() if hasattr(model, "peft_config") else model
-        forward = model.forward
+        forward, want = model.forward, self._statistics()
+        # the temperature, scale and cap that TRL's head was made with
+        head = inspect.getclosurevars(forward.__func__).nonlocals if want else {}
 
         @functools.wraps(type(model).forward)
         def watched(module, *args, **kwargs):
             if self._seen is None or not kwargs.get("fused_lm_head"):
                 return forward(*args, **kwargs)
-            hidden: list[Tensor] = []
-            hook = module.base_model.register_forward_hook(
-                lambda backbone, inputs, out: hidden.append(out.last_hidden_state)
-            )
-            try:
-                out = forward(*args, **kwargs)
-            finally:
-                hook.remove()
-            self._seen.append((out, self._statistics(module, hidden[0], kwargs["labels"], out)))
+            if not (want and torch.is_grad_enabled()):
+                out, stats = forward(*args, **kwargs), {}
+            else:
+                hidden: list[Tensor] = []
+                hook = module.base_model.register_forward_hook(
+                    lambda backbone, inputs, out: hidden.append(out.last_hidden_state[:, :-1])
+                )
+                try:
+                    out = forward(*args, **kwargs)
+                finally:
+                    hook.remove()
+                stats = measure(module, hidden[0], kwargs["labels"][:, 1:], want, head)
+            self._seen.append((out, stats))
             return out
 
         model.forward = types.MethodType(watched, model)
 
-    def _statistics(self, model, hidden: Tensor, labels: Tensor, out) -> dict[str, Tensor]:
-        return {}
+    def _statistics(self) -> dict[str, Statistic]:
+        """Statistics of one distribution that the modules read, by name."""
+        want: dict[str, Statistic] = {}
+        parts: list[Any] = [p for s in LOSS_STAGES for p in self.reg.at(s).values()]
+        for part in parts:
+            for name in (n.removeprefix("stats.") for n in part.requires if n[:6] == "stats."):
+                new: dict[str, Statistic] = {name: name}
+                if name == "nucleus_entropy":
+                    new = {name: SetEntropy(Nucleus(part.mass, part.include_crossing))}
+                elif name == "proxy_logp":
+                    new = PROXY
+                elif name not in PLAIN:
+                    raise ValueError(
+                        f"a regularizer needs the statistic {name!r}: one pass gives "
+                        f"nucleus_entropy, proxy_logp, {', '.join(PLAIN)}"
+                    )
+                if any(want.get(key, value) != value for key, value in new.items()):
+                    raise ValueError(f"two regularizers ask for different {name!r}")
+                want |= new
+        return want
 
     @contextmanager
     def _watching(self):
@@ -201,6 +235,7 @@ class Adapter(Host):
     # -- loss -------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs, *rest, **named):
+        self._inputs = inputs = dict(inputs)
         with self._watching() as seen:
             result = super()._compute_loss(model, inputs, *rest, **named)
         if not self.model.training:
@@ -373,6 +408,8 @@ class Rollout(Adapter):
             unmade |= self._needs("reward") & {"old_logp"}
         unmade |= {n for n in self._needs("reward", "advantage") if n.startswith("stats.")}
         unmade |= self._needs("advantage") & {"logp"}
+        if "token" in self.reg.stages and not self.loss_is_scaled_for_ga:
+            raise ValueError("RLOO weighs completions, not tokens: use GRPO for the token stage")
         if unmade:
             raise ValueError(f"{sorted(unmade)} are not there yet at the stage that needs them")
 
@@ -472,12 +509,30 @@ class Rollout(Adapter):
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         if not self._scoring:
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if self._seen and "token" in self.reg.stages and self.model.training:
+                self._weigh_tokens()
+            return found
         if "entropy" in self._needs("advantage"):
             kwargs["compute_entropy"] = True
         found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         self._calls.append((args, kwargs, found[:2]))
         return found
+
+    def _weigh_tokens(self) -> None:
+        """Weights of the token stage reach TRL's surrogate too, which is linear in the advantage.
+
+        Called between the forward pass and the loss, which reads the advantages after it.
+        """
+        self._inputs["reg_noise"] = torch.rand(
+            policy_mask(self._inputs).shape, device=self.accelerator.device
+        )
+        x, _ = self._reg_inputs(self._inputs, self._seen)
+        weight: Any = self.reg.run("token", x).token_weight
+        advantages = self._inputs["advantages"]
+        advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+        self._inputs["advantages"] = advantages * weight
+        self._inputs["reg_advantages"] = x.advantages
 
     def _passes(self) -> tuple[Any, Any]:
         """What the policy's and the reference's pass returned: the reference's is the last."""
@@ -573,13 +628,36 @@ class Rollout(Adapter):
             ref_logp=inputs.get("reg_ref_logp"),
             entropy=out.entropy[:, -t:],
             stats={name: value[:, -t:] for name, value in stats.items()},
-            advantages=inputs["advantages"],
+            advantages=inputs.get("reg_advantages", inputs["advantages"]),
             turn=turns(mask) if "turn" in self.reg.requires else None,
             step=torch.tensor(self.state.global_step, device=mask.device),
+            extra={"noise": inputs["reg_noise"]} if "reg_noise" in inputs else {},
             **rows,
         )
         shards = self.accelerator.num_processes * self.args.steps_per_generation
         return x, inputs["num_items_in_batch"] / shards
+
+
+def measure(model, hidden: Tensor, labels: Tensor, want: dict, head: Any) -> dict[str, Tensor]:
+    """`token_stats` at the labels that count, (B, T); 0 elsewhere."""
+    mask = labels != -100
+    layer = model.get_output_embeddings()
+    weight, bias = (
+        p.full_tensor() if hasattr(p, "full_tensor") else p for p in (layer.weight, layer.bias)
+    )
+    found = token_stats(
+        hidden[mask],
+        weight,
+        bias,
+        labels[mask],
+        want,
+        temperature=head["temperature"],
+        logit_scale=head["logit_scale"],
+        softcap=head["final_logit_softcapping"],
+    )
+    if "log_top" in want:
+        found["proxy_logp"] = proxy_logp(found["logp"], found["log_mass"], found["log_top"])
+    return {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in found.items()}
 
 
 def policy_mask(inputs: dict) -> Tensor:

@@ -107,13 +107,6 @@ class Watcher(Regularizer):
         return RegOutput(**{f"{self.stage}s": getattr(x, f"{self.stage}s")})
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny.build(path)
-    return str(path)
-
-
 def make(base, folder, tmp_path, regularizers=None, model=None, extra=(), **options):
     """A trainer on the tiny model; stock TRL without `regularizers`."""
     options = dict(
@@ -413,55 +406,6 @@ def test_the_advantage_stage_sees_every_token_before_the_loss(iterations, folder
     torch.testing.assert_close(watcher.seen.old_logp * mask, (taken * mask).detach())
     assert watcher.seen.prompt_id.tolist() == [row["prompt_id"] for row in rows]
     assert torch.equal(watcher.seen.turn, mask - 1)
-
-
-def softcapped():
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    options = tiny.qwen().to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads", "num_key_value_heads", "max_position_embeddings")  # fmt: skip
-    options = {name: options[name] for name in names}
-    # caps of 2 and weights of size 1 bend the logits visibly
-    return Gemma2ForCausalLM(
-        Gemma2Config(**options, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.3,
-                     pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    )  # fmt: skip
-
-
-def scaled():
-    from transformers import CohereConfig, CohereForCausalLM
-
-    return CohereForCausalLM(
-        CohereConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                     num_attention_heads=4, num_key_value_heads=2, logit_scale=3.0,
-                     pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    )  # fmt: skip
-
-
-def biased():
-    from transformers import PhiConfig, PhiForCausalLM
-
-    model = PhiForCausalLM(
-        PhiConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                  num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    )  # fmt: skip
-    torch.nn.init.normal_(model.lm_head.bias)
-    return model
-
-
-def untied():
-    from transformers import Qwen2ForCausalLM
-
-    return Qwen2ForCausalLM(tiny.qwen(tie_word_embeddings=False))
-
-
-@pytest.fixture(scope="session", params=[None, untied, biased, softcapped, scaled])
-def any_folder(request, tmp_path_factory):
-    path = tmp_path_factory.mktemp("any")
-    torch.manual_seed(0)
-    tiny.build(path, model=None if request.param is None else request.param())
-    return str(path)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

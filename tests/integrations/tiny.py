@@ -5,6 +5,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -41,6 +47,39 @@ def qwen(**changes):
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return Qwen2Config(**(options | changes))
+
+
+def softcapped():
+    options = qwen().to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads", "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+    options = {name: options[name] for name in names}
+    # caps of 2 and weights of size 1 bend the logits visibly
+    return Gemma2ForCausalLM(
+        Gemma2Config(**options, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.3,
+                     pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    )  # fmt: skip
+
+
+def scaled():
+    return CohereForCausalLM(
+        CohereConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, logit_scale=3.0,
+                     pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    )  # fmt: skip
+
+
+def biased():
+    model = PhiForCausalLM(
+        PhiConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                  num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    )  # fmt: skip
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+def untied():
+    return Qwen2ForCausalLM(qwen(tie_word_embeddings=False))
 
 
 def share_of_a(completions, **kwargs):
