@@ -12,10 +12,15 @@ from offrl.regularizers.entropy import (
 )
 from offrl.regularizers.kl import DADS, EMAAnchor, GeometricMixture, KLReward, KLToReference
 from offrl.regularizers.occupancy import Chi2Occupancy, OccupancyReward
+from offrl.regularizers.preference import INPO, LDDPO, RPO, SPO, GenARM, NLLAnchor, XPOTerm
 from offrl.regularizers.selective import ClipCov, KLCov, LowProbability
 
 __all__ = [
     "DADS",
+    "INPO",
+    "LDDPO",
+    "RPO",
+    "SPO",
     "Chi2Occupancy",
     "ClipCov",
     "Compose",
@@ -24,11 +29,13 @@ __all__ = [
     "EntropyAnchor",
     "EntropyBand",
     "EntropyBonus",
+    "GenARM",
     "GeometricMixture",
     "KLCov",
     "KLReward",
     "KLToReference",
     "LowProbability",
+    "NLLAnchor",
     "OccupancyReward",
     "PeakEntropyMask",
     "RegInputs",
@@ -36,5 +43,6 @@ __all__ = [
     "Regularizer",
     "Schedule",
     "TemperatureController",
+    "XPOTerm",
     "functional",
 ]

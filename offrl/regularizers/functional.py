@@ -5,6 +5,14 @@ from offrl.regularizers.divergences import f_divergence, robust_value
 from offrl.regularizers.entropy import peak_mask, reinforce_positive
 from offrl.regularizers.kl import dads_weight, geometric_mixture, kl_estimate, kl_in_reward
 from offrl.regularizers.occupancy import discriminator_loss, occupancy_penalty, sequence_chi2
+from offrl.regularizers.preference import (
+    dpo_loss,
+    guided_logp,
+    inpo_loss,
+    ld_weight,
+    sequence_nll,
+    spo_reward,
+)
 from offrl.regularizers.reductions import (
     dense_groups,
     group_extreme,
@@ -46,16 +54,20 @@ __all__ = [
     "dads_weight",
     "dense_groups",
     "discriminator_loss",
+    "dpo_loss",
     "f_divergence",
     "geometric_mixture",
     "group_extreme",
     "group_mean",
     "group_std",
     "group_sum",
+    "guided_logp",
     "imitation",
+    "inpo_loss",
     "keep",
     "kl_estimate",
     "kl_in_reward",
+    "ld_weight",
     "low_probability_loss",
     "low_probability_mask",
     "masked_mean",
@@ -70,6 +82,8 @@ __all__ = [
     "reinforce_positive",
     "robust_value",
     "sequence_chi2",
+    "sequence_nll",
+    "spo_reward",
     "sum_and_count",
     "token_stats",
     "token_stats_from_logits",
