@@ -62,8 +62,8 @@ def token_stats(
 ) -> dict[str, Tensor]:
     """Statistics of softmax(z) per token, z = softcap tanh(logit_scale logits / softcap) / T.
 
-    Products are made in the dtype of `hidden` (autocast does not apply inside); everything after
-    them in float32, or float64 for float64.
+    The weight is rounded to the dtype of `hidden`; products and all that follows are float32, or
+    float64 for float64, under autocast too.
 
     Args:
         hidden: last hidden states (*L, H), with weight (V, H) and bias (V,) of the head. All three

@@ -59,7 +59,7 @@ class Plan:
             z = head.hidden[rows, cols].to(self.dtype, copy=True)
         else:
             hidden = head.hidden[rows]
-            z = torch.mm(hidden, head.weight[cols].to(hidden.dtype).T).to(self.dtype)
+            z = product(hidden, head.weight[cols].to(hidden.dtype).T, self.dtype)
             if head.bias is not None:
                 z += head.bias[cols]
         if self.logit_scale != 1:
@@ -143,7 +143,7 @@ def sweep(
 ) -> dict[str, Tensor]:
     """All wanted statistics of some rows and what the backward pass needs of them, each (n,)."""
     zero = head.hidden.new_zeros(rows.stop - rows.start, dtype=plan.dtype)
-    p, r, w = Sum(zero), Sum(zero), Sum(zero)  # of e^z, e^(z^r), e^(2 z - z^r)
+    p, r, w = Sum(zero), Sum(zero), Sum(zero)  # of e^z, e^(z^r), e^(2 x - x^r)
     u, square, gap, reverse_gap = zero, zero, zero, zero
     chosen = torch.full_like(zero, torch.nan)  # logit of the target
     tops = []
@@ -155,8 +155,6 @@ def sweep(
         if plan.sets:
             tops.append(z.topk(min(TOP, z.shape[1])).values)
         z_ref = None if reference is None else plan.tile(reference, rows, cols)
-        if z_ref is not None and plan.wants("log1p_chi2"):
-            w.add(2 * z - z_ref)
         before = p.sum
         e, shift, decay = p.add(z)
         if plan.wants("log_sum_sq"):
@@ -164,6 +162,9 @@ def sweep(
         if z_ref is not None:
             ref_before = r.sum
             e_ref, ref_shift, ref_decay = r.add(z_ref)
+            if plan.wants("log1p_chi2"):
+                w.max = w.max + 2 * shift - ref_shift
+                w.add(2 * z - z_ref)
             difference = torch.sub(z, z_ref, out=z_ref)
             slip = shift - ref_shift
             reverse_gap = ref_decay * (reverse_gap - ref_before * slip)
@@ -181,7 +182,7 @@ def sweep(
         found |= {"ref_max": r.max, "ref_sum": r.sum, "kl": gap / p.sum - log_s + log_r}
         found["reverse_kl"] = reverse_gap / r.sum - log_r + log_s
         if plan.wants("log1p_chi2"):
-            chi2 = w.max - 2 * p.max + r.max + w.sum.log() - 2 * log_s + log_r
+            chi2 = w.max + w.sum.log() - 2 * log_s + log_r
             found |= {"chi2_max": w.max, "chi2_sum": w.sum, "log1p_chi2": chi2}
         if plan.wants("tv"):
             found |= total_variation(plan, head, reference, rows, found)
@@ -314,12 +315,21 @@ def pull(
     return (to_hidden.to(hidden.dtype) if needs[0] else None), to_weight, to_bias
 
 
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, rounded to `dtype` alone: half precision would cost entropies a hundredth."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)
+
+
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where the factors may be of lower precision."""
+    """total += a @ b."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
-        total += torch.mm(a, b)
+        total += product(a, b, total.dtype)
 
 
 class Recipe:
@@ -396,8 +406,7 @@ class Recipe:
             extra -= g * r
         if (g := self.relative.get("log1p_chi2")) is not None:
             factor -= 2 * g / s
-            offset = 2 * rows["max"] - rows["ref_max"] - rows["chi2_max"]
-            extra += (2 * x - x_ref + offset).exp() * (2 * g / rows["chi2_sum"])
+            extra += (2 * x - x_ref - rows["chi2_max"]).exp() * (2 * g / rows["chi2_sum"])
         if (g := self.relative.get("tv")) is not None:
             factor += ((e / s - r).sign() - rows["balance"]) * (g / (2 * s))
         return factor.mul_(e).add_(extra)
