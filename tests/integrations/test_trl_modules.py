@@ -15,17 +15,22 @@ from transformers import TrainerCallback
 
 from offrl.integrations.trl import Preference, Rollout
 from offrl.regularizers import (
+    LDDPO,
+    RPO,
     DualVariable,
     EntropyAnchor,
     EntropyBonus,
     KLToReference,
+    NLLAnchor,
     PeakEntropyMask,
     RegInputs,
 )
 from offrl.regularizers.functional import Nucleus, SetEntropy, token_stats_from_logits
 from tests.integrations import tiny
 from tests.integrations.test_trl import (
+    DPO,
     GRPO,
+    batch_for,
     close,
     gradients,
     make,
@@ -143,6 +148,27 @@ def test_a_statistic_that_one_pass_does_not_give_is_refused(folder, tmp_path):
         make(GRPO, folder, tmp_path, [KLToReference(0.1, "exact")])
 
 
+NOTHING = {"loss_type": ["sft"], "loss_weights": [0.0]}
+BOTH = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}
+
+
+@pytest.mark.parametrize(
+    ("module", "stock", "ours"),
+    [
+        (lambda: NLLAnchor(0.2), BOTH, {}),
+        (lambda: RPO(beta=0.1, eta=0.2, sft_reduction="token-mean"), BOTH, NOTHING),
+        (lambda: LDDPO(beta=0.1, alpha=0.3), {"ld_alpha": 0.3}, NOTHING),
+        (lambda: LDDPO(beta=0.1), {}, NOTHING),
+    ],
+    ids=["sft", "rpo", "length-desensitized", "dpo"],
+)
+def test_preference_terms_are_trls(module, stock, ours, folder, tmp_path):
+    theirs = moved(make(DPO, folder, tmp_path, **stock))
+    mine = moved(make(DPO, folder, tmp_path, [module()], **ours))
+    gradient = same(theirs, mine, batch_for(DPO, theirs))
+    assert gradient.norm() > 1e-3
+
+
 HAVE = {"stats.nucleus_entropy", "stats.lse", "stats.log_sum_sq", "extra.noise"}
 
 
@@ -209,3 +235,27 @@ def test_with_zero_advantages_the_gradient_is_the_modules_alone(case, folder, tm
     difference = (found - stock).double()
     assert (difference - expected).norm() <= 1e-4 * expected.norm() + 2e-6, (
         difference.norm(), expected.norm())  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PAIR_CASES, ids=lambda case: case.name)
+def test_in_dpo_without_a_loss_the_gradient_is_the_modules(case, folder, tmp_path):
+    module = case.make()
+    twin = copy.deepcopy(module)
+    trainer = moved(make(DPO, folder, tmp_path, [module], **NOTHING))
+    batch = batch_for(DPO, trainer)
+    loss, found = gradients(trainer, batch)
+    model, reference = tiny.exact_copy(folder), tiny.exact_copy(folder)
+    model.load_state_dict(trainer.model.state_dict())
+    ids, attention = batch["input_ids"], batch["attention_mask"]
+    logits = [m(ids, attention_mask=attention).logits[:, :-1] for m in (model, reference)]
+    stats, ref = (token_stats_from_logits(x, ids[:, 1:]) for x in logits)
+    mask = batch["completion_mask"][:, 1:]
+    x = RegInputs(
+        mask=mask, logp=stats["logp"], entropy=stats["entropy"], ref_logp=ref["logp"].detach(),
+        chosen=torch.arange(len(mask)) < len(mask) // 2,
+    )  # fmt: skip
+    trainer.reg.parts[f"0_{type(module).__name__}"] = twin
+    term, _, _ = trainer.reg.run_loss(x)
+    term.backward()
+    close(loss, term.detach())
+    close(found, torch.cat([p.grad.flatten() for p in model.parameters()]))
