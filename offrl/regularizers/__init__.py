@@ -14,6 +14,7 @@ from offrl.regularizers.kl import DADS, EMAAnchor, GeometricMixture, KLReward, K
 from offrl.regularizers.occupancy import Chi2Occupancy, OccupancyReward
 from offrl.regularizers.preference import INPO, LDDPO, RPO, SPO, GenARM, NLLAnchor, XPOTerm
 from offrl.regularizers.selective import ClipCov, KLCov, LowProbability
+from offrl.regularizers.softq import InverseSoftQ
 
 __all__ = [
     "DADS",
@@ -31,6 +32,7 @@ __all__ = [
     "EntropyBonus",
     "GenARM",
     "GeometricMixture",
+    "InverseSoftQ",
     "KLCov",
     "KLReward",
     "KLToReference",

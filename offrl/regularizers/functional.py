@@ -32,6 +32,7 @@ from offrl.regularizers.selective import (
     low_probability_mask,
     proxy_logp,
 )
+from offrl.regularizers.softq import next_values, soft_q_reward, soft_q_weight
 from offrl.regularizers.statistics import (
     Head,
     LogMass,
@@ -74,6 +75,7 @@ __all__ = [
     "masked_quantile",
     "masked_reduce",
     "nearest_pair",
+    "next_values",
     "normalized_trust",
     "occupancy_penalty",
     "over_tokens",
@@ -83,6 +85,8 @@ __all__ = [
     "robust_value",
     "sequence_chi2",
     "sequence_nll",
+    "soft_q_reward",
+    "soft_q_weight",
     "spo_reward",
     "sum_and_count",
     "token_stats",
