@@ -17,6 +17,7 @@ from offrl.regularizers import (
     entropy,
 )
 from offrl.regularizers.functional import masked_quantile, peak_mask, reinforce_positive
+from offrl.regularizers.statistics import Nucleus, SetEntropy, token_stats_from_logits
 
 close = torch.testing.assert_close
 
@@ -256,6 +257,17 @@ def test_without_the_crossing_token_confident_tokens_have_an_empty_nucleus():
     assert nucleus_of(logits)[0].any(-1).all()
 
 
+@pytest.mark.parametrize("include_crossing", [True, False])
+def test_token_statistics_make_the_nucleus_entropy(include_crossing):
+    logits = torch.randn(2, 10, 6, generator=torch.Generator().manual_seed(0))
+    module = EntropyAnchor(mass=0.7, include_crossing=include_crossing)
+    statistic = SetEntropy(Nucleus(module.mass, module.include_crossing))
+    found = token_stats_from_logits(logits, want={"nucleus_entropy": statistic})
+    close(
+        found["nucleus_entropy"], nucleus_entropy(logits, nucleus_of(logits, 0.7, include_crossing))
+    )
+
+
 def test_anchor_of_the_whole_entropy_needs_no_nucleus():
     assert EntropyAnchor(mass=None).requires == {"entropy"}
     assert EntropyAnchor().requires == {"stats.nucleus_entropy"}
@@ -313,12 +325,12 @@ def test_history_of_ragged_episodes_equals_means_by_hand():
     steps = [
         ([[1.0, 2.0, 3.0], [5.0, 9.0, 9.0]], [[0, 1, 2], [0, -1, -1]]),
         ([[2.0, 4.0, 6.0], [8.0, 8.0, 8.0]], [[0, 0, 1], [-1, -1, -1]]),
-        ([[7.0, 7.0, 7.0], [1.0, 3.0, 5.0]], [[9, 9, 9], [1, 1, 2]]),
+        ([[7.0, 7.0, 9.0], [1.0, 3.0, 5.0]], [[9, 9, 3], [1, 1, 2]]),  # 9.0 is masked
     ]
     module = EntropyBand(0.1, turns=4)
     for h, turn in steps:
-        turn = torch.tensor(turn)
-        x = RegInputs(entropy=torch.tensor(h), turn=turn, mask=turn >= 0)
+        turn, h = torch.tensor(turn), torch.tensor(h)
+        x = RegInputs(entropy=h, turn=turn, mask=(turn >= 0) & (h < 8.5))
         module.update(module(x).sync)
     # Turn 0 was reached in steps 1 and 2, turn 1 in all, turn 2 in 1 and 3, turn 3 never.
     expected = [(3 + 3) / 2, (2 + 6 + 2) / 3, (3 + 5) / 2, 0.0]
@@ -379,12 +391,12 @@ def test_phase_schedule_has_the_numbers_of_the_released_code():
 def test_temperature_is_hot_at_or_below_the_target_and_cold_above():
     module = TemperatureController(0.5)
     assert module.temperature == 1
-    for level, temperature in [(0.6, 0.8), (0.5, 1.2), (0.1, 1.2), (0.7, 0.8)]:
+    for level, temperature in [(0.6, 0.8), (0.5, 1.2), (0.7, 0.8), (0.1, 1.2)]:
         logp = torch.tensor([[-level, torch.nan]])
         module.update(module(RegInputs(logp=logp, mask=torch.tensor([[1, 0]]))).sync)
         close(module.temperature, torch.tensor(temperature))
     module.update(sums(0.0, 0.0))
-    close(module.temperature, torch.tensor(0.8))
+    close(module.temperature, torch.tensor(1.2))
 
 
 def test_reinforce_positive_gives_the_gradient_of_correct_log_probabilities_only():

@@ -11,6 +11,7 @@ from offrl.regularizers.functional import (
     low_probability_mask,
     proxy_logp,
 )
+from offrl.regularizers.statistics import LogMass, MinP, Threshold, token_stats_from_logits
 
 close = torch.testing.assert_close
 
@@ -42,6 +43,18 @@ def test_proxy_from_three_numbers_equals_the_renormalized_distribution(mode):
     found = proxy_logp(taken, log_mass, logp.amax(-1), 0.05, mode)
     assert (found == -torch.inf).any()
     close(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["minp", "fixed"])
+def test_token_statistics_make_the_three_numbers(mode):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 9, 7, generator=g, dtype=torch.float64) * 2
+    action = torch.randint(0, 7, (4, 9), generator=g)
+    kept = MinP(0.05) if mode == "minp" else Threshold(0.05)
+    want = {"logp": "logp", "log_mass": LogMass(kept), "log_top": LogMass(MinP(1.0))}
+    found = token_stats_from_logits(logits, action, want)
+    found = proxy_logp(found["logp"], found["log_mass"], found["log_top"], 0.05, mode)
+    close(found, proxy_by_hand(logits, action, 0.05, mode)[0])
 
 
 def test_relative_threshold_needs_the_largest_probability():
