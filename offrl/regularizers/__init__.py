@@ -13,6 +13,7 @@ from offrl.regularizers.entropy import (
 from offrl.regularizers.kl import DADS, EMAAnchor, GeometricMixture, KLReward, KLToReference
 from offrl.regularizers.occupancy import Chi2Occupancy, OccupancyReward
 from offrl.regularizers.preference import INPO, LDDPO, RPO, SPO, GenARM, NLLAnchor, XPOTerm
+from offrl.regularizers.rank import FeatureRank
 from offrl.regularizers.selective import ClipCov, KLCov, LowProbability
 from offrl.regularizers.softq import InverseSoftQ
 
@@ -30,6 +31,7 @@ __all__ = [
     "EntropyAnchor",
     "EntropyBand",
     "EntropyBonus",
+    "FeatureRank",
     "GenARM",
     "GeometricMixture",
     "InverseSoftQ",
