@@ -114,7 +114,7 @@ class EntropyBonus(Regularizer):
         total, count = sum_and_count(entropy, x.mask)
         return RegOutput(
             per_element=-self.weight * entropy,
-            metrics={"entropy": masked_reduce(entropy, x.mask)},
+            metrics={"entropy": total / count.clamp(min=1)},
             sync={"entropy": total, "count": count},
         )
 
@@ -326,6 +326,7 @@ class TemperatureController(Regularizer):
     def forward(self, x: RegInputs) -> RegOutput:
         total, count = sum_and_count(-x.need("logp"), x.mask)
         return RegOutput(
+            loss=torch.zeros_like(total),
             metrics={"temperature": self.temperature.clone()},
             sync={"entropy": total, "count": count},
         )

@@ -222,11 +222,11 @@ class KLToReference(Regularizer):
         coef: a `DualVariable` needs `target`; its violation is <KL> / target - 1 of the last
             optimizer step: rule "proportional" with clip 0.2 and scale = samples / horizon is
             Ziegler's controller (horizon 10000), rule "factor" that of PPO-KLPEN (target 0.01).
-        kind: k1, k2 or k3 of `kl_estimate` from `logp`, `ref_logp` and, where the samples are of an
-            older policy, `old_logp`; "exact" takes stats["kl"]; "dist" computes
+        kind: k1, k2 or k3 of `kl_estimate`; "exact" takes stats["kl"]; "dist" computes
             `torch.distributions.kl_divergence(dist, ref_dist)`, where an undefined divergence at
             padding would reach the gradients, so padding must hold valid distributions.
-        grad: of `kl_estimate`; "exact" and "dist" differentiate the divergence itself.
+        grad: of `kl_estimate`; all but "path" need `old_logp`, which is `logp.detach()` on policy.
+            "exact" and "dist" differentiate the divergence itself.
         target: nats per element.
 
     Metrics and the controller see values clamped to +-10, so that one spike of k3 moves neither.
@@ -241,8 +241,9 @@ class KLToReference(Regularizer):
         reduction: str | None = None,
     ):
         super().__init__(coef, reduction)
+        sampled = {"logp", "ref_logp"} | ({"old_logp"} if grad != "path" else set())
         needs = {"exact": {"stats.kl"}, "dist": {"dist", "ref_dist"}}
-        self.requires = frozenset(needs.get(kind, {"logp", "ref_logp"}))
+        self.requires = frozenset(needs.get(kind, sampled))
         self.kind, self.grad, self.target = kind, grad, needs_target(coef, target)
 
     def divergence(self, x: RegInputs) -> Tensor:
@@ -250,9 +251,8 @@ class KLToReference(Regularizer):
             return keep(x.need("stats.kl"), x.mask)
         if self.kind == "dist":
             return keep(kl_divergence(x.need("dist"), x.need("ref_dist")), x.mask)
-        return kl_estimate(
-            x.need("logp"), x.need("ref_logp"), self.kind, self.grad, x.old_logp, x.mask
-        )
+        old = None if self.grad == "path" else x.need("old_logp")
+        return kl_estimate(x.need("logp"), x.need("ref_logp"), self.kind, self.grad, old, x.mask)
 
     def forward(self, x: RegInputs) -> RegOutput:
         kl = self.divergence(x)

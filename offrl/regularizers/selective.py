@@ -170,8 +170,8 @@ class ClipCov(Regularizer):
     """Token stage: weight 0 for a random few of the tokens with low < covariance < high, else 1.
 
     Args:
-        generator: draws which ones, on its device, one uniform number per element and call; where
-            the trainer gives extra["noise"] (uniform, L), that decides instead.
+        generator: draws which ones, on its device, one uniform number per element and call. None:
+            the trainer draws extra["noise"] (uniform in [0, 1), L), as compiled code needs it.
         fraction: of all valid tokens, at least one token.
         low, high: of `covariance`.
 
@@ -194,13 +194,15 @@ class ClipCov(Regularizer):
         high: float = 5.0,
     ):
         super().__init__()
+        if generator is None:
+            self.requires |= {"extra.noise"}
         self.generator, self.fraction, self.low, self.high = generator, fraction, low, high
 
     def forward(self, x: RegInputs) -> RegOutput:
         logp = x.need("logp")
         score = covariance(logp, x.need("advantages"), x.mask)
         valid = all_or(x.mask, logp)
-        if "noise" in x.extra or self.generator is None:
+        if self.generator is None:
             noise = x.need("extra.noise")
         else:
             noise = torch.rand(score.shape, generator=self.generator, device=score.device)
@@ -240,5 +242,5 @@ class KLCov(Regularizer):
         drift = (keep(logp, x.mask) - keep(old.detach(), x.mask)).abs()
         return RegOutput(
             per_element=self.weight * torch.where(top, drift, 0.0),
-            metrics={"drift": masked_reduce(drift, top)},
+            metrics={"drift": masked_reduce(drift.detach(), top)},
         )

@@ -250,7 +250,15 @@ def test_sums_of_parts_give_the_mean_of_the_whole():
 
 def test_a_spike_moves_the_metric_by_ten_at_most():
     x = RegInputs(logp=torch.tensor([-40.0]), ref_logp=torch.tensor([0.0]))
-    assert KLToReference(0.1)(x).metrics["kl"] == 10
+    assert KLToReference(0.1, grad="path")(x).metrics["kl"] == 10
+
+
+@pytest.mark.parametrize("grad", ["ratio", "straight"])
+def test_corrected_gradients_ask_for_the_policy_that_sampled(grad):
+    module = KLToReference(0.1, grad=grad)
+    assert module.requires == {"logp", "ref_logp", "old_logp"}
+    with pytest.raises(ValueError, match="old_logp"):
+        module(RegInputs(logp=REF, ref_logp=REF))
 
 
 def test_exact_kind_takes_the_given_divergence_and_its_gradient():
@@ -286,6 +294,7 @@ def test_control_actor_and_token_policy_of_one_token_agree(kind):
         taken = action.view(shape[:-1])
         x = RegInputs(
             logp=dist.log_prob(taken),
+            old_logp=dist.log_prob(taken).detach(),
             ref_logp=ref_dist.log_prob(taken),
             stats={"kl": kl_divergence(dist, ref_dist)},
             dist=dist,

@@ -191,6 +191,7 @@ def test_clip_cov_draws_from_its_generator():
 
     assert torch.equal(draw(0), draw(0))
     assert not torch.equal(draw(0), draw(1))
+    assert "extra.noise" in ClipCov().requires
     with pytest.raises(ValueError, match=r"extra\.noise"):
         ClipCov()(x)
 
