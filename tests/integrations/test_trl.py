@@ -7,6 +7,7 @@ Run with the extra: `pip install -c constraints.txt -e '.[llm,dev]'`, then
 # ruff: noqa: E402, the imports below need the optional extra
 
 import copy
+import doctest
 import os
 import subprocess
 import sys
@@ -547,6 +548,16 @@ def test_two_processes_are_one(folder, tmp_path):
     close(first["model"] - one["start"], one["model"] - one["start"])
     assert torch.equal(first["model"], second["model"])
     assert first["lengths"] == one["lengths"] == [1, 6, 3, 4]  # gathered, in TRL's order
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(adapter).failed == 0
+
+
+def test_a_missing_column_is_named(folder, tmp_path):
+    trainer = make(GRPO, folder, tmp_path, [Watcher("reward", "rewards", "level")])
+    with pytest.raises(ValueError, match="'level': add an integer column"):
+        trainer.train()
 
 
 def test_turns_are_runs_of_policy_tokens():

@@ -169,6 +169,16 @@ def test_preference_terms_are_trls(module, stock, ours, folder, tmp_path):
     assert gradient.norm() > 1e-3
 
 
+def test_two_dpo_micro_batches_average_to_one(folder, tmp_path):
+    one = moved(make(DPO, folder, tmp_path, [LDDPO(beta=0.1, alpha=0.5)], **NOTHING))
+    batch = batch_for(DPO, one)
+    _, whole = gradients(one, batch)
+    halves = [torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3, 6, 7])]
+    found = sum(gradients(one, {k: v[rows] for k, v in batch.items()})[1] for rows in halves)
+    assert not one.loss_is_scaled_for_ga  # so TRL's base trainer divides the sum
+    close(found / 2, whole)
+
+
 HAVE = {"stats.nucleus_entropy", "stats.lse", "stats.log_sum_sq", "extra.noise"}
 
 
