@@ -20,11 +20,11 @@ step, reduced over ranks once, and handed to `Compose.update`; what the first tw
 equal on all ranks already and is not reduced again. Evaluation changes neither loss nor state.
 
 Limits: no context or sequence parallelism, no `auto_find_batch_size`, no adapter on the head, no
-`nn.DataParallel`. Not tried: FSDP, ZeRO-3, vLLM. Statistics of two distributions at once (exact KL, chi2)
-are not offered, and the proxy of Lp-Reg is that of the policy now, not of the sampler. Logits are
-divided by the sampling temperature before every statistic; top-p, top-k and min-p are not
-reflected, as in TRL's own. A micro-batch holds parts of groups, in any order: modules of the loss
-stage that compare rows of a group see the rows that are there.
+`nn.DataParallel`. Not tried: FSDP, ZeRO-3, vLLM. Statistics of two distributions at once (exact
+KL, chi2) are not offered, and the proxy of Lp-Reg is that of the policy now, not of the sampler.
+Logits are divided by the sampling temperature before every statistic; top-p, top-k and min-p are
+not reflected, as in TRL's own. A micro-batch holds parts of groups, in any order: modules of the
+loss stage that compare rows of a group see the rows that are there.
 """
 
 import copy
