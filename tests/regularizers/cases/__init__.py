@@ -27,6 +27,8 @@ class Case:
         control: also meaningful for (B,) inputs (T = 1 is compared with a control actor).
         rows_mix: a row's output depends on other rows (groups, batch statistics), so that only
             permuting all rows together is an invariance.
+        exact_gradient: False where the gradient is by design not that of the value (a detached
+            factor), so that finite differences do not apply.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Case:
     differentiable: tuple[str, ...] = ("logp",)
     control: bool = False
     rows_mix: bool = False
+    exact_gradient: bool = True
 
 
 def all_cases() -> list[Case]:
