@@ -204,5 +204,5 @@ class Chi2Occupancy(Regularizer):
         root = torch.where(valid.any(), chi2.clamp(min=self.floor).sqrt(), chi2)
         return RegOutput(
             loss=self.weight * root,
-            metrics={"chi2": chi2, "floor": (chi2 <= self.floor).to(chi2.dtype)},
+            metrics={"chi2": chi2.detach(), "floor": (chi2 <= self.floor).to(chi2.dtype)},
         )

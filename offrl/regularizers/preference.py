@@ -259,7 +259,8 @@ class RPO(LDDPO):
         nll = masked_reduce(sequence_nll(win, valid, self.sft_reduction), both)
         assert out.loss is not None
         return RegOutput(
-            loss=out.loss + self.weight * self.eta * nll, metrics=out.metrics | {"nll": nll}
+            loss=out.loss + self.weight * self.eta * nll,
+            metrics=out.metrics | {"nll": nll.detach()},
         )
 
 
@@ -285,7 +286,7 @@ class XPOTerm(Regularizer):
         logp = x.need("logp")
         rows = x.need("extra.from_reference").bool() & has_tokens(logp, x.mask)
         mean = masked_reduce(row_sum(logp, x.mask), rows)
-        return RegOutput(loss=self.weight * mean, metrics={"logp": mean})
+        return RegOutput(loss=self.weight * mean, metrics={"logp": mean.detach()})
 
 
 class INPO(Regularizer):
@@ -374,10 +375,9 @@ class NLLAnchor(Regularizer):
         logp, mask = x.need("logp"), x.mask
         if self.rows == "all":
             nll = -keep(logp, mask)
-            return RegOutput(
-                per_element=self.weight * nll, metrics={"nll": masked_reduce(nll, mask)}
-            )
+            metrics = {"nll": masked_reduce(nll.detach(), mask)}
+            return RegOutput(per_element=self.weight * nll, metrics=metrics)
         kept = over_tokens(x.need("chosen").bool(), logp)
         kept = kept if mask is None else kept & mask.bool()
         nll = masked_reduce(-keep(logp, kept), kept, self.reduction)
-        return RegOutput(loss=self.weight * nll, metrics={"nll": nll})
+        return RegOutput(loss=self.weight * nll, metrics={"nll": nll.detach()})

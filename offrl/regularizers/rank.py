@@ -205,9 +205,8 @@ class FeatureRank(Regularizer):
     """Model stage: coef mean of `beer_penalty`, `dr3_penalty` or `infer_penalty`.
 
     Inputs: `features` (f) and `next_features` (t), (*L, m), `mask` L; for "beer" also `rewards` of
-    the transitions in shape L and extra["weight"], the last layer's; extra["terminal"] L where
-    there is one. In token trainers `rewards` are outcomes (B,): for a value head hand the module
-    inputs of its own.
+    the transitions in shape L and extra["weight"], the last layer's. In token trainers `rewards`
+    are outcomes (B,): for a value head hand the module inputs of its own.
 
     Args:
         coef: 1e-3 in the paper, for all tasks.
@@ -216,6 +215,8 @@ class FeatureRank(Regularizer):
         norm_source: "mixed" as in the released code: extra["online_next_features"], the g of
             `beer_penalty` and the other factor of "dr3", is needed; "target": t alone.
         bias_aware: extra["bias"] of the last layer enters BEER's bound.
+        skip_terminal: reads extra["terminal"], L, and leaves ends of episodes out, which the
+            released code does not. For tokens the mask does that: False.
 
     Twin critics: one input each; average the two losses.
     """
@@ -229,6 +230,7 @@ class FeatureRank(Regularizer):
         kind: Literal["beer", "dr3", "infer"] = "beer",
         norm_source: Literal["mixed", "target"] = "mixed",
         bias_aware: bool = False,
+        skip_terminal: bool = True,
     ):
         super().__init__(coef)
         self.gamma = gamma
@@ -236,8 +238,9 @@ class FeatureRank(Regularizer):
         needs = {"features", "next_features"}
         if kind == "beer":
             needs |= {"rewards", "extra.weight"} | ({"extra.bias"} if bias_aware else set())
-        if kind != "infer" and norm_source == "mixed":
-            needs |= {"extra.online_next_features"}
+        if kind != "infer":
+            needs |= {"extra.online_next_features"} if norm_source == "mixed" else set()
+            needs |= {"extra.terminal"} if skip_terminal else set()
         self.requires = frozenset(needs)
 
     def forward(self, x: RegInputs) -> RegOutput:
@@ -250,7 +253,7 @@ class FeatureRank(Regularizer):
             self.gamma,
             g=given.get("extra.online_next_features"),
             bias=given.get("extra.bias"),
-            terminal=x.extra.get("terminal"),
+            terminal=given.get("extra.terminal"),
             mask=x.mask,
         )
         return RegOutput(loss=self.weight * masked_reduce(penalty, x.mask), metrics=stats)

@@ -108,23 +108,24 @@ class InverseSoftQ(Regularizer):
     The first is for "chi2", the second for the other divergences, with w = `soft_q_weight`; w = 1
     gives the likelihood term alone. Adding a constant to all logits changes r only.
 
-    Inputs: `logp`, stats["lse"]; `finished` where some sequences were cut off, whose last token
-    then keeps its likelihood term alone. In control (B,) also extra["next_lse"], V of the next
-    state and 0 at the end; without it every row is an end.
+    Inputs: `logp`, stats["lse"].
 
     Args:
         alpha: for "chi2"; infinity, the default, is cross-entropy exactly; towards 0 logits are
             pulled to where all r = 0.
         gamma: in [0, 1]; undiscounted by default, our choice.
+        following: where V' comes from: "ended" takes the next token of a sequence, 0 after the
+            last (so in control every row is an end); "truncated" too, but reads `finished`: the
+            last token of a sequence that was cut off keeps its likelihood term alone; "given" takes
+            extra["next_lse"] in shape L, V of the next state, 0 at the end.
     """
-
-    requires = frozenset({"logp", "stats.lse"})
 
     def __init__(
         self,
         alpha: float = math.inf,
         gamma: float = 1.0,
         divergence: Divergence = "chi2",
+        following: Literal["ended", "truncated", "given"] = "ended",
         coef: Coefficient = 1.0,
         reduction: str | None = None,
     ):
@@ -134,14 +135,18 @@ class InverseSoftQ(Regularizer):
         if divergence not in DIVERGENCES:
             raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}")
         self.alpha, self.gamma, self.divergence = alpha, gamma, divergence
+        self.following = following
+        successor = {"ended": set(), "truncated": {"finished"}, "given": {"extra.next_lse"}}
+        self.requires = frozenset({"logp", "stats.lse"} | successor[following])
 
     def forward(self, x: RegInputs) -> RegOutput:
         logp, lse = keep(x.need("logp"), x.mask), keep(x.need("stats.lse"), x.mask)
-        if "next_lse" in x.extra:
-            following = keep(x.extra["next_lse"], x.mask)
+        if self.following == "given":
+            following = keep(x.need("extra.next_lse"), x.mask)
             known = torch.ones_like(lse, dtype=torch.bool)
         else:
-            following, known = next_values(lse, x.mask, x.finished)
+            finished = x.need("finished") if self.following == "truncated" else None
+            following, known = next_values(lse, x.mask, finished)
         known = known if x.mask is None else known & x.mask.bool()
         reward = torch.where(known, soft_q_reward(logp, lse, following, self.gamma), 0.0)
         loss = -logp
@@ -153,8 +158,8 @@ class InverseSoftQ(Regularizer):
         return RegOutput(
             per_element=self.weight * keep(loss, x.mask),
             metrics={
-                "nll": masked_reduce(-logp, x.mask),
-                "reward": masked_reduce(reward, known),
-                "reward_square": masked_reduce(reward.square(), known),
+                "nll": masked_reduce(-logp.detach(), x.mask),
+                "reward": masked_reduce(reward.detach(), known),
+                "reward_square": masked_reduce(reward.detach().square(), known),
             },
         )

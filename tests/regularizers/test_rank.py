@@ -183,19 +183,27 @@ def test_block_features_make_one_weight_of_a_discrete_critic():
 
 def test_the_module_averages_and_scales_once_and_mixes_norms_by_default():
     f, t, r, w = random(32)
-    g = 0.5 * t
-    x = RegInputs(
-        features=f, next_features=t, rewards=r,
-        extra={"weight": w, "online_next_features": g, "bias": torch.tensor([2.0])},
-    )  # fmt: skip
-    mixed, _ = beer_penalty(f, t, r, w, 0.99, g=g)
-    torch.testing.assert_close(FeatureRank(0.1)(x).loss, 0.1 * mixed.mean())
-    target, _ = beer_penalty(f, t, r, w, 0.99)
-    torch.testing.assert_close(FeatureRank(0.1, norm_source="target")(x).loss, 0.1 * target.mean())
-    aware, _ = beer_penalty(f, t, r, w, 0.9, g=g, bias=torch.tensor([2.0]))
-    torch.testing.assert_close(FeatureRank(0.1, 0.9, bias_aware=True)(x).loss, 0.1 * aware.mean())
-    product = FeatureRank(0.1, kind="dr3")(x).loss
-    torch.testing.assert_close(product, 0.1 * (f * g).sum(-1).mean())
+    g, bias, terminal = 0.5 * t, torch.tensor([2.0]), torch.arange(32) % 2
+    given = {"weight": w, "online_next_features": g, "bias": bias, "terminal": terminal}
+    x = RegInputs(features=f, next_features=t, rewards=r, extra=given)
+    expected = [
+        (FeatureRank(0.1), beer_penalty(f, t, r, w, 0.99, g=g, terminal=terminal)),
+        (FeatureRank(0.1, skip_terminal=False), beer_penalty(f, t, r, w, 0.99, g=g)),
+        (
+            FeatureRank(0.1, norm_source="target", skip_terminal=False),
+            beer_penalty(f, t, r, w, 0.99),
+        ),
+        (
+            FeatureRank(0.1, 0.9, bias_aware=True, skip_terminal=False),
+            beer_penalty(f, t, r, w, 0.9, g=g, bias=bias),
+        ),
+        (FeatureRank(0.1, kind="dr3"), dr3_penalty(f, t, g=g, terminal=terminal)),
+        (FeatureRank(0.1, kind="infer"), infer_penalty(f, t)),
+    ]
+    losses = [module(x).loss.detach() for module, _ in expected]
+    for loss, (_, (penalty, _)) in zip(losses, expected, strict=True):
+        torch.testing.assert_close(loss, 0.1 * penalty.mean())
+    assert len({float(loss) for loss in losses}) == len(losses)
 
 
 def test_a_coefficient_of_zero_needs_no_input():

@@ -118,9 +118,9 @@ def test_the_next_value_skips_what_is_masked():
 
 def test_a_cut_off_sequence_has_no_reward_at_its_last_token():
     logits, labels = random()
-    module = InverseSoftQ(alpha=0.5)
-    ended = module(batch(logits, labels)).per_element
-    cut = module(batch(logits, labels, finished=torch.tensor([True, False, True]))).per_element
+    x = batch(logits, labels, finished=torch.tensor([True, False, True]))
+    ended = InverseSoftQ(alpha=0.5)(x).per_element
+    cut = InverseSoftQ(alpha=0.5, following="truncated")(x).per_element
     differs = (ended != cut).nonzero().tolist()
     assert differs == [[1, 1]]
     torch.testing.assert_close(cut[1, 1], -batch(logits, labels).logp[1, 1])
@@ -131,7 +131,7 @@ def test_control_takes_the_next_state_value_from_outside():
     flat = batch(logits[:, 0], labels[:, 0], mask=None)
     after = logits[:, 1].logsumexp(-1)
     flat.extra["next_lse"] = after
-    out = InverseSoftQ(alpha=0.5, gamma=0.9)(flat)
+    out = InverseSoftQ(alpha=0.5, gamma=0.9, following="given")(flat)
     reward = flat.logp + flat.stats["lse"] - 0.9 * after
     torch.testing.assert_close(out.per_element, -flat.logp + reward.square() / 2)
 
