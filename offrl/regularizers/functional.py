@@ -1,9 +1,24 @@
 """All pure functions of the package: tensors in, unreduced and unscaled tensors out."""
 
-from offrl.regularizers.control import imitation, nearest_pair, normalized_trust
+from offrl.regularizers.advantage import (
+    bgpo_objective,
+    entropy_modulation,
+    igpo_advantages,
+    overlength_factor,
+    rto_rewards,
+    truncated_gae,
+    turn_rewards,
+)
+from offrl.regularizers.control import gated_clone, imitation, nearest_pair, normalized_trust
 from offrl.regularizers.divergences import f_divergence, robust_value
 from offrl.regularizers.entropy import peak_mask, reinforce_positive
 from offrl.regularizers.kl import dads_weight, geometric_mixture, kl_estimate, kl_in_reward
+from offrl.regularizers.lipschitz import (
+    lipschitz_bound,
+    lipschitz_penalty,
+    spectral_clip,
+    spectral_refresh,
+)
 from offrl.regularizers.occupancy import discriminator_loss, occupancy_penalty, sequence_chi2
 from offrl.regularizers.preference import (
     dpo_loss,
@@ -31,6 +46,7 @@ from offrl.regularizers.reductions import (
     masked_quantile,
     masked_reduce,
     over_tokens,
+    real,
     sum_and_count,
 )
 from offrl.regularizers.selective import (
@@ -39,6 +55,7 @@ from offrl.regularizers.selective import (
     low_probability_mask,
     proxy_logp,
 )
+from offrl.regularizers.self_evolution import progressive_target, smoothed_nll
 from offrl.regularizers.softq import next_values, soft_q_reward, soft_q_weight
 from offrl.regularizers.statistics import (
     Head,
@@ -60,19 +77,23 @@ __all__ = [
     "Threshold",
     "action_features",
     "beer_penalty",
+    "bgpo_objective",
     "covariance",
     "dads_weight",
     "dense_groups",
     "discriminator_loss",
     "dpo_loss",
     "dr3_penalty",
+    "entropy_modulation",
     "f_divergence",
+    "gated_clone",
     "geometric_mixture",
     "group_extreme",
     "group_mean",
     "group_std",
     "group_sum",
     "guided_logp",
+    "igpo_advantages",
     "imitation",
     "infer_penalty",
     "inpo_loss",
@@ -80,6 +101,8 @@ __all__ = [
     "kl_estimate",
     "kl_in_reward",
     "ld_weight",
+    "lipschitz_bound",
+    "lipschitz_penalty",
     "low_probability_loss",
     "low_probability_mask",
     "masked_mean",
@@ -90,17 +113,26 @@ __all__ = [
     "normalized_trust",
     "occupancy_penalty",
     "over_tokens",
+    "overlength_factor",
     "peak_mask",
+    "progressive_target",
     "proxy_logp",
+    "real",
     "reinforce_positive",
     "representation_rank",
     "robust_value",
+    "rto_rewards",
     "sequence_chi2",
     "sequence_nll",
+    "smoothed_nll",
     "soft_q_reward",
     "soft_q_weight",
+    "spectral_clip",
+    "spectral_refresh",
     "spo_reward",
     "sum_and_count",
     "token_stats",
     "token_stats_from_logits",
+    "truncated_gae",
+    "turn_rewards",
 ]

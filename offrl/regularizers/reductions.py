@@ -22,6 +22,11 @@ def keep(x: Tensor, mask: Tensor | None, fill: float = 0.0) -> Tensor:
     return x if mask is None else torch.where(mask.bool(), x, fill)
 
 
+def real(x: Tensor) -> Tensor:
+    """Integers, bools and half precision as float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def masked_reduce(
     x: Tensor,
     mask: Tensor | None = None,
@@ -121,16 +126,17 @@ def over_tokens(x: Tensor, like: Tensor) -> Tensor:
 
 
 def group_sum(x: Tensor, group: Tensor) -> Tensor:
-    """For every row the sum of `x` (B,) over the rows of its group.
+    """For every row the sum of `x` (B,) or (B, ...) over the rows of its group.
 
     Args:
         group: int64 (B,) in [0, B), in any order; see `dense_groups` for other ids.
     """
-    return x.new_zeros(len(x)).index_add(0, group, x)[group]
+    return torch.zeros_like(x).index_add(0, group, x)[group]
 
 
 def group_mean(x: Tensor, group: Tensor, mask: Tensor | None = None) -> Tensor:
-    """For every row the mean of `x` (B,) over its group's rows where `mask` is 1; 0 if none."""
+    """For every row the mean of `x` (B,) or (B, ...) over its group's rows where `mask`, of the
+    shape of `x`, is 1; 0 if none."""
     weight = torch.ones_like(x) if mask is None else mask.to(x.dtype)
     return group_sum(keep(x, mask), group) / group_sum(weight, group).clamp(min=1)
 
