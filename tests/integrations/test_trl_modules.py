@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from offrl.integrations.trl import Preference, Rollout
 from offrl.regularizers import (
+    EMPG,
     LDDPO,
     RPO,
     DualVariable,
@@ -177,6 +178,26 @@ def test_two_dpo_micro_batches_average_to_one(folder, tmp_path):
     found = sum(gradients(one, {k: v[rows] for k, v in batch.items()})[1] for rows in halves)
     assert not one.loss_is_scaled_for_ga  # so TRL's base trainer divides the sum
     close(found / 2, whole)
+
+
+def test_modulated_advantages_come_from_all_rows_before_the_loss(folder, tmp_path):
+    rows = {}
+    for name, regularizers in (("stock", None), ("ours", [EMPG()])):
+        trainer = make(GRPO, folder, tmp_path, regularizers)
+        trainer.model.train()
+        given = next(iter(trainer.get_train_dataloader()))
+        torch.manual_seed(7)
+        rows[name] = trainer._generate_and_score_completions(given)
+    out = rows["ours"]
+    assert torch.equal(out["completion_ids"], rows["stock"]["completion_ids"])
+    logp = tiny.logits_of(tiny.exact_copy(folder), out).log_softmax(-1).float().detach()
+    mask = out["completion_mask"]
+    x = RegInputs(
+        advantages=rows["stock"]["advantages"], mask=mask, turn=torch.where(mask > 0, 0, -1),
+        entropy=-(logp.exp() * logp).sum(-1),
+    )  # fmt: skip
+    torch.testing.assert_close(out["advantages"], EMPG()(x).advantages)
+    assert out["advantages"].shape == mask.shape
 
 
 HAVE = {"stats.nucleus_entropy", "stats.lse", "stats.log_sum_sq", "extra.noise"}
