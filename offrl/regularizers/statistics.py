@@ -89,7 +89,7 @@ def token_stats(
 
     Rows whose set holds more than the TOP largest logits of a tile are made again with four times
     as many until it is exact, so near uniform rows are slow to give set statistics. This looks at
-    values, hence the function runs outside of compiled graphs.
+    values, so the function belongs outside of compiled graphs.
 
     >>> hidden, weight = torch.zeros(2, 3), torch.randn(5, 3)
     >>> {k: round(v[0].item(), 4) for k, v in token_stats(hidden, weight, want=["entropy"]).items()}
@@ -125,7 +125,6 @@ def token_stats_from_logits(
     )  # fmt: skip
 
 
-@torch.compiler.disable
 def measure(
     head: Head,
     targets: Tensor | None,
