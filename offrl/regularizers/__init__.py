@@ -4,6 +4,7 @@ from offrl.regularizers import functional
 from offrl.regularizers.advantage import EMPG, IGPO, STCR
 from offrl.regularizers.base import Compose, RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import DualVariable, Schedule
+from offrl.regularizers.constraints import ConstrainedRewards, LagrangianPenalty
 from offrl.regularizers.control import AdvantageGatedClone
 from offrl.regularizers.entropy import (
     EntropyAnchor,
@@ -34,6 +35,7 @@ __all__ = [
     "Chi2Occupancy",
     "ClipCov",
     "Compose",
+    "ConstrainedRewards",
     "DualVariable",
     "EMAAnchor",
     "EntropyAnchor",
@@ -46,6 +48,7 @@ __all__ = [
     "KLCov",
     "KLReward",
     "KLToReference",
+    "LagrangianPenalty",
     "LipschitzPenalty",
     "LowProbability",
     "NLLAnchor",

@@ -9,6 +9,7 @@ from offrl.regularizers.advantage import (
     truncated_gae,
     turn_rewards,
 )
+from offrl.regularizers.constraints import lagrangian_advantages, mixed_advantages
 from offrl.regularizers.control import gated_clone, imitation, nearest_pair, normalized_trust
 from offrl.regularizers.divergences import f_divergence, robust_value
 from offrl.regularizers.entropy import peak_mask, reinforce_positive
@@ -100,6 +101,7 @@ __all__ = [
     "keep",
     "kl_estimate",
     "kl_in_reward",
+    "lagrangian_advantages",
     "ld_weight",
     "lipschitz_bound",
     "lipschitz_penalty",
@@ -108,6 +110,7 @@ __all__ = [
     "masked_mean",
     "masked_quantile",
     "masked_reduce",
+    "mixed_advantages",
     "nearest_pair",
     "next_values",
     "normalized_trust",
