@@ -1,22 +1,22 @@
 """What every module of the package keeps to, and the parts that modules are made of."""
 
 import copy
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import venv
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from offrl.regularizers import (
-    Compose,
-    RegInputs,
-    RegOutput,
-    Regularizer,
-)
-from offrl.regularizers.functional import (
-    masked_reduce,
-)
+from offrl.regularizers import Compose, RegInputs, RegOutput, Regularizer
+from offrl.regularizers.functional import masked_reduce
 from tests.regularizers.cases import Case, all_cases
 
 CASES = all_cases()
@@ -130,6 +130,8 @@ def test_reads_only_what_it_requires_and_writes_one_result(case):
                 setattr(lacking, head, value)
     for name in {"dist", "ref_dist"} & read:
         setattr(lacking, name, getattr(x, name))
+    functions = {k: v for k, v in x.extra.items() if not isinstance(v, Tensor)}
+    lacking.extra |= {k: v for k, v in functions.items() if f"extra.{k}" in read}
     out = module(lacking)
     assert_same(out, module(x))
     assert not list(module.parameters())
@@ -367,3 +369,177 @@ def test_compiles_with_inductor(case):
 @some(lambda case: case.name in ("kl-adaptive", "entropy-anchor"))
 def test_two_modules_compile_into_one_graph(case):
     compiled_agrees(case, "eager", counted=True)
+
+
+# -- several processes --------------------------------------------------------------------------
+
+RANKS = ([0, 1, 4, 5], [2, 3, 6, 7])  # groups (two rows) and pairs (i and i + B/2) stay together
+
+
+def on_rank(case: Case, rank: int) -> tuple[Compose, list[Tensor], Tensor, dict[str, Tensor]]:
+    """One rank's composition, gradients of its rows, number of tokens, and sums."""
+    reg, x, rows = Compose([trained(case)]), case.inputs(generator(), B, T), RANKS[rank]
+
+    def own(name, value):
+        if value.shape[:2] == (B, B):
+            return value[rows][:, rows]
+        return value[rows] if value.dim() and len(value) == B else value
+
+    local = changed(x, own)
+    count = None if x.mask is None else x.mask.sum() / len(RANKS)
+    loss, _, sync = reg.run_loss(local, count)
+    (part,) = reg.parts.values()
+    if part.stage not in ("token", "loss", "model"):
+        sync = {f"{name}/{k}": v for name in reg.parts for k, v in part(local).sync.items()}
+    grads = [tensors(local)[name] for name in case.differentiable]
+    if grads:
+        found = torch.autograd.grad(loss, grads, allow_unused=True)
+        grads = [torch.zeros_like(v) if g is None else g.detach()
+                 for g, v in zip(found, grads, strict=True)]  # fmt: skip
+    tokens = torch.zeros(()) if local.mask is None else local.mask.sum()
+    return reg, grads, tokens, sync
+
+
+def one_step(case: Case, reduce: Callable[[list[Tensor]], Tensor], ranks: list[int]):
+    """Gradients and the state after an update of some ranks, given how sums become global."""
+    found = [on_rank(case, rank) for rank in ranks]
+    total = reduce([reg.flatten(sync) for reg, _, _, sync in found])
+    for reg, *_ in found:
+        reg.update(reg.unflatten(total))
+    return [(grads, reg.state_dict(), tokens) for reg, grads, tokens, _ in found]
+
+
+def process(rank: int, path: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{path}/meeting", rank=rank, world_size=len(RANKS)
+    )
+
+    def reduce(flats):
+        (total,) = flats
+        torch.distributed.all_reduce(total)
+        return total
+
+    found = {case.name: one_step(case, reduce, [rank])[0] for case in CASES}
+    torch.save(found, f"{path}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@every
+def test_gradients_and_state_of_two_ranks_are_those_of_the_whole_batch(case):
+    ranks = one_step(case, sum, [0, 1])
+    for key, value in ranks[0][1].items():
+        assert torch.equal(value, ranks[1][1][key])
+    if case.rows_mix:
+        return
+    if case.inputs(generator(), B, T).mask is not None:
+        assert ranks[0][2] != ranks[1][2]
+    module, x = trained(case), case.inputs(generator(), B, T)
+    loss, _, _ = Compose([module]).run_loss(x)
+    # A module that reduces by itself sees its rank's elements only; ranks are then averaged.
+    if case.differentiable and module(x).per_element is not None:
+        leaves = [tensors(x)[name] for name in case.differentiable]
+        expected = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for i, (g, leaf) in enumerate(zip(expected, leaves, strict=True)):
+            g = torch.zeros_like(leaf) if g is None else g
+            for rank, rows in enumerate(RANKS):
+                torch.testing.assert_close(ranks[rank][0][i] / len(RANKS), g[rows])
+    learn(module, x)
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(ranks[0][1][f"parts.0_{type(module).__name__}.{key}"], value)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_two_ranks_in_one(tmp_path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=len(RANKS))
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(len(RANKS))]
+    for case in CASES:
+        for rank, (grads, state, _) in enumerate(one_step(case, sum, [0, 1])):
+            there, state_there, _ = found[rank][case.name]
+            for ours, theirs in zip(grads, there, strict=True):
+                torch.testing.assert_close(ours, theirs)
+            for key, value in state.items():
+                torch.testing.assert_close(state_there[key], value)
+                assert torch.equal(state_there[key], found[0][case.name][1][key])
+
+
+# -- nothing but torch --------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ("offrl", "configs", "pyproject.toml", "setup.cfg", "README.md", "LICENSE")
+STRICT = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        ours = name == "offrl" or name.startswith("offrl.regularizers")
+        if not ours and name.partition(".")[0] not in ALLOWED | sys.stdlib_module_names:
+            raise ModuleNotFoundError(f"refused: {name}", name=name)
+sys.meta_path.insert(0, Refuse())
+from offrl.regularizers import functional
+import torch
+found = functional.token_stats_from_logits(torch.zeros(1, 4), want=["entropy"])
+print(round(found["entropy"].item(), 4))
+"""
+
+
+def torch_and_what_it_needs() -> set[str]:
+    """Installed distributions that torch requires, itself included."""
+    found, waiting = set(), ["torch"]
+    while waiting:
+        name = re.split(r"[^\w.-]", waiting.pop())[0].lower().replace("_", "-")
+        try:
+            needed = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if name not in found:
+            found.add(name)
+            waiting += [need for need in needed if "extra ==" not in need]
+    return found
+
+
+def strict() -> str:
+    """A program that finds only the standard library, torch and its requirements."""
+    needed = torch_and_what_it_needs()
+    modules = {top for top, owners in importlib.metadata.packages_distributions().items()
+               if {owner.lower().replace("_", "-") for owner in owners} & needed}  # fmt: skip
+    return f"ALLOWED = {modules}\n{STRICT}"
+
+
+def test_imports_nothing_but_torch():
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    out = subprocess.run([sys.executable, "-c", strict()], env=environment, text=True,
+                         capture_output=True)  # fmt: skip
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip() == "1.3863"
+
+
+@pytest.mark.slow
+def test_installs_and_works_in_an_environment_with_torch_alone(tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    for old in (tmp_path / "venv" / "lib").glob("python*/site-packages/setuptools*"):
+        shutil.rmtree(old)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    for name in {*torch_and_what_it_needs(), "setuptools"}:
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or [] if file.parts[0] != ".."}:
+            source = Path(str(distribution.locate_file(top)))
+            if source.exists() and not (site / top).exists():
+                (site / top).symlink_to(source)
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in SHIPPED:
+        source = ROOT / name
+        copied = shutil.copytree if source.is_dir() else shutil.copy
+        copied(source, checkout / name)
+
+    def run(*command):
+        out = subprocess.run([python, *command], cwd=tmp_path, env={"PATH": ""}, text=True,
+                             capture_output=True)  # fmt: skip
+        assert out.returncode == 0, out.stdout + out.stderr
+        return out.stdout.strip()
+
+    run("-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", checkout)
+    assert run("-c", strict()) == "1.3863"
+    assert str(site) in run("-c", "import offrl; print(offrl.__file__)")
+    assert "gymnasium" not in run("-m", "pip", "list")
