@@ -18,7 +18,7 @@ def run(*options):
     return subprocess.run(
         [sys.executable, str(SCRIPT), *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True, text=True, check=True, timeout=300,
     ).stdout  # fmt: skip
 
 

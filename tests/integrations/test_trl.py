@@ -539,7 +539,7 @@ def test_two_processes_are_one(folder, tmp_path):
             env = dict(os.environ) | (address | place if world > 1 else {})
             command = [sys.executable, str(script), folder, str(out)]
             workers.append(subprocess.Popen(command, env=env))
-        assert [w.wait(timeout=120) for w in workers] == [0] * world
+        assert [w.wait(timeout=300) for w in workers] == [0] * world
         results.append([torch.load(out / f"{rank}.pt") for rank in range(world)])
     (one,), (first, second) = results
     for name, value in first["state"].items():
