@@ -40,7 +40,8 @@ def lipschitz_penalty(
     Args:
         f: values of inputs, (..., d) -> (...), every row from its own input; what else it depends
             on (actions, weights) it closes over. Weights receive the gradient at both points, with
-            `detach_clean` at the moved one only.
+            `detach_clean` at the moved one only. No buffer may change in it (batch norm that
+            trains), and it is called three or four times, or twice and `steps` times more.
         x: inputs (..., d), states or embeddings of tokens; detached.
         radius: of the ball around each row, in the units of x.
         norm: "inf": each coordinate within +-radius; "2": |delta| <= radius.
