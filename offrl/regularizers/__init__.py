@@ -14,6 +14,8 @@ from offrl.regularizers.entropy import (
     TemperatureController,
 )
 from offrl.regularizers.kl import DADS, EMAAnchor, GeometricMixture, KLReward, KLToReference
+from offrl.regularizers.length import LengthShaper, PromptHistory
+from offrl.regularizers.length_objectives import DLER, DRPO
 from offrl.regularizers.lipschitz import LipschitzPenalty, SpectralClip
 from offrl.regularizers.occupancy import Chi2Occupancy, OccupancyReward
 from offrl.regularizers.preference import INPO, LDDPO, RPO, SPO, GenARM, NLLAnchor, XPOTerm
@@ -24,6 +26,8 @@ from offrl.regularizers.softq import InverseSoftQ
 
 __all__ = [
     "DADS",
+    "DLER",
+    "DRPO",
     "EMPG",
     "IGPO",
     "INPO",
@@ -49,12 +53,14 @@ __all__ = [
     "KLReward",
     "KLToReference",
     "LagrangianPenalty",
+    "LengthShaper",
     "LipschitzPenalty",
     "LowProbability",
     "NLLAnchor",
     "OccupancyReward",
     "PeakEntropyMask",
     "ProgressiveTarget",
+    "PromptHistory",
     "RegInputs",
     "RegOutput",
     "Regularizer",
