@@ -1,78 +1,165 @@
-"""Regularizers as pure functions of tensors, unreduced and unscaled."""
+"""All pure functions of the package: tensors in, unreduced and unscaled tensors out."""
 
-import torch
-from torch import Tensor
+from offrl.regularizers.advantage import (
+    bgpo_objective,
+    entropy_modulation,
+    igpo_advantages,
+    overlength_factor,
+    rto_rewards,
+    truncated_gae,
+    turn_rewards,
+)
+from offrl.regularizers.constraints import lagrangian_advantages, mixed_advantages
+from offrl.regularizers.control import gated_clone, imitation, nearest_pair, normalized_trust
+from offrl.regularizers.divergences import f_divergence, robust_value
+from offrl.regularizers.entropy import peak_mask, reinforce_positive
+from offrl.regularizers.kl import dads_weight, geometric_mixture, kl_estimate, kl_in_reward
+from offrl.regularizers.length import (
+    cosine,
+    curriculum,
+    grpo_lambda,
+    hapo,
+    kimi,
+    levels,
+    overlong,
+    truncate,
+    truncate_adaptive,
+)
+from offrl.regularizers.length_objectives import dler_advantages, drpo_loss, drpo_weights
+from offrl.regularizers.lipschitz import (
+    lipschitz_bound,
+    lipschitz_penalty,
+    spectral_clip,
+    spectral_refresh,
+)
+from offrl.regularizers.occupancy import discriminator_loss, occupancy_penalty, sequence_chi2
+from offrl.regularizers.preference import (
+    dpo_loss,
+    guided_logp,
+    inpo_loss,
+    ld_weight,
+    sequence_nll,
+    spo_reward,
+)
+from offrl.regularizers.rank import (
+    action_features,
+    beer_penalty,
+    dr3_penalty,
+    infer_penalty,
+    representation_rank,
+)
+from offrl.regularizers.reductions import (
+    dense_groups,
+    group_extreme,
+    group_mean,
+    group_std,
+    group_sum,
+    keep,
+    masked_mean,
+    masked_quantile,
+    masked_reduce,
+    over_tokens,
+    real,
+    sum_and_count,
+)
+from offrl.regularizers.selective import (
+    covariance,
+    low_probability_loss,
+    low_probability_mask,
+    proxy_logp,
+)
+from offrl.regularizers.self_evolution import progressive_target, smoothed_nll
+from offrl.regularizers.softq import next_values, soft_q_reward, soft_q_weight
+from offrl.regularizers.statistics import (
+    Head,
+    LogMass,
+    MinP,
+    Nucleus,
+    SetEntropy,
+    Threshold,
+    token_stats,
+    token_stats_from_logits,
+)
 
-
-def imitation(act: Tensor, anchor: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Squared distance of actions to given ones, averaged over the action's dimensions.
-
-    Args:
-        act: policy actions (..., a); receives the gradient 2 (act - anchor) / a.
-        anchor: actions to stay near (..., a), of the data or of a neighbor; detached.
-        mask: (...), 1 where the entry counts; None counts all.
-
-    Returns:
-        Tensor (...): 0 where the actions agree, at most 4 for actions in [-1, 1]. The caller
-        reduces it and adds the weight once.
-
-    Source: Fujimoto and Gu, NeurIPS 2021 (data action); Ran et al., ICML 2023 (neighbor's action).
-
-    >>> imitation(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
-    tensor([0.5000])
-    """
-    penalty = (act - anchor.detach()).square().mean(-1)
-    return penalty if mask is None else penalty * mask
-
-
-def nearest_pair(
-    obs: Tensor, act: Tensor, data_obs: Tensor, data_act: Tensor, beta: float, block: int = 65_536
-) -> Tensor:
-    """Row of the data pair nearest to (obs, act) in the metric of PRDC, searched exhaustively.
-
-    j = argmin_j beta^2 |obs - data_obs_j|^2 + |act - data_act_j|^2, by differences in float64, the
-    lowest row on a tie. Cost: all B N distances, in blocks; meant for small data or for checking.
-    `offrl.data.neighbors` finds the same rows fast when the observations are rows of the data.
-
-    Args:
-        obs, act: queries (B, o) and (B, a); no gradient flows.
-        data_obs, data_act: (N, o) and (N, a), on the same scale as the queries.
-        beta: weight of the observation; 0 compares actions only.
-
-    Returns:
-        int64 (B,).
-
-    >>> zero = torch.zeros(2, 1)
-    >>> nearest_pair(zero[:1], torch.tensor([[0.9]]), zero, torch.tensor([[0.0], [1.0]]), beta=2.0)
-    tensor([1])
-    """
-    query = torch.cat([beta * obs.detach().double(), act.detach().double()], -1)
-    best = torch.full((len(query),), torch.inf, dtype=torch.float64, device=query.device)
-    row = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-    for start in range(0, len(data_obs), block):
-        part = slice(start, start + block)
-        keys = torch.cat([beta * data_obs[part].double(), data_act[part].double()], -1)
-        gaps = torch.cdist(query, keys, compute_mode="donot_use_mm_for_euclid_dist")
-        distance, index = gaps.min(-1)
-        closer = distance < best
-        best = torch.where(closer, distance, best)
-        row = torch.where(closer, index + start, row)
-    return row
-
-
-def normalized_trust(q: Tensor, alpha: float) -> Tensor:
-    """TD3+BC's weight of the value term: alpha / mean |Q|, which makes it scale-free.
-
-    Args:
-        q: values of the policy's actions (*S, B); detached.
-        alpha: trust in the values against imitation; 0 leaves imitation only.
-
-    Returns:
-        Tensor (*S,), one weight per stacked seed.
-
-    Source: Fujimoto and Gu, NeurIPS 2021.
-
-    >>> normalized_trust(torch.tensor([2.0, -2.0]), 2.5)
-    tensor(1.2500)
-    """
-    return alpha / q.detach().abs().mean(-1)
+__all__ = [
+    "Head",
+    "LogMass",
+    "MinP",
+    "Nucleus",
+    "SetEntropy",
+    "Threshold",
+    "action_features",
+    "beer_penalty",
+    "bgpo_objective",
+    "cosine",
+    "covariance",
+    "curriculum",
+    "dads_weight",
+    "dense_groups",
+    "discriminator_loss",
+    "dler_advantages",
+    "dpo_loss",
+    "dr3_penalty",
+    "drpo_loss",
+    "drpo_weights",
+    "entropy_modulation",
+    "f_divergence",
+    "gated_clone",
+    "geometric_mixture",
+    "group_extreme",
+    "group_mean",
+    "group_std",
+    "group_sum",
+    "grpo_lambda",
+    "guided_logp",
+    "hapo",
+    "igpo_advantages",
+    "imitation",
+    "infer_penalty",
+    "inpo_loss",
+    "keep",
+    "kimi",
+    "kl_estimate",
+    "kl_in_reward",
+    "lagrangian_advantages",
+    "ld_weight",
+    "levels",
+    "lipschitz_bound",
+    "lipschitz_penalty",
+    "low_probability_loss",
+    "low_probability_mask",
+    "masked_mean",
+    "masked_quantile",
+    "masked_reduce",
+    "mixed_advantages",
+    "nearest_pair",
+    "next_values",
+    "normalized_trust",
+    "occupancy_penalty",
+    "over_tokens",
+    "overlength_factor",
+    "overlong",
+    "peak_mask",
+    "progressive_target",
+    "proxy_logp",
+    "real",
+    "reinforce_positive",
+    "representation_rank",
+    "robust_value",
+    "rto_rewards",
+    "sequence_chi2",
+    "sequence_nll",
+    "smoothed_nll",
+    "soft_q_reward",
+    "soft_q_weight",
+    "spectral_clip",
+    "spectral_refresh",
+    "spo_reward",
+    "sum_and_count",
+    "token_stats",
+    "token_stats_from_logits",
+    "truncate",
+    "truncate_adaptive",
+    "truncated_gae",
+    "turn_rewards",
+]

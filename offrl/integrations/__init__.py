@@ -1,0 +1,1 @@
+"""Adapters that run `offrl.regularizers` inside other trainers; hosts are imported lazily."""
