@@ -13,6 +13,7 @@ ROOT = Path(offrl.__file__).parent
 ALLOWED = {
     "algos": {"nets", "regularizers", "data", "engine.stage", "engine.optim"},
     "regularizers": {"regularizers"},
+    "integrations": {"integrations", "regularizers"},
     "nets": {"nets"},
     "data": {"data", "engine.stage", "seeding", "envs", "nets", "results"},
     "envs": {"envs", "seeding"},
