@@ -90,15 +90,25 @@ class ConstrainedRewards(Regularizer):
             raise ValueError(f"kind must be inequality or equality, got {kind!r}")
         self.thresholds = [float(theta) for theta in thresholds]
         self.kind = kind
-        start, link = (0.5, "sigmoid") if kind == "inequality" else (0.0, "tanh")
+        start = 0.5 if kind == "inequality" else 0.0
         self.duals = nn.ModuleList(
-            DualVariable(start, link, "sgd", lr, momentum=0.1, clip=0.5) for _ in thresholds
+            DualVariable(
+                start,
+                "sigmoid" if kind == "inequality" else "tanh",
+                lr=lr,
+                momentum=0.1,
+                clip=0.5,
+            )
+            for _ in thresholds
         )
+
+    def multipliers(self) -> list[DualVariable]:
+        return [dual for dual in self.duals if isinstance(dual, DualVariable)]
 
     @property
     def mu(self) -> Tensor:
         """(N,), the multipliers now."""
-        return torch.stack([dual.value for dual in self.duals])
+        return torch.stack([dual.value for dual in self.multipliers()])
 
     def forward(self, x: RegInputs) -> RegOutput:
         objectives, mu = x.need("extra.objectives"), self.mu
@@ -109,8 +119,8 @@ class ConstrainedRewards(Regularizer):
                 f"objectives of shape {tuple(objectives.shape)}"
             )
         ones = torch.ones_like(objectives[:, 0], dtype=torch.bool)
-        rows = ones if x.mask is None else x.mask.bool().view(len(ones), -1).any(-1)
-        total = keep(objectives.detach(), rows.unsqueeze(-1)).sum(0)
+        rows = ones if x.mask is None else x.mask.bool().reshape(len(ones), -1).any(-1)
+        total = keep(real(objectives.detach()), rows.unsqueeze(-1)).sum(0)
         count = rows.to(total.dtype).sum()
         mean = total / count.clamp(min=1)
         metrics = {f"mu_{i}": mu[i] for i in range(len(self.duals))}
@@ -125,7 +135,7 @@ class ConstrainedRewards(Regularizer):
     def update(self, sync: Mapping[str, Tensor]) -> None:
         super().update(sync)
         mean = sync["objectives"] / sync["count"]
-        for i, (dual, mu) in enumerate(zip(self.duals, self.mu, strict=True)):
+        for i, (dual, mu) in enumerate(zip(self.multipliers(), self.mu, strict=True)):
             slope = mu * (1 - mu) if self.kind == "inequality" else 1 - mu.square()
             dual.update(slope * (self.thresholds[i] - mean[i]))
 

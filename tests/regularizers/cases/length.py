@@ -1,5 +1,7 @@
 """Length shaping."""
 
+from typing import Any
+
 import torch
 from torch import Generator
 
@@ -29,7 +31,7 @@ def scored(g: Generator, rows: int, tokens: int) -> RegInputs:
     return x
 
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "truncate": dict(max_length=200),
     "truncate_adaptive": dict(max_length=300, easy_length=100),
     "grpo_lambda": dict(share=0.5),
