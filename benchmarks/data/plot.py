@@ -1,4 +1,4 @@
-"""Draw the returns of the generated data sets, 100,000 rows each: python benchmarks/data/plot.py"""
+"""Draw the returns of the generated data sets, 20,000 rows each: python benchmarks/data/plot.py"""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ if __name__ == "__main__":  # rolling out starts processes, which import this fi
     distribution(
         Path(__file__).parent / "returns.png",
         {
-            robot: {name: generated.load(robot, name, rows=100_000) for name in generated.DATASETS}
+            robot: {name: generated.load(robot, name, rows=20_000) for name in generated.DATASETS}
             for robot in ROBOTS
         },
     )
