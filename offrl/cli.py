@@ -132,6 +132,10 @@ def run(resolved: Resolved, folder: Path | None = None, resume: bool = False) ->
     )
     score, interval = result["score"], result["score"]["interval95"]
     spread = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
+    env, data = result["env"], result["dataset"]
+    masses = " with legacy masses" if env["legacy_mass"] else ""
+    played = f"{env['id']}{masses}, mujoco {result['versions']['mujoco']}"
+    print(f"data {data['name']}; evaluated in {played}" if data else f"evaluated in {played}")
     print(
         f"{result['unit']} score {score['iqm']:.1f}{spread}  (IQM of {len(result['seeds'])} "
         f"seed(s) x {len(result['final_returns'][0])} episodes, last checkpoint"
@@ -199,7 +203,7 @@ class readable_errors:
         if error is None or os.environ.get("OFFRL_DEBUG"):
             return
         if isinstance(error, (Interrupted, KeyboardInterrupt)):
-            print(f"\n{error or 'stopped'}", file=sys.stderr)
+            print(f"\n{str(error) or 'stopped'}", file=sys.stderr)
             sys.exit(130)
         if isinstance(error, (ValueError, OSError, Diverged)) or kind.__name__ == "Failed":
             print(f"\nerror: {error}", file=sys.stderr)
@@ -247,6 +251,7 @@ def options(cls: type, argv: Sequence[str]) -> Any:
     import dataclasses
 
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     hints = configuration.fields_of(cls)
     if {"-h", "--help"} & set(argv):
@@ -256,7 +261,11 @@ def options(cls: type, argv: Sequence[str]) -> Any:
         if "=" not in word:
             raise ConfigError(f"{word!r} is not of the form key=value")
     values = {}
-    for override in OverridesParser.create().parse_overrides(list(argv)):
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(argv))
+    except HydraException as error:
+        raise ConfigError(f"cannot read the command line: {error}") from error
+    for override in overrides:
         key = override.key_or_group
         if key not in hints:
             raise ConfigError(

@@ -201,6 +201,25 @@ def check_key(key: str, algo: str) -> None:
         raise ConfigError(f"there is no setting {key!r}{hint}; known: {', '.join(known)}")
 
 
+COUNTS = ("seeds", "threads", "log_every", "eval_every", "eval_episodes", "final_episodes",
+          "snapshot_every", "rows", "algo.steps", "algo.batch")  # fmt: skip
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a count below 1, or training that ends within its warm-up."""
+    for name in COUNTS:
+        if values.get(name) is not None and values[name] < 1:
+            raise ConfigError(
+                f"{name.removeprefix('algo.')} must be at least 1, got {values[name]}"
+            )
+    steps, warmup = values["algo.steps"], values.get("algo.warmup", 0)
+    if steps <= warmup:
+        raise ConfigError(
+            f"steps={steps} ends within the random warm-up; take more, or a smaller "
+            f"algo.warmup than {warmup}"
+        )
+
+
 def resolve(
     algo: str,
     overrides: Mapping[str, Any],
@@ -256,6 +275,7 @@ def resolve(
         put(qualified(name), value, f"preset {preset}")
     for key, value in overrides.items():
         put(key, value, "command line")
+    check_ranges(values)
     return Resolved(
         Settings(**{name: values[name] for name in settings}),
         algo,

@@ -106,7 +106,7 @@ def gather(folders: Iterable[Path], metrics: Iterable[str]) -> dict[tuple[str, s
             resolved = configuration.from_yaml((run / "config.yaml").read_text())
             returns = np.array(result["final_returns"])
             same = (result["steps"], (result["dataset"] or {}).get("digest"), returns.shape[1],
-                    result["unit"])  # fmt: skip
+                    result["unit"], tuple(result["env"].items()))  # fmt: skip
             key = label(resolved), result["task"]
             cell = cells.setdefault(
                 key, Cell({}, {}, result["curve"]["steps"], defaultdict(dict), {}, same)

@@ -21,7 +21,7 @@ from offrl.data.dataset import home
 from offrl.engine import process
 from offrl.engine.stage import Algorithm, Run, Spec
 from offrl.experiment import pick_device
-from offrl.outcome import cpu_name
+from offrl.machine import cpu_name
 from offrl.seeding import generator
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mv"}
