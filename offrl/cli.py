@@ -199,13 +199,14 @@ class readable_errors:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         from offrl.engine.fit import Interrupted
         from offrl.engine.log import Diverged
+        from offrl.parallel import Failed
 
         if error is None or os.environ.get("OFFRL_DEBUG"):
             return
         if isinstance(error, (Interrupted, KeyboardInterrupt)):
             print(f"\n{str(error) or 'stopped'}", file=sys.stderr)
             sys.exit(130)
-        if isinstance(error, (ValueError, OSError, Diverged)) or kind.__name__ == "Failed":
+        if isinstance(error, (ValueError, OSError, Diverged, Failed)):
             print(f"\nerror: {error}", file=sys.stderr)
             sys.exit(2)
 

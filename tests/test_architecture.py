@@ -15,7 +15,7 @@ ALLOWED = {
     "regularizers": {"regularizers"},
     "integrations": {"integrations", "regularizers"},
     "nets": {"nets"},
-    "data": {"data", "engine.stage", "seeding", "envs", "nets", "results"},
+    "data": {"data", "engine.stage", "seeding", "envs", "nets", "machine"},
     "envs": {"envs", "seeding"},
     "engine": {"engine", "data", "envs", "seeding"},
     "results": {"results", "data", "envs"},
