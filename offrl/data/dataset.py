@@ -250,6 +250,27 @@ def save(data: Dataset, folder: Path) -> None:
     write(folder, fill)
 
 
+def allocate(path: Path, kind: type | np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A new .npy file, mapped for writing, whose blocks on the disk are already its own.
+
+    Without them a disk that fills up while the rows are written kills the process by SIGBUS.
+
+    Raises:
+        OSError: if the disk has no room for it.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def store(path: Path, array: np.ndarray) -> None:
+    """np.save, which on a full disk may lose the last 4 kB of a file without an error."""
+    file = allocate(path, array.dtype, array.shape)
+    file[...] = array
+    file.flush()
+
+
 def read(folder: Path) -> Dataset:
     """Open a cache entry; its arrays stay on the disk, mapped into memory.
 

@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, Space
 
-from offrl.data.dataset import DataError, Dataset, episode_sums, home, read, write
-from offrl.data.files import memory
+from offrl.data.dataset import DataError, Dataset, allocate, episode_sums, home, read, store, write
 
 GOAL = ("observation", "achieved_goal", "desired_goal")
 DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, AssertionError)
@@ -108,10 +107,10 @@ def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[
         raise DataError(f"{dataset_id} holds no steps")
     flat = ("reward", "terminal", "timeout")
     out = {
-        "obs": memory(part / "obs.npy", np.float32, (rows, width)),
-        "act": memory(part / "act.npy", kind, (rows, *act_shape)),
-        "next_obs": memory(part / "next_obs.npy", np.float32, (rows, width)),
-        **{name: memory(part / f"{name}.npy", np.float32, (rows,)) for name in flat},
+        "obs": allocate(part / "obs.npy", np.float32, (rows, width)),
+        "act": allocate(part / "act.npy", kind, (rows, *act_shape)),
+        "next_obs": allocate(part / "next_obs.npy", np.float32, (rows, width)),
+        **{name: allocate(part / f"{name}.npy", np.float32, (rows,)) for name in flat},
     }
     starts, done = [], 0
     for number, episode in enumerate(episodes(source, place, order)):
@@ -135,8 +134,8 @@ def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[
     for array in out.values():
         array.flush()
     first = torch.tensor(starts)
-    np.save(part / "starts.npy", first.numpy())
-    np.save(part / "returns.npy", episode_sums(torch.from_numpy(out["reward"]), first).numpy())
+    store(part / "starts.npy", first.numpy())
+    store(part / "returns.npy", episode_sums(torch.from_numpy(out["reward"]), first).numpy())
     info = {
         "source": "minari", "id": dataset_id, "stamp": stamp, "layout": order, "rows": rows,
         "episodes": len(starts), "env": env_name(raw), "actions": bounds_of(source.action_space),
