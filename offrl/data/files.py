@@ -37,6 +37,7 @@ from offrl.data.dataset import (
     bounds,
     episode_sums,
     home,
+    once,
     read,
     store,
     write,
@@ -99,10 +100,9 @@ def cached(
         "path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
         "rules": [RULES, horizon, through_terminals, clip],
     }  # fmt: skip
-    if folder.exists():
-        data = read(folder)
-        if data.info.get("stamp") == stamp:
-            return data
+
+    def current() -> bool:
+        return folder.exists() and read(folder).info.get("stamp") == stamp
 
     def fill(place: Path) -> dict[str, Any]:
         with opened(path) as columns:
@@ -117,7 +117,7 @@ def cached(
             "info": about | found | {"notes": notes, "stamp": stamp},
         }
 
-    write(folder, fill)
+    once(folder, current, lambda: write(folder, fill))
     return read(folder)
 
 

@@ -25,7 +25,17 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, Space
 
-from offrl.data.dataset import DataError, Dataset, allocate, episode_sums, home, read, store, write
+from offrl.data.dataset import (
+    DataError,
+    Dataset,
+    allocate,
+    episode_sums,
+    home,
+    once,
+    read,
+    store,
+    write,
+)
 
 GOAL = ("observation", "achieved_goal", "desired_goal")
 DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, AssertionError)
@@ -48,17 +58,20 @@ def load(dataset_id: str, download: bool = True) -> Dataset:
     """
     place = root() / valid(dataset_id) / "data"
     folder = home() / "minari" / dataset_id
-    if folder.exists() and not place.exists():
-        return read(folder)  # Minari's copy was deleted; an id with its version never changes
-    if not place.exists():
-        obtain(dataset_id, download)
     metadata = place / "metadata.json"
-    stamp = [RULES, str(metadata), metadata.stat().st_mtime_ns]
-    if folder.exists():
-        data = read(folder)
-        if data.info.get("stamp") == stamp:
-            return data
-    write(folder, lambda part: flatten(dataset_id, place, part, stamp))
+    stamp = lambda: [RULES, str(metadata), metadata.stat().st_mtime_ns]  # noqa: E731
+
+    def current() -> bool:
+        if folder.exists() and not place.exists():
+            return True  # Minari's copy was deleted; an id with its version never changes
+        return folder.exists() and read(folder).info.get("stamp") == stamp()
+
+    def make() -> None:
+        if not place.exists():
+            obtain(dataset_id, download)
+        write(folder, lambda part: flatten(dataset_id, place, part, stamp()))
+
+    once(folder, current, make)
     return read(folder)
 
 
