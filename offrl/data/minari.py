@@ -101,9 +101,11 @@ def obtain(dataset_id: str, download: bool) -> None:
     fresh = not (root() / dataset_id).exists()
     try:
         minari.download_dataset(dataset_id)
-    except Exception as error:  # Minari, its hub client and its transport share no other base
+    except BaseException as error:  # Minari, its hub client and its transport share no other base
         if fresh:  # half a download would be taken for a data set
             shutil.rmtree(root() / dataset_id, ignore_errors=True)
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
         raise OSError(failure.format(f"could not be downloaded ({error})")) from error
 
 
