@@ -153,13 +153,14 @@ def load(env: str, dataset: str = "", download: bool = True) -> Dataset:
         DataError: the file is damaged.
         OSError: the download or the cache failed; names the alternatives.
     """
-    task, source = resolve(env, dataset)
+    env, dataset, source = resolve(env, dataset)
+    task = f"{env}-{dataset}"
     path = locate(source, download)
     info = {
         "source": "d4rl",
         "task": f"{task}-{source.version}",
         "url": source.url,
-        "reference": reference(f"d4rl-{task}"),
+        "reference": reference(f"d4rl-{env}", dataset),
         "notes": [note for pattern, note in NOTES.items() if fnmatch(task, pattern)],
     }
     data = files.cached(
@@ -180,20 +181,20 @@ def load(env: str, dataset: str = "", download: bool = True) -> Dataset:
     return data
 
 
-def resolve(env: str, dataset: str) -> tuple[str, Source]:
-    """("<environment>-<data set>", file) of our names.
+def resolve(env: str, dataset: str) -> tuple[str, str, Source]:
+    """Environment and data set as in the table, and the file, of our names.
 
     Raises:
         ValueError: unknown environment or data set.
     """
     bare = env.removeprefix("d4rl-")
     if dataset in SOURCES.get(bare, {}):
-        return f"{bare}-{dataset}", SOURCES[bare][dataset]
+        return bare, dataset, SOURCES[bare][dataset]
     for name, sets in SOURCES.items():
         for inner, source in sets.items():
             if bare == f"{name}-{inner}":
                 if dataset in ("", inner):
-                    return bare, source
+                    return name, inner, source
                 raise ValueError(
                     f"{env} names its data set itself, {inner!r}, which is not {dataset!r}"
                 )

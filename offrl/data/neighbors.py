@@ -31,7 +31,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from tqdm import tqdm
 
-from offrl.data.dataset import DataError, write
+from offrl.data.dataset import DataError, once, store, write
 
 VERSION = 1  # of the stored lists
 GROUP = 32  # rows whose smallest float32 value decides whether they are compared in float64
@@ -350,11 +350,10 @@ def cached_lists(obs: Tensor, k: int, progress: bool, digest: str, cache: Path) 
 
     def fill(place: Path) -> dict[str, Any]:
         for name, value in zip(shapes, state_lists(obs, k, progress), strict=True):
-            np.save(place / f"{name}.npy", value.cpu().numpy())
+            store(place / f"{name}.npy", value.cpu().numpy())
         return {"digest": digest, "states": states, "rows": len(obs), "k": k}
 
-    if not folder.exists():
-        write(folder, fill)
+    once(folder, folder.exists, lambda: write(folder, fill))
     try:
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="c") for name in shapes]
         if [array.shape for array in arrays] != list(shapes.values()):

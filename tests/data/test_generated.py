@@ -263,7 +263,7 @@ def test_ctrl_c_leaves_nothing(cache, tmp_path):
         [sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True
     )
     limit = time.monotonic() + 60
-    while not list(cache.glob("generated/.hopper*/obs.npy")) and time.monotonic() < limit:
+    while not list(cache.glob("generated/.hopper*/new/obs.npy")) and time.monotonic() < limit:
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     _, told = run.communicate(timeout=60)
