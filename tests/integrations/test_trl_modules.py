@@ -170,6 +170,25 @@ def test_preference_terms_are_trls(module, stock, ours, folder, tmp_path):
     assert gradient.norm() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("stock", "kind", "order"),
+    [
+        ("reverse_kl", "kl", None),
+        ("forward_kl", "reverse-kl", None),
+        ("js_divergence", "js", None),
+        *(("alpha_divergence", "alpha", order) for order in (0.0, 0.5, 1.0, 2.0)),
+    ],
+)
+def test_divergences_of_dpo_are_trls(stock, kind, order, folder, tmp_path):
+    options = {"f_divergence_type": stock}
+    if order is not None:
+        options["f_alpha_divergence_coef"] = order
+    theirs = moved(make(DPO, folder, tmp_path, **options))
+    term = LDDPO(beta=0.1, divergence=kind, order=order)
+    mine = moved(make(DPO, folder, tmp_path, [term], **NOTHING))
+    assert same(theirs, mine, batch_for(DPO, theirs)).norm() > 1e-3
+
+
 def test_two_dpo_micro_batches_average_to_one(folder, tmp_path):
     one = moved(make(DPO, folder, tmp_path, [LDDPO(beta=0.1, alpha=0.5)], **NOTHING))
     batch = batch_for(DPO, one)
