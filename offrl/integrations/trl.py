@@ -86,6 +86,7 @@ def with_regularizers(base: type) -> type:
                           reaches the threshold count as correct, NaN as wrong. Needed by modules
                           that read `correct`.
         A module that reads `prompt_id` or `level` takes them from integer columns of these names.
+        Its constructor raises ValueError where a module needs an input that TRL does not have.
 
     Raises:
         ImportError: TRL is missing.

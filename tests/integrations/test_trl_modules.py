@@ -217,7 +217,7 @@ def test_cosine_of_the_length_is_trls(ends, same_ends, known_answers):
 
 
 @pytest.mark.parametrize("kind", ["overlong", "cosine"])
-def test_length_rewards_of_the_adapter_are_trls_columns(kind, known_answers, folder, tmp_path):
+def test_length_rewards_inside_a_trainer_are_trls_columns(kind, known_answers, folder, tmp_path):
     stock = {
         "overlong": lambda: get_soft_overlong_punishment(20, 7),
         "cosine": lambda: get_cosine_scaled_reward(20),
@@ -226,17 +226,23 @@ def test_length_rewards_of_the_adapter_are_trls_columns(kind, known_answers, fol
     lengths = borders(20, 7)
     size = 2 * len(lengths)
     shape = {"num_generations": 2, "per_device_train_batch_size": size}
-    theirs = make(GRPO, folder, tmp_path, extra={"reward_funcs": [tiny.share_of_a, stock]}, **shape)
-    ours = make(GRPO, folder, tmp_path, [LengthShaper(kind, **options)],
-                extra={"correct": ("share_of_a", 0.5)}, **shape)  # fmt: skip
+    shaper = LengthShaper(kind, **options)
+    plain = shaper.as_reward_func(correct=tiny.share_of_a)
+    trainers = [
+        make(GRPO, folder, tmp_path, extra={"reward_funcs": [tiny.share_of_a, column]}, **shape)
+        for column in (stock, plain)
+    ]
+    correct = {"correct": ("share_of_a", 0.5)}
+    trainers.append(make(GRPO, folder, tmp_path, [shaper], extra=correct, **shape))
     texts = ["a", "b"] * len(lengths)
     rows = [{"prompt": "b", "solution": float(text == "a")} for text in texts]
-    ids = of_lengths([n for n in lengths for _ in texts[:2]])
+    ids = of_lengths([n for n in lengths for _ in range(2)])
     tables = []
-    for trainer in (theirs, ours):
+    for trainer in trainers:
         trainer.model.train()
         tables.append(trainer._calculate_rewards(rows, ["b"] * size, texts, ids))
     torch.testing.assert_close(tables[1], tables[0])
+    torch.testing.assert_close(tables[2], tables[0])
     assert tables[0][:, 1].unique().numel() > 3
 
 
