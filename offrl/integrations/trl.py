@@ -86,6 +86,7 @@ def with_regularizers(base: type) -> type:
                           reaches the threshold count as correct, NaN as wrong. Needed by modules
                           that read `correct`.
         A module that reads `prompt_id` or `level` takes them from integer columns of these names.
+        Its constructor raises ValueError where a module needs an input that TRL does not have.
 
     Raises:
         ImportError: TRL is missing.
@@ -159,13 +160,12 @@ class Adapter(Host):
 
     def _check_needs(self) -> None:
         for name in sorted(self.reg.requires):
-            head = name.split(".")[0]
-            if head in ("extra", "stats") or name in self.offered:
+            if name.startswith("stats.") or name in self.offered:
                 continue
             raise ValueError(f"a regularizer needs {name!r}: {self._remedy(name)}")
 
     def _remedy(self, name: str) -> str:
-        return f"{type(self).__name__} does not provide it"
+        return f"TRL has no such input, and {type(self).__name__} does not provide it"
 
     # -- forward passes ---------------------------------------------------------------------------
 
@@ -354,8 +354,9 @@ class Rollout(Adapter):
     """
 
     offered = frozenset(
-        {"logp", "old_logp", "ref_logp", "entropy", "mask", "turn", "advantages", "step", *PER_ROW}
-    )
+        {"logp", "old_logp", "ref_logp", "entropy", "mask", "turn", "advantages", "step", *PER_ROW,
+         "extra.noise"}
+    )  # fmt: skip
     reward_funcs: list
     reward_func_names: list[str]
     reward_processing_classes: list
@@ -408,10 +409,19 @@ class Rollout(Adapter):
             unmade |= self._needs("reward") & {"old_logp"}
         unmade |= {n for n in self._needs("reward", "advantage") if n.startswith("stats.")}
         unmade |= self._needs("advantage") & {"logp"}
+        unmade |= self._needs("reward", "advantage", "loss", "model") & {"extra.noise"}
         if "token" in self.reg.stages and not self.loss_is_scaled_for_ga:
             raise ValueError("RLOO weighs completions, not tokens: use GRPO for the token stage")
         if unmade:
-            raise ValueError(f"{sorted(unmade)} are not there yet at the stage that needs them")
+            raise ValueError(f"{sorted(unmade)} are not there at the stage that needs them")
+        self._check_columns(getattr(self.train_dataset, "column_names", None))
+
+    def _check_columns(self, columns) -> None:
+        for name in sorted({"prompt_id", "level"} & self.reg.requires):
+            if columns is not None and name not in columns:
+                raise ValueError(
+                    f"a regularizer needs {name!r}: add an integer column of that name"
+                )
 
     def _warn_of_doubles(self) -> None:
         needs = self._needs("loss")
@@ -477,11 +487,8 @@ class Rollout(Adapter):
         if "finished" in needs:
             stops = {*self.eos_token_ids, self._tokenizer.pad_token_id}
             x.finished = gather([i[-1] in stops for i in ids])
+        self._check_columns(inputs[0])
         for name in {"prompt_id", "level"} & needs:
-            if name not in inputs[0]:
-                raise ValueError(
-                    f"a regularizer needs {name!r}: add an integer column of that name"
-                )
             setattr(x, name, gather([int(row[name]) for row in inputs]))
         return x
 

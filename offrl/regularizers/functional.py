@@ -35,6 +35,7 @@ from offrl.regularizers.lipschitz import (
 from offrl.regularizers.occupancy import discriminator_loss, occupancy_penalty, sequence_chi2
 from offrl.regularizers.preference import (
     dpo_loss,
+    f_link,
     guided_logp,
     inpo_loss,
     ld_weight,
@@ -104,6 +105,7 @@ __all__ = [
     "drpo_weights",
     "entropy_modulation",
     "f_divergence",
+    "f_link",
     "gated_clone",
     "geometric_mixture",
     "group_extreme",

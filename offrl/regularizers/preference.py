@@ -5,6 +5,7 @@ two. With rho = sum_t (logp - ref_logp) of a row and m = rho_chosen - rho_reject
 
     DPO     -log sigmoid(beta m)                               `dpo_loss`, `LDDPO(alpha=1)`
     LD-DPO  the same with alpha on tokens past the shorter one `ld_weight`, `LDDPO`
+    f-DPO   the same of f'(e^rho), other divergences than KL   `f_link`, `LDDPO(divergence=)`
     RPO     DPO - eta log-likelihood of the chosen one         `RPO`, or DPO and `NLLAnchor`
     XPO     DPO + alpha log-likelihood of reference samples    DPO and `XPOTerm`
     INPO    squared distance of a margin to 1 / (2 eta)        `inpo_loss`, `INPO`
@@ -14,6 +15,7 @@ two. With rho = sum_t (logp - ref_logp) of a row and m = rho_chosen - rho_reject
 In a trainer with a DPO loss of its own add the terms only (`NLLAnchor`, `XPOTerm`).
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -26,6 +28,7 @@ from offrl.regularizers.kl import geometric_mixture
 from offrl.regularizers.reductions import keep, masked_mean, masked_reduce, over_tokens
 
 SFTReduction = Literal["sum", "seq-mean", "token-mean"]
+Link = Literal["kl", "reverse-kl", "js", "alpha"]
 
 
 def pairs(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,6 +71,49 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     tensor([0.6931, 0.0067])
     """
     return F.softplus(-beta * (keep(chosen, None) - keep(rejected, None)))
+
+
+def f_link(rho: Tensor, kind: Link, order: float | None = None) -> Tensor:
+    """f'(u) - f'(1) at u = e^rho: what takes the place of rho under another f-divergence.
+
+    The best policy under a reward and a price D_f(pi || ref) = E_ref f(pi / ref) has reward
+    f'(pi / ref) up to a constant of the prompt, which cancels in a margin.
+
+        kind        value                            bounded    TRL's f_divergence_type
+        kl          rho                              no         reverse_kl, plain DPO
+        reverse-kl  1 - e^-rho                       above: 1   forward_kl
+        js          log(2 u / (1 + u))               above:     js_divergence
+                                                     log 2
+        alpha       (e^((order - 1) rho) - 1)        one side   alpha_divergence, order is its
+                    / (order - 1)                               f_alpha_divergence_coef
+
+    Kinds are those of `f_divergence(policy, reference, kind)`, except that js is the paper's, twice
+    that one. A bounded kind hardly rewards a probability far above the reference's.
+
+    Args:
+        rho: sequence log-ratios, any shape; receives the gradient (0 past e^80).
+        order: for kind "alpha"; 1 is kl, 0 reverse-kl; the paper's alpha is 1 - order.
+
+    Returns:
+        Of the shape of `rho`: 0 at rho = 0, increasing, there with slope 1 (js: 1/2).
+
+    Raises:
+        ValueError: unknown kind, or order missing or not asked for.
+
+    Source: Wang et al., "Beyond Reverse KL", ICLR 2024, arXiv:2309.16240; TRL 1.16.
+
+    >>> f_link(torch.tensor([0.0, 2.0]), "reverse-kl"), f_link(torch.tensor([2.0]), "alpha", 0.5)
+    (tensor([0.0000, 0.8647]), tensor([1.2642]))
+    """
+    if kind not in ("kl", "reverse-kl", "js", "alpha"):
+        raise ValueError(f"kind must be kl, reverse-kl, js or alpha, got {kind!r}")
+    if (kind == "alpha") != (order is not None):
+        raise ValueError('kind "alpha", and no other, needs order=')
+    rho = keep(rho, None)
+    if kind == "js":
+        return math.log(2) + F.logsigmoid(rho)
+    power = -1.0 if kind == "reverse-kl" else 0.0 if order is None else order - 1
+    return rho if power == 0 else torch.expm1((power * rho).clamp(max=80)) / power
 
 
 def sequence_nll(
@@ -201,17 +247,28 @@ class LDDPO(Regularizer):
 
     Args:
         beta: per nat. alpha: in [0, 1]; 1 is DPO.
+        divergence, order: m is the difference of `f_link(rho, divergence, order)`.
 
     A pair of which one response has no token is left out, also by the other modules here.
     """
 
     requires = frozenset({"logp", "ref_logp", "chosen"})
 
-    def __init__(self, coef: Coefficient = 1.0, beta: float = 0.1, alpha: float = 1.0):
+    def __init__(
+        self,
+        coef: Coefficient = 1.0,
+        beta: float = 0.1,
+        alpha: float = 1.0,
+        divergence: Link = "kl",
+        order: float | None = None,
+    ):
         super().__init__(coef)
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+        f_link(torch.zeros(()), divergence, order)  # refuses what it does not know
         self.beta, self.alpha = beta, alpha
+        self.divergence: Link = divergence
+        self.order = order
 
     def forward(self, x: RegInputs) -> RegOutput:
         logp, chosen = x.need("logp"), x.need("chosen")
@@ -219,7 +276,7 @@ class LDDPO(Regularizer):
         if self.alpha < 1 and logp.dim() == 2:
             weight = ld_weight(torch.ones_like(logp) if x.mask is None else x.mask, self.alpha)
         rho = row_sum(logp, x.mask, weight) - row_sum(x.need("ref_logp").detach(), x.mask, weight)
-        win, lose = pairs(rho, chosen)
+        win, lose = pairs(f_link(rho, self.divergence, self.order), chosen)
         values = self.weight * dpo_loss(win, lose, self.beta)
         return over_pairs(values, win - lose, logp, x)
 

@@ -23,7 +23,17 @@ from transformers import AutoModelForCausalLM
 
 from offrl.integrations import trl as adapter
 from offrl.integrations.trl import with_regularizers
-from offrl.regularizers import DualVariable, RegOutput, Regularizer
+from offrl.regularizers import (
+    IGPO,
+    SPO,
+    ClipCov,
+    DualVariable,
+    LengthShaper,
+    PromptHistory,
+    RegOutput,
+    Regularizer,
+    XPOTerm,
+)
 from offrl.regularizers.reductions import group_mean
 from tests.integrations import tiny
 
@@ -507,21 +517,39 @@ def test_a_second_iteration_keeps_the_old_log_probabilities(folder, tmp_path):
 def test_a_resumed_run_ends_as_the_uninterrupted_one(base, folder, tmp_path):
     def run(steps, resume=None):
         coef = DualVariable(0.01, rule="additive", delta=0.01, bounds=(0.0, 1.0))
-        parts = [Bonus(coef, target=2.7)] + ([] if base is DPO else [Short()])
+        parts, extra = [Bonus(coef, target=2.7)], {}
+        if base is not DPO:
+            parts += [Short(), LengthShaper("hapo", history=PromptHistory(11))]
+            extra = {"correct": ("share_of_a", 0.01)}
         trainer = make(base, folder, tmp_path, parts, max_steps=steps, save_strategy="steps",
-                       save_steps=3, lr_scheduler_type="constant")  # fmt: skip
+                       per_device_train_batch_size=8, save_steps=3,
+                       lr_scheduler_type="constant", extra=extra)  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
     whole = run(6)
+    saved = torch.load(tmp_path / "checkpoint-3" / adapter.FILE, weights_only=True)
     again = run(6, str(tmp_path / "checkpoint-3"))
     for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
-    for name, value in whole.reg.state_dict().items():
+    state = whole.reg.state_dict()
+    for name, value in state.items():
         assert torch.equal(value, again.reg.state_dict()[name]), name
     (tmp_path / "checkpoint-3" / adapter.FILE).unlink()
     with pytest.warns(UserWarning, match="start anew"):
-        run(6, str(tmp_path / "checkpoint-3"))
+        anew = run(6, str(tmp_path / "checkpoint-3"))
+    if base is DPO:
+        return
+    count = "parts.2_LengthShaper.history.count"
+    seen = saved[count]
+    assert (seen > 0).any()
+    change = [row["reg/2_LengthShaper/change"] for row in whole.state.log_history[:6]]
+    assert change[0] == 0, "a history before the first step"
+    assert any(c != 0 for c in change[3:]), "no prompt came back"
+    lost = (
+        state["parts.2_LengthShaper.history.count"] - anew.reg.parts["2_LengthShaper"].history.count
+    )
+    assert (lost[seen > 0] > 0).all()
 
 
 @pytest.mark.slow
@@ -554,10 +582,12 @@ def test_examples_in_docstrings():
     assert doctest.testmod(adapter).failed == 0
 
 
-def test_a_missing_column_is_named(folder, tmp_path):
-    trainer = make(GRPO, folder, tmp_path, [Watcher("reward", "rewards", "level")])
-    with pytest.raises(ValueError, match="'level': add an integer column"):
-        trainer.train()
+def test_a_missing_column_of_a_stream_is_named_at_its_first_rows(folder, tmp_path):
+    trainer = make(GRPO, folder, tmp_path, [Watcher("reward", "rewards", "prompt_id")])
+    rows = [{"prompt": "b"}] * 4
+    trainer.model.train()
+    with pytest.raises(ValueError, match="'prompt_id': add an integer column"):
+        trainer._generate_and_score_completions(rows)
 
 
 def test_turns_are_runs_of_policy_tokens():
@@ -573,7 +603,15 @@ def test_turns_are_runs_of_policy_tokens():
         (GRPO, [Watcher("loss", "dist")], {}, "never makes logits"),
         (GRPO, [Watcher("loss", "q")], {}, "does not provide"),
         (GRPO, [Watcher("reward", "correct")], {}, "pass correct="),
-        (GRPO, [Watcher("reward", "entropy")], {}, "not there yet"),
+        (GRPO, [Watcher("reward", "entropy")], {}, "not there"),
+        (GRPO, [Watcher("loss", "extra.noise")], {}, "not there"),
+        (GRPO, [Watcher("reward", "rewards", "level")], {}, "'level': add an integer column"),
+        (GRPO, [SPO()], {}, "needs 'extra.preferences': TRL has no such input"),
+        (GRPO, [IGPO()], {}, "needs 'extra.answer_logp'"),
+        (GRPO, [XPOTerm()], {}, "needs 'extra.from_reference'"),
+        (RLOO, [XPOTerm()], {}, "needs 'extra.from_reference'"),
+        (DPO, [XPOTerm()], {}, "needs 'extra.from_reference'"),
+        (DPO, [ClipCov()], {}, "does not provide"),
         (DPO, [Watcher("loss", "advantages")], {}, "does not provide"),
         (DPO, [Near()], {"precompute_ref_log_probs": True}, "precompute_ref_log_probs=False"),
         (GRPO, [Short()], {"multi_objective_aggregation": "normalize_then_sum"}, "sum_then"),

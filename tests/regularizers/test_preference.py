@@ -3,9 +3,11 @@ import math
 
 import pytest
 import torch
+from torch.distributions import Categorical
 from torch.nn import functional as F
 
 from offrl.regularizers import Compose, RegInputs, preference
+from offrl.regularizers.divergences import f_divergence
 from offrl.regularizers.preference import (
     INPO,
     LDDPO,
@@ -15,6 +17,7 @@ from offrl.regularizers.preference import (
     NLLAnchor,
     XPOTerm,
     dpo_loss,
+    f_link,
     guided_logp,
     inpo_loss,
     ld_weight,
@@ -94,6 +97,80 @@ def test_length_counts_tokens_and_not_positions():
     mask = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 1, 0]])
     weight = ld_weight(mask, 0.5)
     assert (weight * mask).tolist() == [[0, 1, 0, 0.5, 0.5], [0, 0, 0, 1, 0]]
+
+
+GENERATORS = {
+    "kl": lambda u: u * u.log(),
+    "reverse-kl": lambda u: -u.log(),
+    "js": lambda u: u * u.log() - (u + 1) * ((u + 1) / 2).log(),
+    "alpha": lambda u: u**0.3 / (0.3 * (0.3 - 1)),
+}
+
+
+def order_of(kind):
+    return 0.3 if kind == "alpha" else None
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_links_are_derivatives_of_their_generators(kind):
+    rho = torch.linspace(-4, 4, 9, dtype=torch.float64)
+    u = rho.exp().requires_grad_()
+    (slope,) = torch.autograd.grad(GENERATORS[kind](u).sum(), u)
+    torch.testing.assert_close(f_link(rho, kind, order_of(kind)), slope - slope[4])
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_generators_of_the_links_give_the_divergences_of_that_name(kind):
+    p, q = torch.tensor([0.2, 0.3, 0.5]).double(), torch.tensor([0.6, 0.3, 0.1]).double()
+    f = GENERATORS[kind]
+    by_hand = (q * f(p / q)).sum() - f(torch.ones(()).double())
+    name = f_divergence(Categorical(p), Categorical(q), kind, order_of(kind))
+    torch.testing.assert_close(by_hand, 2 * name if kind == "js" else name)
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_the_best_policy_under_a_divergence_has_the_link_as_reward(kind):
+    g = torch.Generator().manual_seed(3)
+    ref, reward = (torch.randn(5, generator=g).double() for _ in range(2))
+    ref, price = ref.log_softmax(0), 0.7
+    logits = ref.clone().requires_grad_()
+    solver = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12,
+                               tolerance_change=1e-15, line_search_fn="strong_wolfe")  # fmt: skip
+
+    def closure():
+        solver.zero_grad()
+        logp = logits.log_softmax(0)
+        f = GENERATORS[kind]((logp - ref).exp())
+        loss = price * (ref.exp() * f).sum() - (logp.exp() * reward).sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    link = price * f_link(logits.detach().log_softmax(0) - ref, kind, order_of(kind))
+    torch.testing.assert_close(link - link[0], reward - reward[0], atol=1e-5, rtol=1e-5)
+
+
+def test_alpha_links_end_at_both_kl():
+    rho = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    for order, kind in ((1.0, "kl"), (1 + 1e-9, "kl"), (0.0, "reverse-kl")):
+        torch.testing.assert_close(f_link(rho, "alpha", order), f_link(rho, kind))
+
+
+def test_links_of_extreme_ratios_stay_finite():
+    for kind in GENERATORS:
+        rho = torch.tensor([-1e4, 1e4], requires_grad=True)
+        value = f_link(rho, kind, order_of(kind))
+        value.sum().backward()
+        assert value.isfinite().all()
+        assert rho.grad.isfinite().all()
+
+
+def test_dpo_of_another_divergence_is_the_loss_of_linked_ratios():
+    x = batch()
+    rho = ((x.logp - x.ref_logp) * x.mask).sum(-1)
+    margin = (1 - (-rho[:2]).exp()) - (1 - (-rho[2:]).exp())
+    out = LDDPO(beta=0.3, divergence="reverse-kl")(x)
+    torch.testing.assert_close(out.loss, -F.logsigmoid(0.3 * margin).mean())
 
 
 def test_rpo_without_eta_is_dpo():
@@ -227,6 +304,12 @@ def test_without_tokens_the_loss_is_zero_with_a_gradient_path(module):
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="alpha"):
         LDDPO(alpha=1.5)
+    with pytest.raises(ValueError, match="kind must be kl"):
+        LDDPO(divergence="forward_kl")
+    with pytest.raises(ValueError, match="needs order="):
+        LDDPO(divergence="alpha")
+    with pytest.raises(ValueError, match="needs order="):
+        LDDPO(order=0.5)
     with pytest.raises(ValueError, match="rows"):
         NLLAnchor(1.0, rows="rejected")
     with pytest.raises(ValueError, match="reduction"):

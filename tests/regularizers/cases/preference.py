@@ -38,6 +38,8 @@ def inputs(g: Generator, rows: int, tokens: int) -> RegInputs:
 CASES = [
     Case("dpo", LDDPO, inputs, control=True, rows_mix=True),
     Case("ld-dpo", lambda: LDDPO(alpha=0.5), inputs, rows_mix=True),
+    Case("f-dpo", lambda: LDDPO(divergence="alpha", order=0.5), inputs, control=True,
+         rows_mix=True),
     Case("rpo-sum", lambda: RPO(eta=0.1), inputs, control=True, rows_mix=True),
     Case("rpo-seq-mean", lambda: RPO(eta=0.1, sft_reduction="seq-mean"), inputs, control=True,
          rows_mix=True),
