@@ -1,4 +1,4 @@
-"""D4RL's files, read without the d4rl package: names, addresses, defects, reward conventions.
+"""D4RL's files, read without the d4rl package: names, addresses, defects.
 
 Fu, Kumar, Nachum, Tucker, Levine, "D4RL: Datasets for Deep Data-Driven RL", 2020,
 arXiv:2004.07219; addresses from the released code (Farama-Foundation/D4RL). A file is looked for
@@ -9,13 +9,11 @@ rows become transitions is written in `offrl.data.files`.
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from offrl.data import files
 from offrl.data.dataset import Dataset, home
@@ -117,17 +115,6 @@ NOTES = {  # pattern of "<environment>-<data set>" -> a defect that a user shoul
     "*-human": "demonstrations are longer than the evaluation's horizon",
     "*-cloned": "demonstrations are longer than the evaluation's horizon",
     "ant-*": "111 observations of the old Ant with contact forces; no current Ant has them",
-}
-
-# What methods train on instead of AntMaze's reward of 0 or 1; evaluation always uses the reward
-# itself. Scores of papers that differ here (and in the discount) differ by some ten points.
-ANTMAZE_REWARDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "raw": lambda reward: reward,  # EDAC, SAC-N and DT in CORL
-    "minus-one": lambda reward: reward - 1,  # IQL, TD3+BC and AWAC in CORL; FQL
-    "cql": lambda reward: 4 * (reward - 0.5),  # CQL's and MSG's own code
-    "corl-cql": lambda reward: 10 * reward - 5,
-    "rebrac": lambda reward: 100 * reward,  # with a discount of 0.999
-    "prdc": lambda reward: 10000 * reward - 1,
 }
 
 

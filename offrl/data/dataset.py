@@ -1,6 +1,5 @@
 """Immutable logged transitions with episode bounds, a digest and checks on entry."""
 
-import dataclasses
 import fcntl
 import hashlib
 import json
@@ -77,10 +76,6 @@ class Dataset:
         act = self.fields["act"]
         return int(act.max()) + 1 if self.discrete else act.shape[-1]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(value.nbytes for value in self.fields.values())
-
     @cached_property
     def digest(self) -> str:
         """SHA-256 of names, shapes, types and bytes of all fields and bounds, 64 hex digits."""
@@ -105,13 +100,6 @@ class Dataset:
             square = square + (block.double() - mean).square().sum(0)
         std = (torch.as_tensor(square) / len(self)).sqrt()
         return mean.float(), (std + eps).float()
-
-    def to(self, device: torch.device | str) -> "Dataset":
-        move = lambda value: value.to(device)  # noqa: E731
-        fields = {name: move(value) for name, value in self.fields.items()}
-        return dataclasses.replace(
-            self, fields=fields, starts=move(self.starts), returns=move(self.returns)
-        )
 
 
 def bounds(ends: Tensor) -> Tensor:
@@ -243,18 +231,6 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def save(data: Dataset, folder: Path) -> None:
-    """Store a data set as a cache entry, atomically."""
-
-    def fill(place: Path) -> dict[str, Any]:
-        arrays = data.fields | {"starts": data.starts, "returns": data.returns}
-        for name, value in arrays.items():
-            np.save(place / f"{name}.npy", value.cpu().numpy())
-        return {"name": data.name, "info": data.info, "fields": list(data.fields)}
-
-    write(folder, fill)
 
 
 def once(folder: Path, ready: Callable[[], bool], make: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""D4RL's names, files, defects and reward conventions."""
+"""D4RL's names, files and defects."""
 
 import logging
 import shutil
@@ -234,17 +234,6 @@ def test_defects_are_told(tmp_path, env, dataset, words):
 def test_sound_data_sets_have_no_notes(tmp_path):
     write(tmp_path / "package" / "hopper_expert-v2.hdf5", [0] * 5, [0, 0, 1, 0, 0])
     assert d4rl.load("hopper", "expert").info["notes"] == []
-
-
-@pytest.mark.parametrize(
-    ("name", "pair"),
-    [
-        ("raw", (0, 1)), ("minus-one", (-1, 0)), ("cql", (-2, 2)), ("corl-cql", (-5, 5)),
-        ("rebrac", (0, 100)), ("prdc", (-1, 9999)),
-    ],
-)  # fmt: skip
-def test_antmaze_rewards(name, pair):
-    assert tuple(d4rl.ANTMAZE_REWARDS[name](torch.tensor([0.0, 1.0])).tolist()) == pair
 
 
 def test_the_view_of_a_full_data_set_loses_limits_and_the_last_row():

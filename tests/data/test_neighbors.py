@@ -85,6 +85,18 @@ def test_both_full_searches_return_the_definition(data, table, monkeypatch, way,
         assert torch.equal(found, truth)
 
 
+def test_on_cuda_every_open_query_is_searched_and_no_tree_is_built(data, table, monkeypatch):
+    class Cuda(torch.Tensor):
+        is_cuda = True  # this machine may have none; the answers on one are the gpu test's
+
+    monkeypatch.setattr(neighbors, "Tree", None)
+    index, pi = queries(data[1], sd=2.0)
+    far = replace(table, act=table.act.as_subclass(Cuda), finders={})
+    row, info = far.nearest(index, pi, 0.5)
+    assert info["uncertified"] * 256 > 64
+    assert torch.equal(row.as_subclass(torch.Tensor), definition(*data, index, pi, 0.5))
+
+
 def test_lists_decide_most_rows_near_the_data(data, table):
     index, pi = queries(data[1], sd=0.1)
     _, info = table.nearest(index, pi, 2.0)
@@ -306,5 +318,9 @@ def test_cuda_agrees_with_the_definition(data):
     index, pi = queries(data[1])
     for beta in BETAS:
         truth = definition(*data, index, pi, beta)
-        row, info = table.nearest(index.cuda(), pi.cuda(), beta)
-        assert info["overflow"] > 0 or torch.equal(row.cpu(), truth)
+        row, _ = table.nearest(index.cuda(), pi.cuda(), beta)
+        assert torch.equal(row.cpu(), truth)
+    index, pi = queries(data[1], sd=2.0)  # more open queries than a budget would take
+    row, info = table.nearest(index.cuda(), pi.cuda(), 0.5)
+    assert info["uncertified"] * 256 > 64
+    assert torch.equal(row.cpu(), definition(*data, index, pi, 0.5))
