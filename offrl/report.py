@@ -122,7 +122,9 @@ def gather(folders: Iterable[Path], metrics: Iterable[str]) -> dict[tuple[str, s
                 cell.score[seed], cell.curve[seed] = float(value), points
             for name, seed, last in last_values(run, set(metrics)):
                 cell.metrics[name][seed] = last
-            about = {k: result[k] for k in ("command", "date", "versions", "seconds", "threads")}
+            about = {k: result[k] for k in ("date", "versions", "seconds", "threads")}
+            words = result["command"].split()  # without the place of the runs, which says nothing
+            about["command"] = " ".join(word for word in words if not word.startswith("runs="))
             hardware = json.loads((run / "run.json").read_text())
             about |= {k: hardware[k] for k in ("device", "cores")}
             cell.sources[str(run.relative_to(folder))] = about
