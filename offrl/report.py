@@ -124,7 +124,9 @@ def gather(folders: Iterable[Path], metrics: Iterable[str]) -> dict[tuple[str, s
                 cell.metrics[name][seed] = last
             about = {k: result[k] for k in ("date", "versions", "seconds", "threads")}
             words = result["command"].split()  # without the place of the runs, which says nothing
-            about["command"] = " ".join(word for word in words if not word.startswith("runs="))
+            about["command"] = " ".join(
+                word for word in words if not word.lstrip("+").startswith("runs=")
+            )
             hardware = json.loads((run / "run.json").read_text())
             about |= {k: hardware[k] for k in ("device", "cores")}
             cell.sources[str(run.relative_to(folder))] = about
