@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from offrl import config as configuration
 from offrl.config import ConfigError, Resolved
@@ -151,19 +152,22 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
     frames: list[Any] = []
     lead = (len(group), 1) if len(group) > 1 else (1,)
     memory, over, start = None, False, 1.0
-    while not over:
-        try:
-            frames.append(env.render())
-        except Exception as error:  # every GL backend raises its own type
-            raise Failed(
-                f"cannot render here ({error}); on a machine without a screen set MUJOCO_GL=egl "
-                "or MUJOCO_GL=osmesa"
-            ) from error
-        row = torch.as_tensor(obs, dtype=torch.float32).expand(*lead, -1)
-        now = {"obs": row, "start": torch.full(lead, start)}
-        act, memory = algo.act(now, memory, generator=stream)
-        obs, _, terminal, timeout, _ = env.step(act.reshape(-1, act.shape[-1])[0].numpy())
-        over, start = terminal or timeout, 0.0
+    horizon = env.spec.max_episode_steps if env.spec else None
+    with tqdm(total=horizon, desc="filming", unit="frame", leave=False) as bar:
+        while not over:
+            try:
+                frames.append(env.render())
+            except Exception as error:  # every GL backend raises its own type
+                raise Failed(
+                    f"cannot render here ({error}); on a machine without a screen set "
+                    "MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+                ) from error
+            row = torch.as_tensor(obs, dtype=torch.float32).expand(*lead, -1)
+            now = {"obs": row, "start": torch.full(lead, start)}
+            act, memory = algo.act(now, memory, generator=stream)
+            obs, _, terminal, timeout, _ = env.step(act.reshape(-1, act.shape[-1])[0].numpy())
+            over, start = terminal or timeout, 0.0
+            bar.update()
     env.close()
     return frames
 
