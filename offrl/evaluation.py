@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from offrl.config import ConfigError, Resolved
 from offrl.engine import checkpoint
 from offrl.engine.evaluate import Evaluator
 from offrl.engine.stage import Algorithm, Policy, Spec
-from offrl.envs.make import factory
+from offrl.envs.make import env_id, factory
 from offrl.experiment import make_env, version, width
 from offrl.outcome import rows, scored, summary
 from offrl.parallel import Failed
@@ -57,11 +58,13 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         seeds += group
         player.close()
     unit, values = scored(resolved, rows(returns))
+    id, mujoco = env_id(resolved.settings.env, version(resolved)), metadata.version("mujoco")
     found = {
         "run": str(options.run),
         "checkpoints": [str(file) for file in files],
         "env": resolved.settings.env,
         "env_version": version(resolved),
+        "mujoco": mujoco,
         "legacy_mass": resolved.settings.legacy_mass,
         "seeds": seeds,
         "episodes": options.episodes,
@@ -72,7 +75,10 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     }
     for seed, row in zip(seeds, values, strict=True):
         print(f"seed {seed}: {unit} {row.mean():.1f} +- {row.std():.1f} over {len(row)} episodes")
-    print(f"IQM of {len(seeds)} seed(s): {found['unit']} {found['score']['iqm']:.1f}")
+    print(
+        f"IQM of {len(seeds)} seed(s): {found['unit']} {found['score']['iqm']:.1f} "
+        f"({id}, mujoco {mujoco}, legacy_mass={str(found['legacy_mass']).lower()})"
+    )
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=1))
     if options.video:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -252,8 +253,12 @@ def test_an_online_run_and_its_evaluation(capsys):
     ]  # fmt: skip
     capsys.readouterr()
     cli.evaluate([f"run={folder}", "episodes=2", "out=scores.json"])
-    assert "return" in capsys.readouterr().out
+    simulator = metadata.version("mujoco")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("IQM of 1 seed(s): return ")
+    assert line.endswith(f"(Pendulum-v1, mujoco {simulator}, legacy_mass=false)")
     found = json.loads(Path("scores.json").read_text())
+    assert found["mujoco"] == simulator
     stored = json.loads((folder / "result.json").read_text())
     assert np.shape(found["returns"]) == np.shape(stored["final_returns"])
     cli.evaluate([f"run={folder / 'seed-0' / 'snapshots' / '000000060.pt'}", "episodes=2"])
