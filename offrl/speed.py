@@ -218,7 +218,7 @@ def by_share(
     heads = ("noise", "certified", "self match", "ms", "ms, first", "ratio")
     print(" ".join(f"{head:>10}" for head in heads))
     table, search = [], algo.neighbors
-    for noise in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
+    for noise in (0.0, 0.2, 0.3, 0.35, 0.4, 0.5):
         algo.neighbors = Perturbed(search, noise, generator(0, "noise", device=device))
         seconds(update, 2, device)  # a first uncertified row may build a tree
         times: list[tuple[float, float]] = []

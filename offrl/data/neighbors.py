@@ -7,7 +7,8 @@ each row the K nearest rows in state space are stored with their squared distanc
 `reach`: no row outside the list is closer than that. The best cost c of the list is the optimum of
 all rows if c < beta^2 reach, whatever the action and beta. Other queries are searched in full:
 
-- On a CPU by a KD-tree over [beta s, a], or by float32 products if those are faster on the data.
+- On a CPU by a KD-tree over [beta s, a], which serves few queries best, or by float32 products,
+  which serve many far ones: whichever takes less time for such a number of queries on the data.
 - On CUDA by float32 products with all rows: the 8 groups of 32 rows with the smallest values are
   compared in float64. No B x N matrix is held.
 
@@ -66,7 +67,8 @@ class StateNeighbors:
         budget: queries per seed and batch that are searched in full, by products, so that an
             update can be captured in a graph. None, as `build` leaves it, for as many as needed:
             always exact, but the host waits for their number.
-        finders: the full searches of the values of beta met so far.
+        trees: over [beta s, a], of the values of beta met so far; on a CPU only.
+        finders: the full search of each beta and each power of two of queries met so far.
     """
 
     act: Tensor
@@ -75,7 +77,8 @@ class StateNeighbors:
     square: Tensor
     reach: Tensor
     budget: int | None = None
-    finders: dict[float, Callable[..., Found]] = field(default_factory=dict, repr=False)
+    trees: "dict[float, Tree]" = field(default_factory=dict, repr=False)
+    finders: dict[tuple[float, int], Callable[..., Found]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -162,9 +165,10 @@ class StateNeighbors:
 
     def search(self, index: Tensor, pi: Tensor, beta: float, least: Tensor) -> Tensor:
         """Full search: index (n,), pi (n, a), a cost within reach (n,) -> (n,) int64."""
-        if beta not in self.finders:
-            self.finders[beta] = self.finder(index, pi, beta, least)
-        row, proven = self.best(index, pi, beta, *self.finders[beta](index, pi, least))
+        kind = beta, len(index).bit_length()
+        if kind not in self.finders:
+            self.finders[kind] = self.finder(index, pi, beta, least)
+        row, proven = self.best(index, pi, beta, *self.finders[kind](index, pi, least))
         rest = (~proven).nonzero()[:, 0]
         if len(rest):
             row[rest] = brute_force(self.obs, self.act, index[rest], pi[rest], beta)
@@ -173,16 +177,19 @@ class StateNeighbors:
     def finder(self, index: Tensor, pi: Tensor, beta: float, least: Tensor) -> Callable[..., Found]:
         """Products; on a CPU a tree if that takes less time for these queries."""
         ways = {"products": lambda i, p, _: self.products(i, p, beta)}
-        if not self.act.is_cuda:
-            tree = Tree(torch.cat([beta * self.obs.double(), self.act], -1))
+        if self.act.is_cuda:
+            return ways["products"]
+        if beta not in self.trees:
+            self.trees[beta] = Tree(torch.cat([beta * self.obs.double(), self.act], -1))
+        tree = self.trees[beta]
 
-            def by_tree(index: Tensor, pi: Tensor, least: Tensor) -> Found:
-                points = torch.cat([beta * self.obs[index].double(), pi], -1)
-                return tree.find(points, NEAREST, float(least.max()))
+        def by_tree(index: Tensor, pi: Tensor, least: Tensor) -> Found:
+            points = torch.cat([beta * self.obs[index].double(), pi], -1)
+            return tree.find(points, NEAREST, float(least.max()))
 
-            ways["tree"] = by_tree
-        name = fastest(ways, index, pi, least) if len(ways) > 1 else "products"
-        log.info("neighbors that the lists do not decide are found by %s", name)
+        ways["tree"] = by_tree
+        name = fastest(ways, index, pi, least)
+        log.info("about %d neighbors that the lists leave open are found by %s", len(index), name)
         return ways[name]
 
     def products(self, index: Tensor, pi: Tensor, beta: float) -> Found:

@@ -79,7 +79,7 @@ def test_both_full_searches_return_the_definition(data, table, monkeypatch, way,
     index, pi = queries(data[1], sd=1.0)
     truth = definition(*data, index, pi, beta)
     for least in (1e9, float((pi - data[1][index]).double().square().sum(-1).max())):
-        found = replace(table, finders={}).search(
+        found = replace(table, trees={}, finders={}).search(
             index, pi, beta, torch.full((256,), least, dtype=torch.float64)
         )
         assert torch.equal(found, truth)
@@ -91,10 +91,28 @@ def test_on_cuda_every_open_query_is_searched_and_no_tree_is_built(data, table, 
 
     monkeypatch.setattr(neighbors, "Tree", None)
     index, pi = queries(data[1], sd=2.0)
-    far = replace(table, act=table.act.as_subclass(Cuda), finders={})
+    far = replace(table, act=table.act.as_subclass(Cuda), trees={}, finders={})
     row, info = far.nearest(index, pi, 0.5)
     assert info["uncertified"] * 256 > 64
     assert torch.equal(row.as_subclass(torch.Tensor), definition(*data, index, pi, 0.5))
+
+
+def test_the_number_of_queries_decides_the_search(data, table, monkeypatch):
+    asked = []
+
+    def fastest(ways, index, *sample):
+        asked.append(len(index))
+        return "tree" if len(index) < 16 else "products"
+
+    monkeypatch.setattr(neighbors, "fastest", fastest)
+    index, pi = queries(data[1], sd=1.0)
+    least = torch.full((256,), 1e9, dtype=torch.float64)
+    fresh = replace(table, trees={}, finders={})
+    for count in (1, 2, 3, 64, 100, 1):
+        found = fresh.search(index[:count], pi[:count], 2.0, least[:count])
+        assert torch.equal(found, definition(*data, index[:count], pi[:count], 2.0))
+    assert asked == [1, 2, 64]
+    assert len(fresh.trees) == 1
 
 
 def test_lists_decide_most_rows_near_the_data(data, table):
