@@ -30,7 +30,7 @@ from offrl.engine import process
 from offrl.engine.evaluate import Evaluator
 from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
 from offrl.engine.stage import Algorithm, Run, Spec
-from offrl.envs.make import env_id, factory
+from offrl.envs.make import VERSIONS, env_id, factory
 from offrl.envs.vector import Vector
 from offrl.outcome import finish, provenance, write_json
 from offrl.parallel import Display, Failed, Group, spread
@@ -74,7 +74,7 @@ def train(
         try:
             if len(groups) == 1:
                 with Display(resolved, groups) as display:
-                    curves = [train_group(folder, groups[0], resume, display.tell)]
+                    curves = [train_group(folder, groups[0], resume, display.tell, data)]
             else:
                 curves = spread(resolved, folder, groups, resume)
         except (Interrupted, KeyboardInterrupt) as stop:
@@ -125,6 +125,8 @@ def version(resolved: Resolved) -> str:
     s = resolved.settings
     if s.env_version != "auto":
         return s.env_version
+    if (named := s.env.rpartition("-")[2]) in VERSIONS:
+        return named
     return "v4" if s.source == "d4rl" else "v5"
 
 
@@ -242,9 +244,14 @@ def train_group(
     group: Group,
     resume: bool,
     report: Callable[[Group, Progress], None],
+    data: Dataset | None = None,
     progress: bool = True,
 ) -> Curve:
-    """Train the seeds of one group in this process, in its own subfolder."""
+    """Train the seeds of one group in this process, in its own subfolder.
+
+    Args:
+        data: of an offline method, where this process has loaded it.
+    """
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
     s = resolved.settings
     process.prepare(s.threads, s.keep_memory)
@@ -254,7 +261,8 @@ def train_group(
         s.log_every, s.eval_every, s.eval_episodes, s.final_episodes, s.snapshot_every
     )
     with process.only_one(place):  # a worker may outlive its parent for a moment
-        experiment = build(resolved, group, load_data(resolved), progress)
+        data = data or load_data(resolved)
+        experiment = build(resolved, group, data, progress)
         return fit(
             experiment.algo,
             experiment.stages,

@@ -116,5 +116,8 @@ class Display:
             self.scores[key] = told.score
             unit, value = scored(self.resolved, float(np.mean(list(self.scores.values()))))
             self.bar.set_postfix_str(f"{unit} {value:.1f}", refresh=False)
-        self.bar.update(told.step - self.steps.get(key, 0))
+        if key not in self.steps:  # what a resumed run had done counts, but not for the speed
+            self.bar.initial += told.first
+            self.bar.n += told.first
+        self.bar.update(told.step - self.steps.get(key, told.first))
         self.steps[key] = told.step

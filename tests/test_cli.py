@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from offrl import cli
-from offrl.engine import checkpoint
+from offrl import config as configuration
+from offrl.engine import checkpoint, process
+from offrl.engine.fit import Progress
+from offrl.parallel import Display
 
 SIZES = ["algo.hidden=[16]", "algo.batch=16", "eval_episodes=2", "final_episodes=2"]
 
@@ -160,6 +163,43 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on():
     assert f"resume={only_run()}" in err
     assert len(list(only_run().rglob("checkpoint.pt"))) == 2
     assert not (only_run() / "result.json").exists()
+
+
+def test_ctrl_c_before_training_leaves_a_run_that_can_be_resumed(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    words = ["algo=bc", "env=hopper", write_data(), "steps=20", *SIZES]
+    with monkeypatch.context() as patch:
+        patch.setattr("offrl.experiment.build", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            train(*words)
+    assert stop.value.code == 130
+    assert f"stopped\ncontinue with: resume={only_run()}" in capsys.readouterr().err
+    train(f"resume={only_run()}")
+    assert (only_run() / "result.json").exists()
+
+
+def test_a_worker_that_outlives_its_command_keeps_the_folder(capsys):
+    """Two writers of one seed's files would mix them; the second is refused and named."""
+    words = ["algo=bc", "env=hopper", write_data(), "steps=20", *SIZES]
+    train(*words)
+    (only_run() / "result.json").unlink()
+    with process.only_one(only_run() / "seed-0"):
+        err = fails(capsys, f"resume={only_run()}")
+    assert "another process is training in" in err
+    assert "seed-0" in err
+    train(f"resume={only_run()}")
+
+
+def test_a_resumed_display_counts_but_does_not_time_what_was_done():
+    resolved = configuration.resolve("bc", {"steps": 100})
+    display = Display(resolved, [[0], [1]])
+    display.tell([0], Progress("train", 80, 90, 100, 1.0, None))
+    display.tell([1], Progress("train", 0, 20, 100, 1.0, None))
+    display.tell([0], Progress("train", 80, 100, 100, 1.0, None))
+    assert (display.bar.n, display.bar.initial, display.bar.total) == (120, 80, 200)
+    display.bar.close()
 
 
 def test_a_finished_run_is_not_resumed(capsys):

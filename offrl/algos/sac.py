@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.data.collect import Collector
+from offrl.data.collect import off_policy
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.engine.stage import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.nets import Critics, GaussianActor
 
 FIELDS = ()  # needs no data set: it collects its own
@@ -120,21 +120,4 @@ class SAC:
         load_modules(self, self.NAMES, state)
 
 
-make = SAC
-
-
-def stages(algo: SAC, data: Collector, run: Run) -> list[Stage]:
-    warmup = algo.config.warmup
-    return [
-        Stage(
-            "train",
-            run.steps - warmup,
-            start=lambda: data.replay.sampler(algo.config.batch),
-            update=algo.update,
-            cycle=algo.cycle,
-            before=lambda: data.random(warmup, algo.generator),
-            between=[(data.group, lambda: data.follow(algo))],
-            offset=warmup,
-            parts={"collector": data},
-        )
-    ]
+make, stages = SAC, off_policy

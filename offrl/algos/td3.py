@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.collect import Collector
+from offrl.data.collect import off_policy
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.engine.stage import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.nets import Actor, Critics
 
 FIELDS = ()  # needs no data set: it collects its own
@@ -112,21 +112,4 @@ class TD3:
         load_modules(self, self.NAMES, state)
 
 
-make = TD3
-
-
-def stages(algo: TD3, data: Collector, run: Run) -> list[Stage]:
-    warmup = algo.config.warmup
-    return [
-        Stage(
-            "train",
-            run.steps - warmup,
-            start=lambda: data.replay.sampler(algo.config.batch),
-            update=algo.update,
-            cycle=algo.cycle,
-            before=lambda: data.random(warmup, algo.generator),
-            between=[(data.group, lambda: data.follow(algo))],
-            offset=warmup,
-            parts={"collector": data},
-        )
-    ]
+make, stages = TD3, off_policy

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from offrl.data.replay import Replay
-from offrl.engine.stage import Algorithm
+from offrl.engine.stage import Algorithm, Run, Stage
 
 
 class Environments(Protocol):
@@ -97,3 +97,26 @@ class Collector:
         self.replay.load(state["replay"])
         obs = state["obs"].cpu().reshape(self.envs.count, -1)
         self.obs = self.grouped(self.envs.load(state["envs"], obs))
+
+
+def off_policy(algo: Any, data: Collector, run: Run) -> list[Stage]:
+    """The stage of a method that learns from its own replay: one update per environment step.
+
+    Args:
+        algo: with `config.warmup` random environment steps, counted in `run.steps`, and
+            `config.batch`.
+    """
+    warmup = algo.config.warmup
+    return [
+        Stage(
+            "train",
+            run.steps - warmup,
+            start=lambda: data.replay.sampler(algo.config.batch),
+            update=algo.update,
+            cycle=algo.cycle,
+            before=lambda: data.random(warmup, algo.generator),
+            between=[(data.group, lambda: data.follow(algo))],
+            offset=warmup,
+            parts={"collector": data},
+        )
+    ]

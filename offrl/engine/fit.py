@@ -38,9 +38,10 @@ class Schedule:
 
 @dataclass
 class Progress:
-    """What the caller is told: shown on one line."""
+    """What the caller is told: shown on one line. A resumed run's first step is not 0."""
 
     stage: str
+    first: int
     step: int
     total: int
     per_second: float
@@ -89,7 +90,8 @@ def fit(
         report: told the progress about twice a second.
 
     Raises:
-        Diverged: when a metric or parameter stopped being finite; the last checkpoint stays.
+        Diverged: when a metric or parameter stopped being finite, or a metric exploded; the last
+            checkpoint stays.
         Interrupted: after SIGINT or SIGTERM, with the checkpoint written.
         ValueError: if the checkpoint belongs to another method.
         OSError: if the disk is full; the last checkpoint stays.
@@ -137,6 +139,7 @@ class Runner:
                 part.load(saved["parts"][name])
             keep, purge = saved["metrics_bytes"], saved["shown"] + 1
         self.log = Log(folder, seeds, keep, purge)
+        self.first = self.shown if saved is not None else 0
         self.told = self.told_step = 0.0
 
     def run(self) -> Curve:
@@ -217,11 +220,15 @@ class Runner:
         point = self.curve.points[-1] if self.curve.points else {}
         score = float(next(iter(point.values())).mean()) if point else None
         total = stage.offset + stage.steps if stage.steps else 0
-        self.report(Progress(stage.name, self.shown, total, speed, score))
+        self.report(Progress(stage.name, self.first, self.shown, total, speed, score))
 
     def save(self) -> None:
         state = self.algo.state()
-        check_finite(state)
+        try:
+            check_finite(state)
+        except Diverged:
+            self.meter.flush()  # a metric that went wrong before names the cause
+            raise
         content = {
             "format": 1,
             "label": self.label,

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from offrl.engine.stage import Metrics
 
+LIMIT = 1e15  # beyond it a metric has run away: a squared error of thirty million
+
 
 class Diverged(RuntimeError):
-    """A quantity became NaN or infinite; the message names the first one and its update."""
+    """A quantity became NaN, infinite or absurd; the message names the first and its update."""
 
 
 class Meter:
@@ -30,12 +32,12 @@ class Meter:
         """Mean of every metric since the last flush, one entry per seed.
 
         Raises:
-            Diverged: if a value was not finite, naming the first.
+            Diverged: if a value was not finite or beyond `LIMIT`, naming the first.
         """
         means, first = {}, None
         for name, values in self.values.items():
             stack = torch.stack(values).cpu().double()  # (updates, *S)
-            bad = ~stack.isfinite().view(len(values), -1).all(-1)
+            bad = ~(stack.abs() <= LIMIT).view(len(values), -1).all(-1)
             if bad.any():
                 step = self.steps[name][int(bad.nonzero()[0, 0])]
                 first = (step, name) if first is None or step < first[0] else first
@@ -43,8 +45,8 @@ class Meter:
         self.values, self.steps = {}, {}
         if first is not None:
             raise Diverged(
-                f"{first[1]} became NaN or infinite at update {first[0]}: a smaller learning rate, "
-                "gradient clipping or a look at the rewards' scale may help"
+                f"{first[1]} became NaN, infinite or larger than {LIMIT:.0e} at update {first[0]}: "
+                "a smaller learning rate or a look at the rewards' scale may help"
             )
         return means
 

@@ -40,17 +40,24 @@ class ScaleAction(gymnasium.ActionWrapper):
         return np.clip(action, -1.0, 1.0) * self.half + self.middle
 
 
-def env_id(name: str, version: str = "v5") -> str:
+def env_id(name: str, version: str | None = None) -> str:
     """The Gymnasium id of a name such as `halfcheetah`; registered ids pass through.
 
+    Args:
+        version: of a robot; None is v5, or what an id says.
+
     Raises:
-        ValueError: for an unknown name or version; names the nearest.
+        ValueError: for a version that contradicts an id, an unknown name or version (naming the
+            nearest), and for the tasks of D4RL that have data only.
     """
-    if version not in VERSIONS:
+    if version not in (None, *VERSIONS):
         raise ValueError(f"env_version must be one of {', '.join(VERSIONS)}, got {version!r}")
     if name in ROBOTS:
-        return f"{ROBOTS[name]}-{version}"
+        return f"{ROBOTS[name]}-{version or 'v5'}"
     if name in gymnasium.registry:
+        named = name.rpartition("-")[2]
+        if version and named in VERSIONS and named != version:
+            raise ValueError(f"env={name} contradicts env_version={version}; leave one of them out")
         return name
     if name.startswith("d4rl-"):
         raise ValueError(
@@ -64,13 +71,13 @@ def env_id(name: str, version: str = "v5") -> str:
 
 
 def factory(
-    name: str, version: str = "v5", legacy_mass: bool = False, render: bool = False
+    name: str, version: str | None = None, legacy_mass: bool = False, render: bool = False
 ) -> Callable[[], gymnasium.Env]:
     """A picklable maker of the environment, with actions in [-1, 1].
 
     Args:
         name: a robot such as `halfcheetah`, or a Gymnasium id.
-        version: of the MuJoCo robots, v5 (default) or v4.
+        version: of the MuJoCo robots, v5 (default) or v4; must not contradict an id.
         legacy_mass: give capsules the mass rho pi r^2 (L + r) of the engines that D4RL's data
             came from, instead of the exact rho pi r^2 (L + 4r/3): Hopper 15.26 instead of 15.82.
         render: make RGB frames available.

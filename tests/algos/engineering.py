@@ -2,7 +2,9 @@
 
 from copy import deepcopy
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def run(algo, batches, start=0, stop=30):
@@ -111,3 +113,46 @@ def targets_follow(algo, batch, pairs, tau):
             torch.testing.assert_close(
                 value, (1 - tau) * before[target][name] + tau * online_state[name]
             )
+
+
+# operators that read a tensor's values on the host, or whose result's shape depends on them
+WAITING = (
+    "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim",
+    "equal", "repeat_interleave.Tensor",
+)  # fmt: skip
+
+
+class NoWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func).removeprefix("aten.")
+        assert name not in WAITING, name
+        assert name.partition(".")[0] not in WAITING, name
+        picks = args[1] if name.startswith(("index.", "index_put")) else []
+        assert not any(pick is not None and pick.dtype == torch.bool for pick in picks), name
+        return func(*args, **(kwargs or {}))
+
+
+def updates_never_wait_for_the_device(make, batches):
+    """A whole cycle of updates can be queued without the host reading a value."""
+    algo = make()
+    inputs = [batches(step) for step in range(algo.cycle)]
+    with NoWaiting():
+        for step, batch in enumerate(inputs):
+            algo.update(batch, step)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        float(torch.ones(1))
+
+
+def on_cuda_updates_never_wait(make, batches):
+    """The same, as CUDA's own check sees it; `make` builds on the device of its generator."""
+    algo = make()
+    move = lambda batch: {name: value.cuda() for name, value in batch.items()}  # noqa: E731
+    inputs = [move(batches(step)) for step in range(2 * algo.cycle)]
+    for step in range(algo.cycle):  # the first cycle makes the optimizer's state
+        algo.update(inputs[step], step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(algo.cycle, 2 * algo.cycle):
+            algo.update(inputs[step], step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -8,8 +8,9 @@ from tests.algos import engineering
 SMALL = Config(hidden=(32, 32))
 
 
-def make(config=SMALL, seeds=()):
-    return BC(config, Spec(obs_dim=3, act_dim=2), torch.Generator().manual_seed(0), seeds)
+def make(config=SMALL, seeds=(), device="cpu"):
+    generator = torch.Generator(device).manual_seed(0)
+    return BC(config, Spec(obs_dim=3, act_dim=2), generator, seeds)
 
 
 def batch(seeds=(), size=64, seed=1):
@@ -31,6 +32,17 @@ def test_learns_the_data_policy():
     test = batch((2,), seed=10_000)
     error = (algo.act(test)[0] - test["act"]).square().mean((-2, -1))
     assert (error < 0.005).all()  # the actions' own variance is about 0.5
+
+
+def test_updates_never_wait_for_the_device():
+    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
+
+
+@pytest.mark.gpu
+def test_updates_on_cuda_never_wait():
+    engineering.on_cuda_updates_never_wait(
+        lambda: make(device="cuda"), lambda step: batch(seed=step)
+    )
 
 
 def test_same_seed_same_run():

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 import torch
 
 from offrl.algos import prdc, td3bc
@@ -15,9 +16,10 @@ OBS, ACT = torch.randn(300, 3, generator=G), torch.randn(300, 2, generator=G).ta
 TABLE = StateNeighbors.build(OBS, ACT, "toy", k=8)
 
 
-def make(config=SMALL, seeds=()):
-    algo = PRDC(config, Spec(obs_dim=3, act_dim=2), torch.Generator().manual_seed(0), seeds)
-    algo.neighbors = TABLE
+def make(config=SMALL, seeds=(), table=TABLE):
+    generator = torch.Generator(table.act.device).manual_seed(0)
+    algo = PRDC(config, Spec(obs_dim=3, act_dim=2), generator, seeds)
+    algo.neighbors = table
     return algo
 
 
@@ -103,6 +105,20 @@ def test_table_and_batches_hold_the_same_standardized_states():
     b = stage.start()(algo.generator)
     assert torch.equal(b["obs"], algo.neighbors.obs[b["index"]])
     assert torch.equal(b["obs"], algo.standardize(OBS[b["index"]]))
+
+
+def test_updates_with_a_budget_never_wait_for_the_device():
+    """Without one the exact search asks how many queries are open; that is its stated price."""
+    table = replace(TABLE, budget=16)
+    engineering.updates_never_wait_for_the_device(
+        lambda: make(table=table), lambda step: batch(seed=step)
+    )
+
+
+@pytest.mark.gpu
+def test_updates_on_cuda_with_a_budget_never_wait():
+    table = replace(StateNeighbors.build(OBS, ACT, "toy", k=8, device="cuda"), budget=16)
+    engineering.on_cuda_updates_never_wait(lambda: make(table=table), lambda step: batch(seed=step))
 
 
 def test_same_seed_same_run():

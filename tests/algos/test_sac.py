@@ -12,8 +12,9 @@ from tests.algos.test_td3bc import batch
 SMALL = Config(hidden=(32, 32))
 
 
-def make(config=SMALL, seeds=()):
-    return SAC(config, Spec(obs_dim=3, act_dim=2), torch.Generator().manual_seed(0), seeds)
+def make(config=SMALL, seeds=(), device="cpu"):
+    generator = torch.Generator(device).manual_seed(0)
+    return SAC(config, Spec(obs_dim=3, act_dim=2), generator, seeds)
 
 
 def test_log_probability_of_a_squashed_gaussian():
@@ -84,6 +85,17 @@ def test_finds_the_best_arm_of_a_continuous_bandit():
         algo.update(b, step)
     best, _ = algo.act({"obs": torch.zeros(2, 1, 3)})
     assert ((best - 0.5).square().sum(-1) < 0.05).all()
+
+
+def test_updates_never_wait_for_the_device():
+    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
+
+
+@pytest.mark.gpu
+def test_updates_on_cuda_never_wait():
+    engineering.on_cuda_updates_never_wait(
+        lambda: make(device="cuda"), lambda step: batch(seed=step)
+    )
 
 
 def test_same_seed_same_run():

@@ -1,6 +1,7 @@
 from copy import deepcopy
 from dataclasses import replace
 
+import pytest
 import torch
 
 from offrl.algos.td3 import TD3, Config
@@ -11,8 +12,9 @@ from tests.algos.test_td3bc import batch
 SMALL = Config(hidden=(32, 32))
 
 
-def make(config=SMALL, seeds=()):
-    return TD3(config, Spec(obs_dim=3, act_dim=2), torch.Generator().manual_seed(0), seeds)
+def make(config=SMALL, seeds=(), device="cpu"):
+    generator = torch.Generator(device).manual_seed(0)
+    return TD3(config, Spec(obs_dim=3, act_dim=2), generator, seeds)
 
 
 def test_truncated_steps_bootstrap_and_terminated_ones_do_not():
@@ -64,6 +66,17 @@ def test_value_of_a_two_state_chain_is_found():
     obs = torch.eye(3)[:2]
     q = algo.critics(obs, torch.zeros(2, 2)).mean(0)
     torch.testing.assert_close(q, torch.tensor([0.5, 1.0]), atol=0.05, rtol=0)
+
+
+def test_updates_never_wait_for_the_device():
+    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
+
+
+@pytest.mark.gpu
+def test_updates_on_cuda_never_wait():
+    engineering.on_cuda_updates_never_wait(
+        lambda: make(device="cuda"), lambda step: batch(seed=step)
+    )
 
 
 def test_same_seed_same_run():

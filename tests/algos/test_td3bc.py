@@ -12,8 +12,9 @@ from tests.algos import engineering
 SMALL = Config(hidden=(32, 32))
 
 
-def make(config=SMALL, seeds=()):
-    return TD3BC(config, Spec(obs_dim=3, act_dim=2), torch.Generator().manual_seed(0), seeds)
+def make(config=SMALL, seeds=(), device="cpu"):
+    generator = torch.Generator(device).manual_seed(0)
+    return TD3BC(config, Spec(obs_dim=3, act_dim=2), generator, seeds)
 
 
 def batch(seeds=(), size=64, seed=1):
@@ -96,6 +97,17 @@ def test_policy_standardizes_with_the_statistics_of_the_data():
     act, _ = algo.act({"obs": obs})
     expected = algo.actor((obs - torch.tensor([1.0, 2.0, 3.0])) / 2)
     assert torch.equal(act, expected)
+
+
+def test_updates_never_wait_for_the_device():
+    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
+
+
+@pytest.mark.gpu
+def test_updates_on_cuda_never_wait():
+    engineering.on_cuda_updates_never_wait(
+        lambda: make(device="cuda"), lambda step: batch(seed=step)
+    )
 
 
 def test_same_seed_same_run():

@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,3 +215,44 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         checkpoint.save(path, {"format": 1, "x": torch.zeros(3)})
     assert torch.equal(checkpoint.load(path)["x"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_metric_that_explodes_stops_the_run_while_it_is_finite(tmp_path):
+    algo, (stage,) = offline()
+    huge = {"critics/q": torch.tensor(1e20)}
+    update = lambda batch, step: huge if step == 57 else stage.update(batch, step)  # noqa: E731
+    with pytest.raises(Diverged, match=r"critics/q became .* larger than 1e\+15 at update 57"):
+        fit(algo, [replace(stage, update=update)], tmp_path, None, SCHEDULE, [0], "toy")
+
+
+def test_an_interrupt_after_a_divergence_names_the_metric_that_went_wrong(tmp_path):
+    algo, (stage,) = offline()
+
+    def update(batch, step):
+        metrics = stage.update(batch, step)
+        if step == 3:
+            for p in algo.actor.parameters():
+                p.data.fill_(torch.nan)
+            os.kill(os.getpid(), signal.SIGINT)
+            return {"actor/loss": torch.tensor(torch.nan)}
+        return metrics
+
+    with pytest.raises(Diverged, match=r"actor/loss became NaN.* at update 3"):
+        fit(algo, [replace(stage, update=update)], tmp_path, None, SCHEDULE, [0], "toy")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_resumed_run_tells_where_it_began(tmp_path):
+    told = []
+    algo, (stage,) = offline()
+
+    def update(batch, step):
+        if step == 79:
+            os.kill(os.getpid(), signal.SIGINT)
+        return stage.update(batch, step)
+
+    with pytest.raises(Interrupted):
+        fit(algo, [replace(stage, update=update)], tmp_path, None, SCHEDULE, [0], "toy")
+    algo, stages = offline()
+    fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", resume=True, report=told.append)
+    assert (told[-1].first, told[-1].step) == (80, 200)

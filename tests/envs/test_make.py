@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from offrl.engine.evaluate import Evaluator
-from offrl.envs.make import ROBOTS, VERSIONS, factory
+from offrl.envs.make import ROBOTS, VERSIONS, env_id, factory
 from offrl.envs.vector import Vector, restore, snapshot
 
 
@@ -29,6 +29,13 @@ def test_unknown_names_and_versions_are_answered_with_the_nearest():
         factory("hoper")
     with pytest.raises(ValueError, match="v5, v4"):
         factory("hopper", "v3")
+
+
+def test_an_id_and_a_version_that_contradict_each_other_are_both_named():
+    with pytest.raises(ValueError, match="Hopper-v4 contradicts env_version=v5"):
+        factory("Hopper-v4", "v5")
+    assert env_id("Hopper-v4") == env_id("Hopper-v4", "v4") == env_id("hopper", "v4")
+    assert env_id("Pendulum-v1", "v5") == "Pendulum-v1"
 
 
 def test_actions_are_clipped_and_stretched_to_the_range():
