@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,8 @@ class Settings:
     dataset: str = "medium"  # name within the source, or a path to an HDF5 or npz file
     source: Literal["auto", "generated", "d4rl", "minari", "files"] = "auto"
     rows: int | None = None  # transitions to generate; None: the recipe's own number
-    env_version: Literal["auto", "v4", "v5"] = "auto"  # auto: v4 for source=d4rl, else v5
+    # auto: what a Gymnasium id says, else v4 for source=d4rl and v5 for the rest
+    env_version: Literal["auto", "v4", "v5"] = "auto"
     legacy_mass: bool = False  # capsule masses of the engines behind D4RL's data
     seed: int = 0  # the first seed
     seeds: int = 1  # how many, counting up from `seed`
@@ -135,6 +137,12 @@ def module(algo: str) -> types.ModuleType:
             f"known: {', '.join(algorithms())}"
         )
     return importlib.import_module(f"offrl.algos.{algo}")
+
+
+def shipped(algo: str) -> dict[str, Any]:
+    """The stored values of a method: `tasks` and `presets` as `resolve` takes them."""
+    stored = resources.files("offrl.configs") / "algo" / f"{algo}.yaml"
+    return yaml.safe_load(stored.read_text())
 
 
 def online(algo: str) -> bool:

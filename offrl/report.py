@@ -136,11 +136,16 @@ def gather(folders: Iterable[Path], metrics: Iterable[str]) -> dict[tuple[str, s
 
 
 def label(resolved: configuration.Resolved) -> str:
-    """The method, with every option that was given on the command line except the steps."""
+    """The method, with every option except the steps that is not what the task has by default."""
+    s, stored = resolved.settings, configuration.shipped(resolved.algo)
+    task = {name: getattr(s, name) for name in ("env", "dataset", "source", "preset")}
+    usual = configuration.resolve(
+        resolved.algo, task, stored.get("tasks"), stored.get("presets")
+    ).options
     given = [
         f"{name}={value}"
         for name, value in resolved.options.items()
-        if resolved.origins.get(f"algo.{name}") == "command line" and name != "steps"
+        if value != usual[name] and name != "steps"
     ]
     return " ".join([resolved.algo, *given])
 

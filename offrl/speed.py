@@ -103,7 +103,9 @@ def updater(
     """The algorithm after its warm-up, and a function that makes one complete update."""
     method = configuration.module(name)
     given = {"env": options.env, "dataset": options.dataset, "source": options.source}
-    values = configuration.resolve(name, given | chosen(name, options), shipped(name).get("tasks"))
+    values = configuration.resolve(
+        name, given | chosen(name, options), configuration.shipped(name).get("tasks")
+    )
     algo = method.make(
         values.config(), Spec(data.obs_dim, data.act_dim, *data.statistics()),
         generator(0, "speed", values.task, device=device),
@@ -135,15 +137,6 @@ def chosen(name: str, options: Options) -> dict[str, Any]:
         for key, value in options.set.items()
         if key.startswith(own)
     }
-
-
-def shipped(name: str) -> dict[str, Any]:
-    """The stored task values of a method."""
-    from importlib import resources
-
-    import yaml
-
-    return yaml.safe_load((resources.files("offrl.configs") / "algo" / f"{name}.yaml").read_text())
 
 
 def seconds(update: Callable[[], Any], count: int, device: torch.device) -> float:

@@ -12,7 +12,8 @@ from offrl.report import Options, make_report
 
 def write_run(folder, algo, seeds, returns, overrides=None, date="2026-01-01T00:00:00", digest="d"):
     """A finished run on halfcheetah-medium; `returns` (seeds, episodes)."""
-    resolved = config.resolve(algo, {"env": "halfcheetah", **(overrides or {})})
+    given, stored = {"env": "halfcheetah", **(overrides or {})}, config.shipped(algo)
+    resolved = config.resolve(algo, given, stored.get("tasks"), stored.get("presets"))
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(resolved.to_yaml())
     (folder / "run.json").write_text(json.dumps({"device": "some CPU", "cores": 2}))
@@ -54,6 +55,18 @@ def test_a_cell_is_the_mean_over_seeds_of_their_final_episodes(tmp_path):
     assert {"table.json", "curves.png", "scores.png"} < {
         p.name for p in (tmp_path / "out").iterdir()
     }
+
+
+def test_methods_are_told_apart_by_values_and_not_by_where_they_were_given(tmp_path):
+    (usual,) = [
+        v["alpha"] for k, v in config.shipped("prdc")["tasks"].items() if k == "halfcheetah-*"
+    ]
+    write_run(tmp_path / "a", "prdc", [0], [[at(10)]])
+    write_run(tmp_path / "b", "prdc", [1], [[at(30)]], {"algo.alpha": usual})
+    write_run(tmp_path / "c", "prdc", [0], [[at(50)]], {"algo.alpha": usual + 1})
+    methods = make_report(Options((str(tmp_path),), str(tmp_path / "out")))["methods"]
+    assert list(methods) == ["prdc", f"prdc alpha={usual + 1}"]
+    assert methods["prdc"]["tasks"]["halfcheetah-medium"]["seeds"] == [0, 1]
 
 
 def test_runs_of_further_seeds_join_and_a_repeated_seed_counts_once_with_its_latest(tmp_path):
