@@ -105,7 +105,19 @@ def build(id: str, legacy_mass: bool, render: bool) -> gymnasium.Env:
         )
     if legacy_mass:
         lighten(env)
+    if render:
+        follow(env)
     return ScaleAction(env)
+
+
+def follow(env: gymnasium.Env) -> None:
+    """Film with the model's camera `track`, where there is one: Gymnasium's own stands still."""
+    import mujoco
+
+    core: Any = env.unwrapped
+    if isinstance(getattr(core, "model", None), mujoco.MjModel):
+        camera = mujoco.mj_name2id(core.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+        core.mujoco_renderer.camera_id = camera  # -1 if there is none, which is the default
 
 
 def lighten(env: gymnasium.Env) -> None:

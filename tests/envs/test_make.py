@@ -38,6 +38,13 @@ def test_an_id_and_a_version_that_contradict_each_other_are_both_named():
     assert env_id("Pendulum-v1", "v5") == "Pendulum-v1"
 
 
+def test_a_filmed_robot_is_followed_by_its_camera():
+    camera = lambda env: env.unwrapped.mujoco_renderer.camera_id  # noqa: E731
+    assert camera(factory("hopper", render=True)()) == 0  # the model's only one, "track"
+    assert camera(factory("hopper")()) == -1
+    assert camera(factory("inverted-pendulum", render=True)()) == -1
+
+
 def test_actions_are_clipped_and_stretched_to_the_range():
     env = factory("Pendulum-v1")()
     np.testing.assert_allclose(env.action(np.array([0.5])), [1.0])
