@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -234,8 +235,15 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
 
 
 def once(folder: Path, ready: Callable[[], bool], make: Callable[[], None]) -> None:
-    """Make a cache entry unless it is there; processes that ask together make it once."""
+    """Make a cache entry unless it is there; processes that ask together make it once.
+
+    Raises:
+        RuntimeError: in a process that is only starting and runs the caller's script a second time
+            on its way; it would wait here for its own parent.
+    """
     if not ready():
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise RuntimeError("call the library inside `if __name__ == '__main__':`")
         with one_at_a_time(folder.parent):
             if not ready():
                 make()

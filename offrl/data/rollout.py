@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from offrl.data.dataset import FIELDS, DataError, bounds, episode_sums, store
 from offrl.engine.stage import Policy
+from offrl.machine import cores
 from offrl.seeding import derive, generator
 
 CHUNK = 10_000  # steps; ten full episodes of a MuJoCo robot, about a second of work
@@ -173,7 +174,7 @@ def in_processes(
         DataError: if a process died.
     """
     jobs = list(jobs)
-    limit = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    limit = min(workers or cores(), len(jobs))
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(limit, mp_context=context, initializer=set_up)
     try:

@@ -249,6 +249,21 @@ def test_a_failing_policy_leaves_nothing(cache, here):
     assert leftovers(cache) == []
 
 
+def test_a_script_without_a_main_guard_is_told_and_leaves_nothing(cache, tmp_path):
+    """Its workers run it again as they start, and would wait for each other forever."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from offrl.data import generated\n"
+        "generated.load('hopper', 'random', rows=500, workers=1)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, str(script)], stderr=subprocess.PIPE, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 1
+    assert "outside `if __name__ == '__main__':`" in run.stderr.splitlines()[-1]
+    assert leftovers(cache) == []
+
+
 def test_ctrl_c_leaves_nothing(cache, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
