@@ -552,14 +552,13 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(base, folder, tmp_path):
     assert (lost[seen > 0] > 0).all()
 
 
-@pytest.mark.slow
-def test_two_processes_are_one(folder, tmp_path):
-    """A group of four spans two ranks of two rows; completions have different lengths."""
+@pytest.fixture(scope="module")
+def processes(folder, tmp_path_factory):
+    """What one process found, and what each of two found; see two_processes.py."""
     script = Path(__file__).with_name("two_processes.py")
     results = []
     for world in (1, 2):
-        out = tmp_path / str(world)
-        out.mkdir()
+        out = tmp_path_factory.mktemp(str(world))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 1000)}
         workers = []
         for rank in range(world):
@@ -570,12 +569,36 @@ def test_two_processes_are_one(folder, tmp_path):
         assert [w.wait(timeout=300) for w in workers] == [0] * world
         results.append([torch.load(out / f"{rank}.pt") for rank in range(world)])
     (one,), (first, second) = results
+    return one, first, second
+
+
+@pytest.mark.slow
+def test_steps_of_two_processes_are_those_of_one(processes):
+    """A group of four spans two ranks of two rows; completions have different lengths."""
+    one, first, second = processes
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
         torch.testing.assert_close(value, one["state"][name], msg=name)
     close(first["model"] - one["start"], one["model"] - one["start"])
     assert torch.equal(first["model"], second["model"])
     assert first["lengths"] == one["lengths"] == [1, 6, 3, 4]  # gathered, in TRL's order
+    count = one["state"]["parts.2_LengthShaper.history.count"]
+    assert count.max() > 1, "no prompt was answered twice"
+    assert first["change"] == pytest.approx(one["change"], abs=1e-6)
+    assert any(change != 0 for change in one["change"]), "the history changed no reward"
+
+
+@pytest.mark.slow
+def test_every_gradient_of_two_processes_is_that_of_one(processes):
+    """Rows of different lengths on ranks of different numbers of tokens and sequences."""
+    one, first, second = processes
+    names = [name for name in one if name.startswith(("GRPO", "RLOO", "DPO"))]
+    assert len(names) == 16
+    for name in names:
+        assert one[name][1:].norm() > 1e-4, f"{name} has no gradient"
+        for other in (first, second):
+            error = (other[name] - one[name]).norm() / one[name].norm()
+            assert error < 1e-5, f"{name}: relative error {error:.2g}"
 
 
 def test_examples_in_docstrings():
