@@ -645,9 +645,10 @@ def test_every_gradient_of_two_processes_is_that_of_one(processes):
     """Rows of different lengths on ranks of different numbers of tokens and sequences."""
     one, first, second = processes
     names = [name for name in one if name.startswith(("GRPO", "RLOO", "DPO"))]
-    assert len(names) == 16
+    assert len(names) == 17
     for name in names:
-        assert one[name][1:].norm() > 1e-4, f"{name} has no gradient"
+        ours = one[name] - (one["GRPO alone"] if name[:4] == "GRPO" else 0)
+        assert (ours[1:].norm() > 1e-3) == (name != "GRPO alone"), f"{name} has no gradient"
         for other in (first, second):
             error = (other[name] - one[name]).norm() / one[name].norm()
             assert error < 1e-5, f"{name}: relative error {error:.2g}"

@@ -41,7 +41,7 @@ def fixed(trainer, rows):
     def generate(prompt_ids, *args):
         first = rank * len(prompt_ids)
         generator = torch.Generator().manual_seed(trainer.state.global_step)
-        drawn = torch.randint(4, 16, (rows, 6), generator=generator).tolist()
+        drawn = torch.randint(4, 8, (rows, 6), generator=generator).tolist()
         ids = [drawn[i][: LENGTHS[i]] for i in range(first, first + len(prompt_ids))]
         ids = [row if i + first == 1 else [*row[:-1], END] for i, row in enumerate(ids)]
         return (ids, None) if isinstance(trainer, GRPO) else ids
@@ -87,26 +87,27 @@ def anchor(**options):
 
 
 MODULES = {
+    "alone": list,
     "anchor": anchor,
     "anchor of the batch": lambda: anchor(scope="batch", mass=None),
     "chi2": lambda: [Chi2Occupancy(0.1)],
     "drpo": lambda: [DRPO(max_length=6.0, over="all", beta=1.0)],
     "dads": lambda: [DADS(0.1)],
-    "low probability": lambda: [LowProbability(0.5, share=0.5)],
+    "low probability": lambda: [LowProbability(0.5, share=0.7)],
     "covariance": lambda: [KLCov(0.5, fraction=0.3)],
-    "peaks": lambda: [PeakEntropyMask(0.5), EntropyBonus(0.1)],
+    "peaks": lambda: [PeakEntropyMask(0.8), EntropyBonus(0.1)],
     "sequences": lambda: [KLToReference(0.1, reduction="seq-mean-token-mean")],
     "tokens": lambda: [KLToReference(0.1)],
 }
 
 
 def one_rollout(base, name):
-    """Gradient of one batch of two groups, each on one rank or, with three rows each, on both."""
+    """Gradient of one batch: a group of eight on all ranks, one of them cut off."""
     trainer = moved(make(
         base, folder, out, MODULES[name](), extra={"correct": ("share_of_a", 0.01)},
         per_device_train_batch_size=8 // world, num_generations=8,
         **({"mask_truncated_completions": True} if base is GRPO else {}),
-    ))  # fmt: skip
+    ), 0.3)  # fmt: skip
     rows = next(iter(fixed(trainer, 8).get_train_dataloader()))
     trainer.model.train()
     batch = trainer._prepare_inputs(rows)
