@@ -21,7 +21,9 @@ equal on all ranks already and is not reduced again. Evaluation changes neither 
 
 Limits: no context or sequence parallelism, no `auto_find_batch_size`, no adapter on the head, no
 `nn.DataParallel`. Not tried: FSDP, ZeRO-3, vLLM. Statistics of two distributions at once (exact
-KL, chi2) are not offered, and the proxy of Lp-Reg is that of the policy now, not of the sampler.
+KL, chi2) are not offered: TRL scores the reference once per rollout and keeps one number per token,
+so the loss would need a second pass of the reference in every micro-batch, with both heads gathered
+at a time. The proxy of Lp-Reg is that of the policy now, not of the sampler.
 Logits are divided by the sampling temperature before every statistic; top-p, top-k and min-p are
 not reflected, as in TRL's own.
 
