@@ -7,8 +7,10 @@ Every form is a forward and backward pass from hidden states to the gradients of
 weight: `plain` is cross-entropy of the logits; `naive` takes log-probability, entropy and the
 entropy of the nucleus from log_softmax and a sort; `ours` takes the same three from one tiled
 sweep. Each pass runs in a fresh process, and the forms take turns. Memory is the largest resident
-size above that of inputs and gradients; at 4096 tokens the naive form would take about 20 GiB, so
-it is measured at 1024. Time is wall time, and CPU time beside it because machines are shared.
+size above that of inputs and gradients. The naive form takes 5.4 GiB per 1024 tokens of 151,936
+symbols, so 4096 need a machine with 22 GiB free: where memory is short, it is measured on as many
+tokens as fit, and that is said. Time is wall time, and CPU time beside it because machines are
+shared.
 """
 
 import json
@@ -41,7 +43,7 @@ class Options:
     tokens=1024 hidden=512 vocab=151936     sizes N, H and V; float32
     forms=[plain,ours,naive]                ratios are to plain (time) and naive (memory)
     rounds=3 naive_rounds=1                 fresh processes of each form
-    naive_tokens=None                       fewer for the naive form where memory is short
+    naive_tokens=None                       of the naive form; None: tokens, or what memory allows
     chunk_tokens=1024 chunk_vocab=8192      size of a tile
     spread=4                                standard deviation of the logits
     threads=1
@@ -119,13 +121,43 @@ def one_pass(o: Options) -> dict[str, float]:
     }  # fmt: skip
 
 
+def free_memory() -> int:
+    """Bytes that a new process can have."""
+    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in x)
+    return 1024 * int(line.split()[1])
+
+
+def naive_tokens(o: Options) -> int:
+    """How many tokens the naive form is measured on.
+
+    Raises:
+        ValueError: `o.naive_tokens` need more memory than is free.
+    """
+
+    def gib(tokens: int) -> float:
+        logits, weights = tokens * o.vocab, 3 * o.hidden * o.vocab  # with gradient and random draw
+        return (38 * logits + 4 * weights) / 2**30  # 5.4 GiB of 1024 x 151,936 logits were measured
+
+    free, wanted = free_memory() / 2**30, o.naive_tokens or o.tokens
+    if gib(wanted) <= free:
+        return wanted
+    lack = f"naive at {wanted} tokens needs about {gib(wanted):.1f} GiB, {free:.1f} GiB are free"
+    if o.naive_tokens:
+        raise ValueError(f"{lack}: free some, or leave naive_tokens out to measure what fits")
+    tokens = wanted
+    while tokens > 1 and gib(tokens) > free:
+        tokens //= 2
+    print(f"{lack}: measured at {tokens}", flush=True)
+    return tokens
+
+
 def compare(o: Options) -> dict[str, Any]:
     passes: dict[str, list[dict[str, float]]] = {form: [] for form in o.forms}
     sizes = ("hidden", "vocab", "chunk_tokens", "chunk_vocab", "spread", "threads")
     shared = [f"{name}={getattr(o, name)}" for name in sizes]
     tokens = dict.fromkeys(o.forms, o.tokens)
-    if o.naive_tokens and "naive" in tokens:
-        tokens["naive"] = o.naive_tokens
+    if "naive" in tokens:
+        tokens["naive"] = naive_tokens(o)
     environment = os.environ | {"OMP_NUM_THREADS": str(o.threads)}
     for turn in range(o.rounds):
         for form in o.forms:

@@ -21,10 +21,17 @@ equal on all ranks already and is not reduced again. Evaluation changes neither 
 
 Limits: no context or sequence parallelism, no `auto_find_batch_size`, no adapter on the head, no
 `nn.DataParallel`. Not tried: FSDP, ZeRO-3, vLLM. Statistics of two distributions at once (exact
-KL, chi2) are not offered, and the proxy of Lp-Reg is that of the policy now, not of the sampler.
+KL, chi2) are not offered: TRL scores the reference once per rollout and keeps one number per token,
+so the loss would need a second pass of the reference in every micro-batch, with both heads gathered
+at a time. The proxy of Lp-Reg is that of the policy now, not of the sampler.
 Logits are divided by the sampling temperature before every statistic; top-p, top-k and min-p are
-not reflected, as in TRL's own. A micro-batch holds parts of groups, in any order: modules of the
-loss stage that compare rows of a group see the rows that are there.
+not reflected, as in TRL's own.
+
+n processes with b rows equal one with n b rows: means are over the tokens or sequences of all
+ranks, and modules with `whole_batch` read the rows of all ranks. Micro-batches of one optimizer
+step equal one large batch for the other modules in GRPO and RLOO, and in DPO if they hold equally
+many tokens; see `offrl.regularizers.base` for what cannot be equal. A micro-batch holds parts of
+groups, in any order: modules of the loss stage that compare rows of a group see those in it.
 """
 
 import copy
@@ -42,7 +49,7 @@ import torch
 from torch import Tensor
 
 from offrl.regularizers import Compose, RegInputs
-from offrl.regularizers.base import Stage
+from offrl.regularizers.base import Stage, across_ranks
 from offrl.regularizers.reductions import dense_groups
 from offrl.regularizers.selective import proxy_logp
 from offrl.regularizers.statistics import PLAIN, token_stats
@@ -138,6 +145,7 @@ class Adapter(Host):
     """What GRPO, RLOO and DPO share: the loss stage, updates, checkpoints."""
 
     offered: frozenset[str] = frozenset()
+    pairs = False  # rows i and i + B/2 of a micro-batch belong together
     beta: float
 
     def __init__(self, *args, regularizers=(), **kwargs):
@@ -241,8 +249,7 @@ class Adapter(Host):
         if not self.model.training:
             return result
         if self._at_loss:
-            x, count = self._reg_inputs(inputs, seen)
-            extra, metrics, sync = self.reg.run_loss(x, count)
+            extra, metrics, sync = self.reg.run_loss(*self._reg_inputs(inputs, seen))
             self._observe(metrics, sync)
             if self.loss_is_scaled_for_ga:
                 extra = extra / self.current_gradient_accumulation_steps
@@ -252,6 +259,23 @@ class Adapter(Host):
         if self.reg.stages and self.accelerator.sync_gradients:
             self._update()
         return result
+
+    def _gather_tokens(self, value: Any) -> Any:
+        """(B, T) of every rank, padded to one T and stacked; or a dictionary of such and (B,)."""
+        return self.accelerator.gather(self.accelerator.pad_across_processes(value, dim=1))
+
+    def _across_ranks(self, x: RegInputs) -> RegInputs:
+        if self.accelerator.num_processes > 1 and self.reg.across:
+            rank = self.accelerator.process_index
+            x = across_ranks(x, self.reg.across, self._gather_tokens, rank, self.pairs)
+        if "group" in self.reg.requires:
+            for part in (x,) if x.ranks is None else (x, x.ranks.inputs):
+                part.group = None if part.group is None else dense_groups(part.group)
+        return x
+
+    def _per_rank(self, number: Tensor) -> Tensor:
+        """The mean over ranks: what a sum is divided by, so that the ranks' mean is the mean."""
+        return self.accelerator.gather(number).float().mean()
 
     def _observe(self, metrics: dict[str, Tensor], sync: dict[str, Tensor]) -> None:
         """Add one micro-batch to the window."""
@@ -309,8 +333,10 @@ class Preference(Adapter):
     """DPO: the loss stage, on batches whose first half is preferred to the second.
 
     Reference log-probabilities come from TRL's own reference pass. Modules that reduce over tokens
-    take the mean of their micro-batch, as TRL's losses do here.
+    take the mean of their micro-batch on all ranks; TRL's losses here take that of one rank.
     """
+
+    pairs = True
 
     offered = frozenset({"logp", "entropy", "ref_logp", "mask", "chosen", "lengths", "step"})
 
@@ -339,15 +365,16 @@ class Preference(Adapter):
             chosen=torch.arange(rows, device=mask.device) < rows // 2,
             step=torch.tensor(self.state.global_step, device=mask.device),
         )
-        return x, None
+        tokens, sequences = mask.sum(), mask.any(1).sum()
+        return self._across_ranks(x), self._per_rank(tokens), self._per_rank(sequences)
 
 
 class Rollout(Adapter):
     """GRPO and RLOO: every stage.
 
     Rewards are shaped after TRL's weights have summed them. A row that no reward function scored is
-    a group of its own, stays unscored, and has advantage 0. Token means are over all tokens of the
-    generation batch, which is TRL's `dapo` normalizer.
+    a group of its own, stays unscored, and has advantage 0. Means are over all tokens or sequences
+    of the generation batch; the former is TRL's `dapo` normalizer.
     """
 
     offered = frozenset(
@@ -506,9 +533,10 @@ class Rollout(Adapter):
             value = getattr(self._rows, name)
             if value is not None:
                 out[f"reg_{name}"] = value[own]
+        mask = policy_mask(out)
         if "num_items_in_batch" not in out:  # RLOO
-            tokens = out["completion_mask"].sum()
-            out["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
+            out["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+        out["reg_sequences"] = self.accelerator.gather(mask.any(1).sum()).sum()
         return out
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
@@ -531,7 +559,7 @@ class Rollout(Adapter):
         self._inputs["reg_noise"] = torch.rand(
             policy_mask(self._inputs).shape, device=self.accelerator.device
         )
-        x, _ = self._reg_inputs(self._inputs, self._seen)
+        x, *_ = self._reg_inputs(self._inputs, self._seen)
         weight: Any = self.reg.run("token", x).token_weight
         advantages = self._inputs["advantages"]
         advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
@@ -563,10 +591,6 @@ class Rollout(Adapter):
             old_logp=self._gather_tokens(old[0]),
             ref_logp=self._gather_tokens(reference[0]),
         )
-
-    def _gather_tokens(self, value: Tensor) -> Tensor:
-        """(B, T) of every rank, padded to one T and stacked."""
-        return self.accelerator.gather(self.accelerator.pad_across_processes(value, dim=1))
 
     def _keep_log_probabilities(self, out: dict) -> None:
         """Carry what the passes returned to the loss."""
@@ -623,8 +647,6 @@ class Rollout(Adapter):
         ((out, stats),) = seen
         logp = out.log_probs[:, -t:]
         rows = {name: inputs.get(f"reg_{name}") for name in PER_ROW}
-        if "group" in self.reg.requires:
-            rows["group"] = dense_groups(rows["group"])
         x = RegInputs(
             mask=mask,
             logp=logp,
@@ -639,7 +661,8 @@ class Rollout(Adapter):
             **rows,
         )
         shards = self.accelerator.num_processes * self.args.steps_per_generation
-        return x, inputs["num_items_in_batch"] / shards
+        tokens, sequences = inputs["num_items_in_batch"], inputs["reg_sequences"]
+        return self._across_ranks(x), tokens / shards, sequences / shards
 
 
 def measure(model, hidden: Tensor, labels: Tensor, want: dict, head: Any) -> dict[str, Tensor]:

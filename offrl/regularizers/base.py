@@ -11,10 +11,19 @@ A `Regularizer` acts at one stage of a trainer's step:
 `forward` changes nothing; what a module learns from a step it returns in `sync` (raw sums and
 counts), which the trainer adds up over micro-batches and ranks and hands to `update` once per
 optimizer step. Until then coefficients are those of the previous step.
+
+Data-parallel ranks average their gradients. A mean over elements comes out as that of all ranks'
+elements when every rank divides by the same `count`. A module whose result for a row depends on
+other rows (a function of a mean, a quantile, a group) says `whole_batch`; where the trainer fills
+`RegInputs.ranks` it reads the rows of all ranks, of which the own ones carry gradient. n ranks of b
+rows then equal one of n b rows. Micro-batches of one optimizer step, which come one after the
+other, equal one large batch for means with a `count` alone: the gradient of a function of the
+step's mean would need the later micro-batches before the earlier ones' backward pass. For a
+`whole_batch` module the step's term is the mean of its micro-batches' terms.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -50,6 +59,7 @@ class RegInputs:
         features, next_features, q, target: critic side, (B, F), (B, F), (B,), (B,).
         step: 0-d int64, number of the trainer's step.
         extra: anything a module of your own needs.
+        ranks: the same inputs of all data-parallel ranks (`across_ranks`); None for one process.
     """
 
     logp: Tensor | None = None
@@ -77,6 +87,7 @@ class RegInputs:
     target: Tensor | None = None
     step: Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    ranks: "Ranks | None" = None
 
     def need(self, name: str) -> Any:
         """The named input; "stats.lse" looks into `stats`, "extra.k" into `extra`.
@@ -97,14 +108,68 @@ class RegInputs:
 
 
 @dataclass
+class Ranks:
+    """Rows of all data-parallel ranks.
+
+    Attributes:
+        inputs: what `whole_batch` modules read; only this rank's rows carry gradient.
+        own: int64 (B,), where this rank's rows stand in `inputs`, in their order.
+    """
+
+    inputs: RegInputs
+    own: Tensor
+
+
+def across_ranks(
+    x: RegInputs,
+    names: Iterable[str],
+    gather: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    rank: int,
+    pairs: bool = False,
+) -> RegInputs:
+    """`x` with `ranks` filled: one gathering of small tensors per micro-batch.
+
+    Args:
+        names: inputs to gather, `Compose.across`; the mask is gathered too.
+        gather: detached tensors (B, ...) by name -> those of all ranks, stacked in rank order along
+            the first axis; (B, T) ones padded with 0 to the longest T. B is the same on all ranks.
+        rank: of this process.
+        pairs: rows i and i + B/2 belong together, and shall in the gathered rows.
+    """
+    given = {name: x.need(name) for name in sorted(names)}
+    if x.mask is not None:
+        given["mask"] = x.mask
+    given = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.dim() > 0}
+    found = gather({name: value.detach() for name, value in given.items()})
+    rows, total = (len(next(iter(part.values()))) for part in (given, found))
+    order = torch.arange(total, device=next(iter(found.values())).device)
+    if pairs:
+        order = order.view(-1, 2, rows // 2).transpose(0, 1).flatten()
+    own = order.argsort()[rank * rows : (rank + 1) * rows]
+    inputs = RegInputs(step=x.step)
+    for name, value in found.items():
+        value, mine = value[order], given[name]
+        if value.dim() == 1:
+            value[own] = mine
+        else:
+            value[own, : mine.size(1)] = mine
+        head, _, key = name.partition(".")
+        if key:
+            getattr(inputs, head)[key] = value
+        else:
+            setattr(inputs, head, value)
+    return replace(x, ranks=Ranks(inputs, own))
+
+
+@dataclass
 class RegOutput:
     """What a module returns: at most one of the first five, and what it observed.
 
     Attributes:
         rewards: (B,), new rewards. advantages: (B,) or (B, T), new advantages.
-        token_weight: L, detached, multiplied into every later per-element loss.
+        token_weight: L, detached, multiplied into the per-element losses of the loss stage.
         per_element: L, coefficient included; reduced by the module's `reduction`.
-        loss: 0-d, coefficient and reduction included.
+        loss: 0-d, coefficient and reduction included; of a `whole_batch` module.
         metrics: name -> detached 0-d tensor.
         sync: name -> raw sums and counts for `update`; they add over micro-batches and ranks.
     """
@@ -125,6 +190,8 @@ class Regularizer(nn.Module):
         stage: where it acts.
         requires: names of the inputs that it reads, for adapters; "stats.lse" names a statistic.
         reduction: mode of `masked_reduce` for a per-element loss.
+        whole_batch: a row's result depends on other rows, so that the rows of all ranks are needed;
+            at the token, loss and model stage (the two before see gathered rows anyway).
         coef: number, `DualVariable` or `Schedule`; with 0, `Compose` leaves the module out, so
             that it costs nothing and needs no input.
 
@@ -134,6 +201,7 @@ class Regularizer(nn.Module):
     stage: Stage = "loss"
     requires: frozenset[str] = frozenset()
     reduction: str = "token-mean"
+    whole_batch: bool = False
 
     def __init__(self, coef: Coefficient = 1.0, reduction: str | None = None):
         super().__init__()
@@ -198,6 +266,12 @@ class Compose(nn.Module):
         """Inputs that the active modules read."""
         return frozenset(n for s in STAGES for part in self.at(s).values() for n in part.requires)
 
+    @property
+    def across(self) -> frozenset[str]:
+        """Inputs that `across_ranks` has to gather; none if no active module reads all rows."""
+        parts = [p for s in ("token", "loss", "model") for p in self.at(s).values()]
+        return frozenset(n for part in parts if part.whole_batch for n in part.requires)
+
     def run(self, stage: Stage, x: RegInputs) -> RegOutput:
         """Chain the modules of the reward, advantage or token stage.
 
@@ -207,7 +281,7 @@ class Compose(nn.Module):
         """
         total = RegOutput()
         for name, part in self.at(stage).items():
-            out = part(x)
+            out: Any = output(part, x)
             if stage == "token":
                 before = total.token_weight
                 total.token_weight = (
@@ -221,12 +295,16 @@ class Compose(nn.Module):
         return total
 
     def run_loss(
-        self, x: RegInputs, count: Tensor | float | None = None
+        self,
+        x: RegInputs,
+        count: Tensor | float | None = None,
+        sequences: Tensor | float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Token, loss and model stage: the term to add to the trainer's loss.
 
         Args:
-            count: see `masked_reduce`; of tokens. Modules that reduce over sequences count locally.
+            count: see `masked_reduce`; of tokens.
+            sequences: the same for modules that reduce over sequences, of those with a token.
 
         Returns:
             A 0-d loss with a gradient path, metrics, and sync entries for `update`.
@@ -236,14 +314,13 @@ class Compose(nn.Module):
         loss = torch.zeros((), device=None if anchor is None else anchor.device)
         for stage in ("loss", "model"):
             for name, part in self.at(stage).items():
-                out = part(x)
+                out = output(part, x)
                 if out.per_element is not None:
                     per = out.per_element
-                    per = per if total.token_weight is None else per * total.token_weight
-                    by_token = part.reduction == "token-mean"
-                    loss = loss + masked_reduce(
-                        per, x.mask, part.reduction, count if by_token else None
-                    )
+                    if stage == "loss" and total.token_weight is not None:
+                        per = per * total.token_weight
+                    number = count if part.reduction == "token-mean" else sequences
+                    loss = loss + masked_reduce(per, x.mask, part.reduction, number)
                 elif out.loss is not None:
                     loss = loss + out.loss
                 collect(total, name, out)
@@ -280,9 +357,28 @@ class Compose(nn.Module):
                 part.update(own)
 
 
+def output(part: Regularizer, x: RegInputs) -> RegOutput:
+    """What a module says of this rank's rows, from those of all ranks if it reads them.
+
+    A scalar's gradient is that of the own rows times the number of ranks, so that the ranks' mean
+    is the gradient of the scalar; its sums are divided by that number, so that they add up.
+    """
+    if x.ranks is None or not part.whole_batch:
+        return part(x)
+    whole, own, out = x.ranks.inputs, x.ranks.own, part(x.ranks.inputs)
+    here: Any = x.elements()
+    there: Any = whole.elements()
+    ranks, loss = len(there) / len(own), out.loss
+    place = (own,) if here.dim() == 1 else (own, slice(here.size(1)))
+    return RegOutput(
+        token_weight=None if out.token_weight is None else out.token_weight[place],
+        per_element=None if out.per_element is None else out.per_element[place],
+        loss=None if loss is None else ranks * loss - (ranks - 1) * loss.detach(),
+        metrics=out.metrics,
+        sync={name: value / ranks for name, value in out.sync.items()},
+    )
+
+
 def collect(total: RegOutput, name: str, out: RegOutput) -> None:
     total.metrics |= {f"{name}/{key}": value.detach() for key, value in out.metrics.items()}
     total.sync |= {f"{name}/{key}": value.detach() for key, value in out.sync.items()}
-
-
-INPUT_NAMES = frozenset(f.name for f in fields(RegInputs))

@@ -62,9 +62,9 @@ class PeakEntropyMask(Regularizer):
     """Token stage: weight 1 for the elements of highest entropy, 0 for the rest.
 
     The default is TRL's `top_entropy_quantile=0.2`: one quantile over the batch, ties kept, means
-    still taken over all valid tokens. A quantile over a micro-batch depends on its size; scope
-    "sequence" does not. Inside `Compose` the weight reaches the terms of this package; a trainer
-    multiplies its own surrogate by `run("token", x).token_weight`.
+    still taken over all valid tokens. The quantile is of the micro-batch on all ranks and depends
+    on its size; scope "sequence" does not. Inside `Compose` the weight reaches the terms of this
+    package; a trainer multiplies its own surrogate by `run("token", x).token_weight`.
 
     Args:
         quantile: 0 keeps all, 1 the largest alone.
@@ -78,6 +78,7 @@ class PeakEntropyMask(Regularizer):
     def __init__(self, quantile: float = 0.8, scope: Scope = "batch"):
         super().__init__()
         self.quantile, self.scope = quantile, scope
+        self.whole_batch = scope == "batch"
 
     def forward(self, x: RegInputs) -> RegOutput:
         entropy = x.need("entropy")
@@ -142,12 +143,15 @@ class EntropyAnchor(Regularizer):
             no gradient. `mass` and `include_crossing` are attributes: who makes the statistic
             asks `token_stats` for `SetEntropy(Nucleus(mass, include_crossing))`.
 
-    The anchor is of the whole first step on all ranks; (h - h0)^2 is of each micro-batch.
+    The anchor is of the whole first step on all ranks, h of one micro-batch on all ranks. Over the
+    micro-batches of a step the loss is (their mean h - h0)^2 plus the variance of h among them: for
+    the square of the step's mean the first backward pass would need the last micro-batch.
 
     Source: Jiang et al., "Rethinking Entropy Regularization in Large Reasoning Models", 2025,
     arXiv:2509.25133, and its code.
     """
 
+    whole_batch = True
     anchor: Tensor
     anchored: Tensor
 

@@ -341,6 +341,7 @@ class DADS(KLToReference):
     """
 
     reduction = "seq-mean-token-mean"
+    whole_batch = True
 
     def __init__(
         self,

@@ -126,15 +126,18 @@ class DRPO(Regularizer):
         over: mean over the groups with both correct and wrong responses, or over "all" groups as
             the released code.
 
-    Group ids must describe whole groups of the micro-batch: trainers that shuffle single responses
-    into micro-batches do not provide that. Metrics hold the loss itself, where the released code's
-    value has tau in place of tau log mean exp (its gradient is the same).
+    Groups may span ranks. Group ids must describe whole groups of the micro-batch on all ranks:
+    trainers that shuffle single responses into several micro-batches do not provide that, and the
+    responses of a group that come later are not known to the earlier ones. Metrics hold the loss
+    itself, where the released code's value has tau in place of tau log mean exp (its gradient is
+    the same).
 
     Source: Li et al., "DRPO: Efficient Reasoning via Decoupled Reward Policy Optimization", 2025,
     arXiv:2510.04474, and its code, whose defaults these are.
     """
 
     requires = frozenset({"logp", "old_logp", "lengths", "correct", "group"})
+    whole_batch = True
 
     def __init__(
         self,

@@ -142,7 +142,7 @@ class LipschitzPenalty(Regularizer):
             x.mask,
         )
         return RegOutput(
-            loss=self.weight * masked_reduce(penalty, x.mask),
+            per_element=self.weight * penalty,
             metrics={"slope": masked_reduce(penalty.detach().sqrt(), x.mask) / self.radius},
         )
 

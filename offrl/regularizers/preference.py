@@ -254,6 +254,7 @@ class LDDPO(Regularizer):
     """
 
     requires = frozenset({"logp", "ref_logp", "chosen"})
+    whole_batch = True
 
     def __init__(
         self,
@@ -336,6 +337,7 @@ class XPOTerm(Regularizer):
     """
 
     requires = frozenset({"logp", "extra.from_reference"})
+    whole_batch = True
 
     def __init__(self, coef: Coefficient = 1e-5):
         super().__init__(coef)
@@ -355,6 +357,7 @@ class INPO(Regularizer):
     """
 
     requires = frozenset({"logp", "ref_logp", "old_logp", "chosen"})
+    whole_batch = True
 
     def __init__(self, coef: Coefficient = 1.0, eta: float = 0.005, ratio: float = 1 / 3):
         super().__init__(coef)
@@ -381,6 +384,7 @@ class GenARM(Regularizer):
     """
 
     requires = frozenset({"logp", "chosen"})
+    whole_batch = True
 
     def __init__(self, coef: Coefficient = 1.0, beta: float = 0.05):
         super().__init__(coef)
@@ -426,7 +430,7 @@ class NLLAnchor(Regularizer):
         super().__init__(coef, reduction)
         if rows not in ("chosen", "all"):
             raise ValueError(f"rows must be chosen or all, got {rows!r}")
-        self.rows = rows
+        self.rows, self.whole_batch = rows, rows == "chosen"
         self.requires = frozenset({"logp"} | ({"chosen"} if rows == "chosen" else set()))
 
     def forward(self, x: RegInputs) -> RegOutput:

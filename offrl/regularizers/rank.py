@@ -256,7 +256,7 @@ class FeatureRank(Regularizer):
             terminal=given.get("extra.terminal"),
             mask=x.mask,
         )
-        return RegOutput(loss=self.weight * masked_reduce(penalty, x.mask), metrics=stats)
+        return RegOutput(per_element=self.weight * penalty, metrics=stats)
 
 
 class Rank(NamedTuple):

@@ -44,7 +44,8 @@ def masked_reduce(
             `seq-mean-token-sum-norm` the same divided by `norm`; `none` returns the masked `x`.
             Sequences without a valid token are left out of the mean over sequences.
         count: the global number of tokens (`token-mean`) or sequences (the others) divided by the
-            world size, so that averaging over ranks gives the global mean; None counts locally.
+            world size, so that averaging over ranks gives the global mean; None counts locally. It
+            may lie below 1.
         norm: constant of `seq-mean-token-sum-norm`, such as the longest completion.
 
     Returns:
@@ -64,7 +65,7 @@ def masked_reduce(
         return x
     weight = torch.ones_like(x) if mask is None else mask.to(x.dtype)
     if mode == "token-mean":
-        return x.sum() / at_least_one(weight.sum() if count is None else count)
+        return x.sum() / not_zero(weight.sum() if count is None else count)
     rows, tokens = (x, weight) if x.dim() == 1 else (x.sum(-1), weight.sum(-1))
     if mode == "seq-mean-token-mean":
         rows = rows / tokens.clamp(min=1)
@@ -72,11 +73,11 @@ def masked_reduce(
         if norm is None:
             raise ValueError("seq-mean-token-sum-norm needs norm=")
         rows = rows / norm
-    return rows.sum() / at_least_one((tokens > 0).sum() if count is None else count)
+    return rows.sum() / not_zero((tokens > 0).sum() if count is None else count)
 
 
-def at_least_one(count: Tensor | float) -> Tensor | float:
-    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+def not_zero(count: Tensor | float) -> Tensor | float:
+    return torch.where(count == 0, 1, count) if isinstance(count, Tensor) else count or 1
 
 
 def masked_mean(x: Tensor, mask: Tensor | None = None, dim: int = -1) -> Tensor:

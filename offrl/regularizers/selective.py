@@ -130,6 +130,7 @@ class LowProbability(Regularizer):
     """
 
     requires = frozenset({"logp", "advantages", "stats.proxy_logp"})
+    whole_batch = True
 
     def __init__(self, coef: Coefficient = 1.0, share: float = 0.01, reduction: str | None = None):
         super().__init__(coef, reduction)
@@ -185,6 +186,7 @@ class ClipCov(Regularizer):
 
     stage = "token"
     requires = frozenset({"logp", "advantages"})
+    whole_batch = True
 
     def __init__(
         self,
@@ -227,6 +229,7 @@ class KLCov(Regularizer):
     """
 
     requires = frozenset({"logp", "old_logp", "advantages"})
+    whole_batch = True
 
     def __init__(
         self, coef: Coefficient = 1.0, fraction: float = 0.0002, reduction: str | None = None

@@ -221,18 +221,50 @@ def test_the_gradient_is_the_sum_of_trls_and_ours(base, folder, tmp_path):
     close(b - a, term.detach())
 
 
+def with_a_cut_row(batch, row=1):
+    """The row counts no more, as with `mask_truncated_completions`."""
+    batch["completion_mask"][row] = 0
+    batch["num_items_in_batch"] = batch["completion_mask"].sum()
+    batch["reg_sequences"] = batch["completion_mask"].any(1).sum()
+    return batch
+
+
+REDUCTIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("base", [GRPO, RLOO])
-def test_two_unequal_micro_batches_are_one_batch(base, folder, tmp_path):
-    one = make(base, folder, tmp_path, [Bonus()])
-    whole = batch_for(base, one, rows=8)
+def test_two_unequal_micro_batches_are_one_batch(base, reduction, folder, tmp_path):
+    def regularizers():
+        return [Likelihood(0.1, reduction)]
+
+    one = make(base, folder, tmp_path, regularizers())
+    whole = with_a_cut_row(batch_for(base, one, rows=8))
     whole["advantages"] = torch.zeros(8)
     _, expected = gradients(one, whole)
-    two = make(base, folder, tmp_path, [Bonus()], gradient_accumulation_steps=2)
+    two = make(base, folder, tmp_path, regularizers(), gradient_accumulation_steps=2)
     parts = [{k: v[i : i + 4] if v.dim() else v for k, v in whole.items()} for i in (0, 4)]
-    parts[1]["completion_mask"] = parts[1]["completion_mask"].clone()
     found = sum(gradients(two, part)[1] for part in parts)
     close(found if two.loss_is_scaled_for_ga else found / 2, expected)
     assert parts[0]["completion_mask"].sum() != parts[1]["completion_mask"].sum()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_cut_row_counts_neither_as_tokens_nor_as_a_sequence(reduction, folder, tmp_path):
+    batch = with_a_cut_row(tiny.batch_by_hand()) | {"advantages": torch.zeros(4)}
+    _, found = gradients(make(GRPO, folder, tmp_path, [Likelihood(0.1, reduction)]), batch)
+    model = tiny.exact_copy(folder)
+    logp = tiny.logits_of(model, batch).log_softmax(-1)
+    logp = logp.gather(-1, batch["completion_ids"][..., None])[..., 0]
+    rows = [0, 2, 3]
+    kept = [logp[i][batch["completion_mask"][i].bool()] for i in rows]
+    term = {
+        "token-mean": torch.cat(kept).mean(),
+        "seq-mean-token-mean": torch.stack([row.mean() for row in kept]).mean(),
+        "seq-mean-token-sum": torch.stack([row.sum() for row in kept]).mean(),
+    }[reduction]
+    (0.1 * term).backward()
+    close(found, torch.cat([p.grad.flatten() for p in model.parameters()]))
 
 
 def test_multipliers_move_once_per_optimizer_step(folder, tmp_path):
@@ -401,6 +433,26 @@ def test_evaluation_changes_nothing(folder, tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_evaluation_between_rollout_and_step_changes_nothing(folder, tmp_path):
+    data = Dataset.from_dict({"prompt": ["bc", "cd"] * 2})
+    found = []
+    for evaluated in (False, True):
+        coef = DualVariable(0.1, rule="sgd", lr=0.1)
+        trainer = make(GRPO, folder, tmp_path, [Bonus(coef), Short(), Near()])
+        rows = next(iter(trainer.get_train_dataloader()))
+        trainer.model.train()
+        torch.manual_seed(0)
+        batch = trainer._prepare_inputs(rows)
+        if evaluated:
+            trainer.evaluate(data)
+        found.append((*gradients(trainer, batch), trainer.reg.state_dict()))
+    (a, x, state), (b, y, other) = found
+    assert torch.equal(a, b)
+    assert torch.equal(x, y)
+    assert all(torch.equal(value, other[name]) for name, value in state.items())
+    assert state["parts.1_Short.rows"] == 4
+
+
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_the_advantage_stage_sees_every_token_before_the_loss(iterations, folder, tmp_path):
     names = ("advantages", "entropy", "old_logp", "mask", "turn", "group", "prompt_id")
@@ -552,14 +604,13 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(base, folder, tmp_path):
     assert (lost[seen > 0] > 0).all()
 
 
-@pytest.mark.slow
-def test_two_processes_are_one(folder, tmp_path):
-    """A group of four spans two ranks of two rows; completions have different lengths."""
+@pytest.fixture(scope="module")
+def processes(folder, tmp_path_factory):
+    """What one process found, and what each of two found; see two_processes.py."""
     script = Path(__file__).with_name("two_processes.py")
     results = []
     for world in (1, 2):
-        out = tmp_path / str(world)
-        out.mkdir()
+        out = tmp_path_factory.mktemp(str(world))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29500 + os.getpid() % 1000)}
         workers = []
         for rank in range(world):
@@ -570,12 +621,37 @@ def test_two_processes_are_one(folder, tmp_path):
         assert [w.wait(timeout=300) for w in workers] == [0] * world
         results.append([torch.load(out / f"{rank}.pt") for rank in range(world)])
     (one,), (first, second) = results
+    return one, first, second
+
+
+@pytest.mark.slow
+def test_steps_of_two_processes_are_those_of_one(processes):
+    """A group of four spans two ranks of two rows; completions have different lengths."""
+    one, first, second = processes
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
         torch.testing.assert_close(value, one["state"][name], msg=name)
     close(first["model"] - one["start"], one["model"] - one["start"])
     assert torch.equal(first["model"], second["model"])
     assert first["lengths"] == one["lengths"] == [1, 6, 3, 4]  # gathered, in TRL's order
+    count = one["state"]["parts.2_LengthShaper.history.count"]
+    assert count.max() > 1, "no prompt was answered twice"
+    assert first["change"] == pytest.approx(one["change"], abs=1e-6)
+    assert any(change != 0 for change in one["change"]), "the history changed no reward"
+
+
+@pytest.mark.slow
+def test_every_gradient_of_two_processes_is_that_of_one(processes):
+    """Rows of different lengths on ranks of different numbers of tokens and sequences."""
+    one, first, second = processes
+    names = [name for name in one if name.startswith(("GRPO", "RLOO", "DPO"))]
+    assert len(names) == 17
+    for name in names:
+        ours = one[name] - (one["GRPO alone"] if name[:4] == "GRPO" else 0)
+        assert (ours[1:].norm() > 1e-3) == (name != "GRPO alone"), f"{name} has no gradient"
+        for other in (first, second):
+            error = (other[name] - one[name]).norm() / one[name].norm()
+            assert error < 1e-5, f"{name}: relative error {error:.2g}"
 
 
 def test_examples_in_docstrings():

@@ -112,6 +112,7 @@ def batch_by_hand(rows=4, prompt=3, tokens=6, seed=0, left=True):
         "completion_mask": mask,
         "advantages": torch.randn(rows, generator=g),
         "num_items_in_batch": mask.sum(),
+        "reg_sequences": torch.tensor(rows),  # what the adapter's rollout adds
     }
 
 

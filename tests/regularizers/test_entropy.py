@@ -285,6 +285,18 @@ def test_anchor_waits_for_a_step_with_tokens_and_rests_in_evaluation():
     assert module.anchor == 1.5
 
 
+def test_over_micro_batches_the_anchor_adds_the_variance_among_them():
+    entropy = torch.tensor([[1.0, 2.0], [1.0, 5.0]])
+    module = EntropyAnchor(1.0, mass=None)
+    module.anchor.fill_(3.0)
+    module.anchored.fill_(1)
+    levels = torch.tensor([2.0, 5.0])  # of the peak tokens
+    whole = module(RegInputs(entropy=entropy)).loss
+    torch.testing.assert_close(whole, (levels.mean() - 3).square())
+    parts = [module(RegInputs(entropy=row[None])).loss for row in entropy]
+    torch.testing.assert_close(sum(parts) / 2, whole + levels.var(correction=0))
+
+
 def test_batch_without_a_peak_costs_nothing_after_anchoring():
     h = torch.rand(2, 3, requires_grad=True)
     module = EntropyAnchor()

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from offrl.regularizers import Compose, RegInputs, RegOutput, Regularizer
+from offrl.regularizers import Compose, NLLAnchor, RegInputs, RegOutput, Regularizer
+from offrl.regularizers.base import across_ranks
 from offrl.regularizers.functional import masked_reduce
 from tests.regularizers.cases import Case, all_cases
 
@@ -382,18 +383,34 @@ def test_two_modules_compile_into_one_graph(case):
 RANKS = ([0, 1, 4, 5], [2, 3, 6, 7])  # groups (two rows) and pairs (i and i + B/2) stay together
 
 
-def on_rank(case: Case, rank: int) -> tuple[Compose, list[Tensor], Tensor, dict[str, Tensor]]:
-    """One rank's composition, gradients of its rows, number of tokens, and sums."""
-    reg, x, rows = Compose([trained(case)]), case.inputs(generator(), B, T), RANKS[rank]
-
+def rows_of(x: RegInputs, rows: list[int]) -> RegInputs:
     def own(name, value):
         if value.shape[:2] == (B, B):
             return value[rows][:, rows]
         return value[rows] if value.dim() and len(value) == B else value
 
-    local = changed(x, own)
-    count = None if x.mask is None else x.mask.sum() / len(RANKS)
-    loss, _, sync = reg.run_loss(local, count)
+    return changed(x, own)
+
+
+def seen_by(rank: int, reg: Compose, x: RegInputs, gather=None) -> RegInputs:
+    """A rank's rows, with those of all ranks where the module reads them."""
+
+    def simulated(values):
+        stacked = tensors(rows_of(x, [*RANKS[0], *RANKS[1]]))
+        return {name: stacked[name].detach() for name in values}
+
+    local = rows_of(x, RANKS[rank])
+    if not reg.across:
+        return local
+    return across_ranks(local, reg.across, gather or simulated, rank, x.chosen is not None)
+
+
+def on_rank(case: Case, rank: int, gather=None):
+    """One rank's composition, gradients of its rows, number of tokens, and sums."""
+    reg, x = Compose([trained(case)]), case.inputs(generator(), B, T)
+    local = seen_by(rank, reg, x, gather)
+    counts = () if x.mask is None else (x.mask.sum(), x.mask.any(-1).sum())
+    loss, _, sync = reg.run_loss(local, *(n / len(RANKS) for n in counts))
     (part,) = reg.parts.values()
     if part.stage not in ("token", "loss", "model"):
         sync = {f"{name}/{k}": v for name in reg.parts for k, v in part(local).sync.items()}
@@ -406,9 +423,9 @@ def on_rank(case: Case, rank: int) -> tuple[Compose, list[Tensor], Tensor, dict[
     return reg, grads, tokens, sync
 
 
-def one_step(case: Case, reduce: Callable[[list[Tensor]], Tensor], ranks: list[int]):
+def one_step(case: Case, reduce: Callable[[list[Tensor]], Tensor], ranks: list[int], gather=None):
     """Gradients and the state after an update of some ranks, given how sums become global."""
-    found = [on_rank(case, rank) for rank in ranks]
+    found = [on_rank(case, rank, gather) for rank in ranks]
     total = reduce([reg.flatten(sync) for reg, _, _, sync in found])
     for reg, *_ in found:
         reg.update(reg.unflatten(total))
@@ -426,7 +443,15 @@ def process(rank: int, path: str) -> None:
         torch.distributed.all_reduce(total)
         return total
 
-    found = {case.name: one_step(case, reduce, [rank])[0] for case in CASES}
+    def gather(values):
+        found = {}
+        for name, value in values.items():
+            parts = [torch.empty_like(value) for _ in RANKS]
+            torch.distributed.all_gather(parts, value)
+            found[name] = torch.cat(parts)
+        return found
+
+    found = {case.name: one_step(case, reduce, [rank], gather)[0] for case in CASES}
     torch.save(found, f"{path}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -436,14 +461,13 @@ def test_gradients_and_state_of_two_ranks_are_those_of_the_whole_batch(case):
     ranks = one_step(case, sum, [0, 1])
     for key, value in ranks[0][1].items():
         assert torch.equal(value, ranks[1][1][key])
-    if case.rows_mix:
-        return
-    if case.inputs(generator(), B, T).mask is not None:
-        assert ranks[0][2] != ranks[1][2]
     module, x = trained(case), case.inputs(generator(), B, T)
+    if case.rows_mix and module.stage in ("reward", "advantage"):
+        return  # trainers gather rows before these stages
+    if x.mask is not None:
+        assert ranks[0][2] != ranks[1][2]
     loss, _, _ = Compose([module]).run_loss(x)
-    # A module that reduces by itself sees its rank's elements only; ranks are then averaged.
-    if case.differentiable and module(x).per_element is not None:
+    if case.differentiable:
         leaves = [tensors(x)[name] for name in case.differentiable]
         expected = torch.autograd.grad(loss, leaves, allow_unused=True)
         for i, (g, leaf) in enumerate(zip(expected, leaves, strict=True)):
@@ -453,6 +477,64 @@ def test_gradients_and_state_of_two_ranks_are_those_of_the_whole_batch(case):
     learn(module, x)
     for key, value in module.state_dict().items():
         torch.testing.assert_close(ranks[0][1][f"parts.0_{type(module).__name__}.{key}"], value)
+
+
+@some(lambda case: case.make().stage == "token")
+def test_token_weights_of_two_ranks_are_those_of_the_whole_batch(case):
+    reg, x = Compose([trained(case)]), case.inputs(generator(), B, T)
+    expected = reg.run("token", x).token_weight
+    assert len(expected.unique()) > 1
+    for rank, rows in enumerate(RANKS):
+        found = reg.run("token", seen_by(rank, reg, x)).token_weight
+        torch.testing.assert_close(found, expected[rows])
+
+
+def test_rows_of_ranks_keep_their_order_and_their_padding_counts_for_nothing():
+    """Ranks of 3 and 2 tokens; pairs of the first and second half of a rank's rows."""
+    masks = [torch.tensor([[1, 1, 1], [1, 1, 0]]), torch.tensor([[1, 1], [1, 0]])]
+    logp = [-torch.arange(1.0, 7).view(2, 3), -torch.arange(7.0, 11).view(2, 2)]
+    padded = {
+        "logp": torch.cat([logp[0], torch.nn.functional.pad(logp[1], (0, 1))]),
+        "mask": torch.cat([masks[0], torch.nn.functional.pad(masks[1], (0, 1))]),
+        "chosen": torch.tensor([True, False] * 2),
+    }
+    for rank in (0, 1):
+        own = RegInputs(logp=logp[rank].requires_grad_(), mask=masks[rank],
+                        chosen=torch.tensor([True, False]))  # fmt: skip
+        x = across_ranks(own, {"logp", "chosen"}, lambda values: dict(padded), rank, pairs=True)
+        assert x.ranks.inputs.chosen.tolist() == [True, True, False, False]
+        assert x.ranks.inputs.logp[:, 0].tolist() == [-1, -7, -4, -9]
+        assert x.ranks.own.tolist() == [rank, rank + 2]
+        loss, _, _ = Compose([NLLAnchor(1.0)]).run_loss(x)
+        assert loss.item() == pytest.approx((1 + 2 + 3 + 7 + 8) / 5)
+        (gradient,) = torch.autograd.grad(loss, logp[rank])
+        # the mean of the ranks' gradients is that of the loss, so a rank's own counts twice
+        assert gradient[0].tolist() == pytest.approx([-2 / 5] * logp[rank].size(1))
+        assert (gradient[1] == 0).all()
+
+
+def test_a_rank_with_less_than_its_share_of_the_count_is_weighed_by_it():
+    """One token on two ranks: each divides by a half, and the mean is the token's value."""
+    x = [torch.tensor([3.0]), torch.tensor([0.0])]
+    mask = [torch.tensor([1]), torch.tensor([0])]
+    terms = [masked_reduce(v, m, count=torch.tensor(0.5)) for v, m in zip(x, mask, strict=True)]
+    assert sum(terms) / 2 == 3
+
+
+@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_unequal_micro_batches_with_counts_are_one_batch(reduction):
+    g = generator()
+    logp = torch.randn(6, 4, generator=g).requires_grad_()
+    mask = (torch.rand(6, 4, generator=g) > 0.4).long()
+    mask[1], mask[3] = 0, 1  # a sequence without tokens in the first micro-batch
+    reg = Compose([NLLAnchor(1.0, reduction, rows="all")])
+    counts = (mask.sum() / 2, mask.any(-1).sum() / 2)
+    whole, _, _ = reg.run_loss(RegInputs(logp=logp, mask=mask))
+    parts = [reg.run_loss(RegInputs(logp=logp[i : i + 3], mask=mask[i : i + 3]), *counts)[0]
+             for i in (0, 3)]  # fmt: skip
+    torch.testing.assert_close(sum(parts) / 2, whole)
+    expected, found = (torch.autograd.grad(v, logp)[0] for v in (whole, sum(parts) / 2))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.slow

@@ -117,15 +117,15 @@ def test_masked_rows_cost_nothing_whatever_they_hold():
         torch.testing.assert_close(penalty, whole * mask)
 
 
-def test_the_module_averages_and_scales_once():
+def test_the_module_scales_once():
     x, start = points()
     extra = {"value_function": linear, "inputs": x, "start": start}
     out = LipschitzPenalty(0.5, 0.1)(RegInputs(extra=extra))
-    torch.testing.assert_close(out.loss, 0.5 * lipschitz_penalty(linear, x, 0.1).mean())
+    torch.testing.assert_close(out.per_element, 0.5 * lipschitz_penalty(linear, x, 0.1))
     torch.testing.assert_close(out.metrics["slope"], WEIGHT.abs().sum())
     climbed = LipschitzPenalty(0.5, 0.1, norm="2", random_start=True, steps=4)
     expected = lipschitz_penalty(linear, x, 0.1, "2", start, 4)
-    torch.testing.assert_close(climbed(RegInputs(extra=extra)).loss, 0.5 * expected.mean())
+    torch.testing.assert_close(climbed(RegInputs(extra=extra)).per_element, 0.5 * expected)
     assert climbed.requires == {"extra.value_function", "extra.inputs", "extra.start"}
 
 

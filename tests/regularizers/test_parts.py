@@ -296,7 +296,7 @@ class Add(Regularizer):
         if self.stage == "token":
             return RegOutput(token_weight=torch.full_like(x.logp, self.weight), **observed)
         if self.stage == "model":
-            return RegOutput(loss=torch.as_tensor(self.weight), **observed)
+            return RegOutput(per_element=torch.full_like(x.logp, self.weight), **observed)
         return RegOutput(per_element=self.weight * x.need("logp"), **observed)
 
     def update(self, sync):
@@ -321,7 +321,7 @@ def test_stages_do_not_see_each_other():
     assert Compose([]).run("reward", RegInputs()).rewards is None
 
 
-def test_token_weights_multiply_per_element_losses_and_spare_scalars():
+def test_token_weights_multiply_losses_and_spare_the_model_stage():
     parts = [Add(7.0, "model"), Add(0.1, "loss"), Add(2.0, "token"), Add(3.0, "token")]
     logp = torch.tensor([[1.0, 3.0]], requires_grad=True)
     loss, _, _ = Compose(parts).run_loss(RegInputs(logp=logp))
@@ -330,12 +330,14 @@ def test_token_weights_multiply_per_element_losses_and_spare_scalars():
     assert logp.grad.tolist() == [[pytest.approx(0.3), pytest.approx(0.3)]]
 
 
-def test_a_global_count_is_used_by_token_means_alone():
+def test_token_means_use_the_count_of_tokens_and_sequence_means_that_of_sequences():
     x = RegInputs(logp=torch.tensor([[2.0, 4.0]]))
     part = Add(1.0, "loss")
-    assert Compose([part]).run_loss(x, count=6.0)[0].item() == pytest.approx(1.0)
+    reg = Compose([part])
+    assert reg.run_loss(x, count=6.0, sequences=0.5)[0].item() == pytest.approx(1.0)
     part.reduction = "seq-mean-token-sum"
-    assert Compose([part]).run_loss(x, count=6.0)[0].item() == pytest.approx(6.0)
+    assert reg.run_loss(x, count=6.0, sequences=0.5)[0].item() == pytest.approx(12.0)
+    assert reg.run_loss(x, count=6.0)[0].item() == pytest.approx(6.0)
 
 
 def test_metrics_and_sums_carry_the_name_of_their_module():

@@ -200,7 +200,7 @@ def test_the_module_averages_and_scales_once_and_mixes_norms_by_default():
         (FeatureRank(0.1, kind="dr3"), dr3_penalty(f, t, g=g, terminal=terminal)),
         (FeatureRank(0.1, kind="infer"), infer_penalty(f, t)),
     ]
-    losses = [module(x).loss.detach() for module, _ in expected]
+    losses = [Compose([module]).run_loss(x)[0].detach() for module, _ in expected]
     for loss, (_, (penalty, _)) in zip(losses, expected, strict=True):
         torch.testing.assert_close(loss, 0.1 * penalty.mean())
     assert len({float(loss) for loss in losses}) == len(losses)
