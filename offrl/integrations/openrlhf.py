@@ -23,12 +23,12 @@ is called with one response at a time: formulas of single rows fit, groups do no
 
 Limits. Workers save nothing, and do not say when an optimizer step ends: at the loss only constant
 coefficients are taken, and reductions "token-mean" and "seq-mean-token-mean". Modules of the other
-stages learn once per rollout batch; their state is in no checkpoint. Reward models that OpenRLHF
-queries and `reward_func` have both been applied when the reward stage runs; OpenRLHF's own length
-penalties come after it, its KL penalty too. Sequences are split among ranks and micro-batches after
-that, so that no groups are known at the loss. Prompts have no integer names: no histories. The
-critic's loss is left alone. Written for OpenRLHF 0.11.2; tried on its methods with a tiny actor,
-not with Ray, DeepSpeed or vLLM.
+stages learn once per rollout batch; their state is in no checkpoint. The reward stage sees what the
+reward model or `reward_func` returned; OpenRLHF's own length and KL penalties come after it.
+Responses are then spread over ranks and micro-batches: no groups are known at the loss. Prompts
+have no integer names: no histories. The critic's loss is left alone. OpenRLHF cuts KL estimates at
++-10, where the gradient of its own ends; ours go on. Written for OpenRLHF 0.11.2; tried on its
+methods with a tiny actor, not with Ray, DeepSpeed or vLLM.
 """
 
 import functools

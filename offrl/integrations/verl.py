@@ -25,8 +25,9 @@ nothing; nobody says where generation was cut off. Workers neither learn of opti
 anything: at the loss only constant coefficients are taken. On the driver modules learn once per
 rollout batch; verl's checkpoints do not contain them, see `state`. Estimators other than "grpo"
 skip verl's handling of rollouts with several outputs: every output is a row of its group. Rewards
-contain the KL where `use_kl_in_reward` is set. Written for verl 0.9.1 and its `trainer.use_v1`;
-tried on its functions, not in a training run.
+contain the KL where `use_kl_in_reward` is set. verl cuts its k3 at 10, where the gradient of its
+own ends; ours goes on. Written for verl 0.9.1 and its `trainer.use_v1`; tried on its functions, not
+in a training run.
 """
 
 import inspect

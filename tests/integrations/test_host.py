@@ -79,8 +79,8 @@ def test_doctests_hold():
 
 
 def test_a_missing_host_names_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "verl", None)
-    monkeypatch.setitem(sys.modules, "openrlhf", None)
+    monkeypatch.setitem(sys.modules, "verl.trainer.ppo.core_algos", None)
+    monkeypatch.setitem(sys.modules, MAKER, None)
     with pytest.raises(ImportError, match=r"core_algos.*pip install verl==0\.9\.1"):
         verl.register_loss("x", [])
     with pytest.raises(ImportError, match=r"pip install openrlhf==0\.11\.2"):
