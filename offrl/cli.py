@@ -16,8 +16,9 @@ OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
 
 
 def main() -> None:
-    """The console command: offrl train|evaluate|collect|speed key=value ..."""
-    commands = {"train": train, "evaluate": evaluate, "collect": collect, "speed": speed}
+    """The console command: offrl train|evaluate|collect|report|speed key=value ..."""
+    commands = {"train": train, "evaluate": evaluate, "collect": collect,
+                "report": report, "speed": speed}  # fmt: skip
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
         sys.exit(2)
@@ -131,6 +132,10 @@ def run(resolved: Resolved, folder: Path | None = None, resume: bool = False) ->
     )
     score, interval = result["score"], result["score"]["interval95"]
     spread = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
+    env, data = result["env"], result["dataset"]
+    masses = " with legacy masses" if env["legacy_mass"] else ""
+    played = f"{env['id']}{masses}, mujoco {result['versions']['mujoco']}"
+    print(f"data {data['name']}; evaluated in {played}" if data else f"evaluated in {played}")
     print(
         f"{result['unit']} score {score['iqm']:.1f}{spread}  (IQM of {len(result['seeds'])} "
         f"seed(s) x {len(result['final_returns'][0])} episodes, last checkpoint"
@@ -194,13 +199,14 @@ class readable_errors:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         from offrl.engine.fit import Interrupted
         from offrl.engine.log import Diverged
+        from offrl.parallel import Failed
 
         if error is None or os.environ.get("OFFRL_DEBUG"):
             return
         if isinstance(error, (Interrupted, KeyboardInterrupt)):
-            print(f"\n{error or 'stopped'}", file=sys.stderr)
+            print(f"\n{str(error) or 'stopped'}", file=sys.stderr)
             sys.exit(130)
-        if isinstance(error, (ValueError, OSError, Diverged)) or kind.__name__ == "Failed":
+        if isinstance(error, (ValueError, OSError, Diverged, Failed)):
             print(f"\nerror: {error}", file=sys.stderr)
             sys.exit(2)
 
@@ -221,6 +227,14 @@ def collect(argv: Sequence[str] | None = None) -> None:
         collect_data(options(Options, sys.argv[1:] if argv is None else argv))
 
 
+def report(argv: Sequence[str] | None = None) -> None:
+    """Table and pictures of finished runs: `runs=[runs] out=benchmarks/mine`."""
+    from offrl.report import Options, make_report
+
+    with readable_errors():
+        make_report(options(Options, sys.argv[1:] if argv is None else argv))
+
+
 def speed(argv: Sequence[str] | None = None) -> None:
     """Updates per second, side by side: `algos=[td3bc,prdc] env=halfcheetah`."""
     from offrl.speed import Options, measure_speed
@@ -238,6 +252,7 @@ def options(cls: type, argv: Sequence[str]) -> Any:
     import dataclasses
 
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     hints = configuration.fields_of(cls)
     if {"-h", "--help"} & set(argv):
@@ -247,7 +262,11 @@ def options(cls: type, argv: Sequence[str]) -> Any:
         if "=" not in word:
             raise ConfigError(f"{word!r} is not of the form key=value")
     values = {}
-    for override in OverridesParser.create().parse_overrides(list(argv)):
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(argv))
+    except HydraException as error:
+        raise ConfigError(f"cannot read the command line: {error}") from error
+    for override in overrides:
         key = override.key_or_group
         if key not in hints:
             raise ConfigError(
@@ -256,6 +275,7 @@ def options(cls: type, argv: Sequence[str]) -> Any:
             )
         values[key] = configuration.convert(key, unquoted(override.value()), hints[key])
     for field in dataclasses.fields(cls):
-        if field.default is dataclasses.MISSING and field.name not in values:
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if not optional and field.name not in values:
             raise ConfigError(f"{field.name}= is missing; known options: {', '.join(hints)}")
     return cls(**values)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 import offrl.algos
+from offrl.data import sources
 
 
 class ConfigError(ValueError):
@@ -167,6 +168,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if value in parts:
             return value
         raise ConfigError(f"{name} must be one of {', '.join(map(str, parts))}, got {value!r}")
+    if origin is dict and isinstance(value, dict):
+        return value
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(convert(f"{name} entry", entry, parts[0]) for entry in value)
     if hint is int and isinstance(value, float) and value.is_integer():
@@ -198,6 +201,25 @@ def check_key(key: str, algo: str) -> None:
         raise ConfigError(f"there is no setting {key!r}{hint}; known: {', '.join(known)}")
 
 
+COUNTS = ("seeds", "threads", "log_every", "eval_every", "eval_episodes", "final_episodes",
+          "snapshot_every", "rows", "algo.steps", "algo.batch")  # fmt: skip
+
+
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a count below 1, or training that ends within its warm-up."""
+    for name in COUNTS:
+        if values.get(name) is not None and values[name] < 1:
+            raise ConfigError(
+                f"{name.removeprefix('algo.')} must be at least 1, got {values[name]}"
+            )
+    steps, warmup = values["algo.steps"], values.get("algo.warmup", 0)
+    if steps <= warmup:
+        raise ConfigError(
+            f"steps={steps} ends within the random warm-up; take more, or a smaller "
+            f"algo.warmup than {warmup}"
+        )
+
+
 def resolve(
     algo: str,
     overrides: Mapping[str, Any],
@@ -209,7 +231,8 @@ def resolve(
     Args:
         algo: name of the method.
         overrides: of the command line: settings by name, options as "algo.<name>".
-        tasks: pattern of "<env>-<dataset>" -> values; names of options, else of settings.
+        tasks: pattern of "<env>-<dataset>" -> values; names of options, else of settings. With
+            "<source>:" before it a pattern holds for data of that source only.
         presets: name -> values likewise.
 
     Raises:
@@ -243,14 +266,16 @@ def resolve(
         )
     settings_now = Settings(**{name: values[name] for name in settings})
     task = Resolved(settings_now, algo, {}).task
+    source = sources.settled(settings_now.source, settings_now.dataset)
     for pattern, group in (tasks or {}).items():
-        if fnmatch.fnmatchcase(task, pattern):
+        if fnmatch.fnmatchcase(f"{source}:{task}" if ":" in pattern else task, pattern):
             for name, value in group.items():
                 put(qualified(name), value, f"task {pattern}")
     for name, value in presets[preset].items():
         put(qualified(name), value, f"preset {preset}")
     for key, value in overrides.items():
         put(key, value, "command line")
+    check_ranges(values)
     return Resolved(
         Settings(**{name: values[name] for name in settings}),
         algo,

@@ -2,18 +2,20 @@
 
 import json
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from offrl import config as configuration
 from offrl.config import ConfigError, Resolved
 from offrl.engine import checkpoint
 from offrl.engine.evaluate import Evaluator
 from offrl.engine.stage import Algorithm, Policy, Spec
-from offrl.envs.make import factory
+from offrl.envs.make import env_id, factory
 from offrl.experiment import make_env, version, width
 from offrl.outcome import rows, scored, summary
 from offrl.parallel import Failed
@@ -56,11 +58,13 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         seeds += group
         player.close()
     unit, values = scored(resolved, rows(returns))
+    id, mujoco = env_id(resolved.settings.env, version(resolved)), metadata.version("mujoco")
     found = {
         "run": str(options.run),
         "checkpoints": [str(file) for file in files],
         "env": resolved.settings.env,
         "env_version": version(resolved),
+        "mujoco": mujoco,
         "legacy_mass": resolved.settings.legacy_mass,
         "seeds": seeds,
         "episodes": options.episodes,
@@ -71,7 +75,10 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     }
     for seed, row in zip(seeds, values, strict=True):
         print(f"seed {seed}: {unit} {row.mean():.1f} +- {row.std():.1f} over {len(row)} episodes")
-    print(f"IQM of {len(seeds)} seed(s): {found['unit']} {found['score']['iqm']:.1f}")
+    print(
+        f"IQM of {len(seeds)} seed(s): {found['unit']} {found['score']['iqm']:.1f} "
+        f"({id}, mujoco {mujoco}, legacy_mass={str(found['legacy_mass']).lower()})"
+    )
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=1))
     if options.video:
@@ -151,19 +158,22 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
     frames: list[Any] = []
     lead = (len(group), 1) if len(group) > 1 else (1,)
     memory, over, start = None, False, 1.0
-    while not over:
-        try:
-            frames.append(env.render())
-        except Exception as error:  # every GL backend raises its own type
-            raise Failed(
-                f"cannot render here ({error}); on a machine without a screen set MUJOCO_GL=egl "
-                "or MUJOCO_GL=osmesa"
-            ) from error
-        row = torch.as_tensor(obs, dtype=torch.float32).expand(*lead, -1)
-        now = {"obs": row, "start": torch.full(lead, start)}
-        act, memory = algo.act(now, memory, generator=stream)
-        obs, _, terminal, timeout, _ = env.step(act.reshape(-1, act.shape[-1])[0].numpy())
-        over, start = terminal or timeout, 0.0
+    horizon = env.spec.max_episode_steps if env.spec else None
+    with tqdm(total=horizon, desc="filming", unit="frame", leave=False) as bar:
+        while not over:
+            try:
+                frames.append(env.render())
+            except Exception as error:  # every GL backend raises its own type
+                raise Failed(
+                    f"cannot render here ({error}); on a machine without a screen set "
+                    "MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+                ) from error
+            row = torch.as_tensor(obs, dtype=torch.float32).expand(*lead, -1)
+            now = {"obs": row, "start": torch.full(lead, start)}
+            act, memory = algo.act(now, memory, generator=stream)
+            obs, _, terminal, timeout, _ = env.step(act.reshape(-1, act.shape[-1])[0].numpy())
+            over, start = terminal or timeout, 0.0
+            bar.update()
     env.close()
     return frames
 

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from offrl import config as configuration
-from offrl.config import Resolved
+from offrl.config import ConfigError, Resolved
 from offrl.data import sources
 from offrl.data.collect import Collector
 from offrl.data.dataset import Dataset, check, check_fits, home
@@ -54,6 +54,7 @@ def train(
         Failed, Interrupted, Diverged, ConfigError, DataError, OSError: with a message for people.
     """
     device = pick_device(resolved.settings.device)
+    check_robot(resolved)
     make_env(resolved)().close()  # a wrong name stops the run before anything is loaded
     data = load_data(resolved)
     if data is not None:
@@ -63,11 +64,11 @@ def train(
     say(f"run directory: {folder} ({device})")
     with process.only_one(folder):
         if resume:
-            check_unchanged(folder, data)
+            check_unchanged(folder, data, device)
         else:
-            (folder / "config.yaml").write_text(resolved.to_yaml())
             env = env_id(resolved.settings.env, version(resolved))
             write_json(folder / "run.json", provenance(resolved, data, env, device))
+            (folder / "config.yaml").write_text(resolved.to_yaml())  # last: makes it resumable
         groups = layout(resolved, device)
         began = time.monotonic()
         try:
@@ -77,16 +78,22 @@ def train(
             else:
                 curves = spread(resolved, folder, groups, resume)
         except (Interrupted, KeyboardInterrupt) as stop:
-            raise Interrupted(f"{stop or 'stopped'}\ncontinue with: resume={folder}") from None
+            raise Interrupted(f"{str(stop) or 'stopped'}\ncontinue with: resume={folder}") from None
         seconds = time.monotonic() - began
         return folder, finish(resolved, folder, groups, curves, device, seconds)
 
 
-def check_unchanged(folder: Path, data: Dataset | None) -> None:
-    """Raises Failed if a resumed run would continue on other data."""
+def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) -> None:
+    """Raises Failed if a resumed run would continue on other data or another kind of device."""
+    about = json.loads((folder / "run.json").read_text())
+    if about["device_type"] != device.type:
+        raise Failed(
+            f"{folder} was started on {about['device_type']} and its generators and layout are of "
+            f"that kind; this machine offers {device.type}. Resume it on such a machine"
+        )
     if data is None:
         return
-    stored = json.loads((folder / "run.json").read_text())["dataset"]["digest"]
+    stored = about["dataset"]["digest"]
     if stored != data.digest:
         raise Failed(
             f"the data set has changed since {folder} was started (digest {data.digest[:12]}, "
@@ -119,6 +126,23 @@ def version(resolved: Resolved) -> str:
     if s.env_version != "auto":
         return s.env_version
     return "v4" if s.source == "d4rl" else "v5"
+
+
+def check_robot(resolved: Resolved) -> None:
+    """Generated data come from the v5 robots: scores of other robots would be of another task.
+
+    Raises:
+        ConfigError: if other robots are asked for.
+    """
+    s = resolved.settings
+    generated = sources.settled(s.source, s.dataset) == "generated"
+    if configuration.online(resolved.algo) or not generated:
+        return
+    if version(resolved) != "v5" or s.legacy_mass:
+        raise ConfigError(
+            "generated data come from the v5 robots with their own masses; "
+            "env_version=v4 and legacy_mass=true go with source=d4rl or files"
+        )
 
 
 def pick_device(name: str) -> torch.device:
@@ -181,7 +205,7 @@ def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool
     stream = generator(group[0], "run", *group[1:], device=device)
     run = Run(options.steps, axes, device, str(home()), progress)
     evaluator = Evaluator(
-        make, axes, width(s.eval_episodes, s.final_episodes), derive(s.seed, "evaluator"), device
+        make, axes, width(s.eval_episodes, s.final_episodes), derive(0, "evaluator"), device
     )
 
     def evaluate(algo: Algorithm, episodes: int) -> dict[str, torch.Tensor]:
@@ -226,21 +250,22 @@ def train_group(
     process.prepare(s.threads, s.keep_memory)
     place = group_folder(folder, group)
     place.mkdir(exist_ok=True)
-    experiment = build(resolved, group, load_data(resolved), progress)
     schedule = Schedule(
         s.log_every, s.eval_every, s.eval_episodes, s.final_episodes, s.snapshot_every
     )
-    return fit(
-        experiment.algo,
-        experiment.stages,
-        place,
-        experiment.evaluate,
-        schedule,
-        group,
-        resolved.algo,
-        resume,
-        lambda told: report(group, told),
-    )
+    with process.only_one(place):  # a worker may outlive its parent for a moment
+        experiment = build(resolved, group, load_data(resolved), progress)
+        return fit(
+            experiment.algo,
+            experiment.stages,
+            place,
+            experiment.evaluate,
+            schedule,
+            group,
+            resolved.algo,
+            resume,
+            lambda told: report(group, told),
+        )
 
 
 def group_folder(folder: Path, group: Group) -> Path:

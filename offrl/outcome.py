@@ -17,6 +17,7 @@ from offrl.config import Resolved
 from offrl.data.dataset import Dataset
 from offrl.engine.fit import Curve
 from offrl.envs import scores
+from offrl.machine import cores, cpu_name
 from offrl.results import stats
 
 PACKAGES = ("offrl", "torch", "numpy", "scipy", "gymnasium", "mujoco", "minari", "hydra-core")
@@ -128,7 +129,8 @@ def provenance(
         "command": " ".join(sys.argv),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "device": hardware,
-        "cores": len(os.sched_getaffinity(0)),
+        "device_type": device.type,
+        "cores": cores(),
         "env": {"id": env, "legacy_mass": resolved.settings.legacy_mass},
         "dataset": None
         if data is None
@@ -141,14 +143,6 @@ def provenance(
             "info": data.info,
         },
     }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "CPU"
-    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "CPU")
 
 
 def write_json(path: Path, content: Any) -> None:

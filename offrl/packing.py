@@ -96,6 +96,7 @@ def pack(
             "random_steps": warmup(run),
             "versions": {name: metadata.version(name) for name in PACKAGES},
             "policies": about,
+            "last_snapshot": found[-1][0],
         }
         (folder / "manifest.json").write_text(json.dumps(told, indent=1) + "\n")
     return told

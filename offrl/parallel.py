@@ -1,7 +1,6 @@
 """Groups of seeds in parallel processes under one command, with one progress line."""
 
 import multiprocessing
-import os
 import queue
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from offrl.config import Resolved
 from offrl.engine import checkpoint, process
 from offrl.engine.fit import Curve, Interrupted, Progress, stop_requests
 from offrl.engine.log import Diverged
+from offrl.machine import cores
 from offrl.outcome import scored
 
 Group = list[int]
@@ -34,7 +34,7 @@ def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) 
     inbox: Any = context.Queue()
     waiting, curves = list(groups), {}
     running: dict[int, Any] = {}
-    limit = max(1, len(os.sched_getaffinity(0)) // resolved.settings.threads)
+    limit = max(1, cores() // resolved.settings.threads)
     problem: Exception | None = None
     ending = False
     with Display(resolved, groups) as display, stop_requests() as stopping:
@@ -71,7 +71,7 @@ def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) 
             elif not stopping:
                 problem = problem or Failed(f"seed {group[0]} was stopped: {content}")
     if stopping:
-        raise Interrupted("stopped; every seed has written its checkpoint")
+        raise Interrupted("stopped; every seed that had begun to train has written its checkpoint")
     if problem is not None:
         raise problem
     return [curves[group[0]] for group in groups]
@@ -88,7 +88,7 @@ def work(folder: Path, group: Group, resume: bool, inbox: Any) -> None:
         )
         inbox.put(("done", group, group_folder(folder, group)))
     except KeyboardInterrupt:
-        inbox.put(("error", group, Interrupted("stopped during the final evaluation")))
+        inbox.put(("error", group, Interrupted("stopped between two checkpoints")))
     except (Interrupted, Diverged, ValueError, OSError, Failed) as error:
         inbox.put(("error", group, type(error)(str(error))))
 

@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from offrl.data.dataset import home
 from offrl.engine import process
 from offrl.engine.stage import Algorithm, Run, Spec
 from offrl.experiment import pick_device
-from offrl.outcome import cpu_name
+from offrl.machine import cpu_name
 from offrl.seeding import generator
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mv"}
@@ -33,6 +33,7 @@ class Options:
 
     env=halfcheetah dataset=medium rows=None source=auto     the data that updates draw from
     algos=[td3bc,prdc,bc]   methods; ratios are to the first
+    'set={prdc.alpha:2.5}'  options of methods
     warmup=1000             updates before the clock starts, so that the actor leaves its start
     rounds=9 updates=100    alternating rounds, and updates in each
     device=auto threads=1
@@ -44,6 +45,7 @@ class Options:
     source: str = "auto"
     rows: int | None = None
     algos: tuple[str, ...] = ("td3bc", "prdc", "bc")
+    set: dict[str, Any] = field(default_factory=dict)
     warmup: int = 1000
     rounds: int = 9
     updates: int = 100
@@ -79,6 +81,7 @@ def measure_speed(options: Options) -> dict[str, Any]:
     for name, (algo, update) in steps.items():
         rates = sorted(1 / t for t in times[name])
         row = {
+            "options": chosen(name, options),
             "updates_per_second": round(1 / statistics.median(times[name]), 1),
             "range": [round(rates[0], 1), round(rates[-1], 1)],
             "time_ratio": round(statistics.median(times[name]) / base, 3),
@@ -88,7 +91,7 @@ def measure_speed(options: Options) -> dict[str, Any]:
         print(f"{name:<8} {row['updates_per_second']:>9} {rates[0]:>6.0f}-{rates[-1]:<6.0f} "
               f"{row['time_ratio']:>7} {row['outside_products']:>17.0%}")  # fmt: skip
         if hasattr(algo, "neighbors"):
-            found["certificate"] = by_share(algo, data, base, device)
+            found["certificate"] = by_share(algo, update, steps[first][1], options, device)
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=1))
     return found
@@ -99,8 +102,8 @@ def updater(
 ) -> tuple[Algorithm, Callable[[], None]]:
     """The algorithm after its warm-up, and a function that makes one complete update."""
     method = configuration.module(name)
-    values = configuration.resolve(name, {"env": options.env, "dataset": options.dataset},
-                                   shipped(name).get("tasks"))  # fmt: skip
+    given = {"env": options.env, "dataset": options.dataset, "source": options.source}
+    values = configuration.resolve(name, given | chosen(name, options), shipped(name).get("tasks"))
     algo = method.make(
         values.config(), Spec(data.obs_dim, data.act_dim, *data.statistics()),
         generator(0, "speed", values.task, device=device),
@@ -113,6 +116,25 @@ def updater(
 
     seconds(update, options.warmup, device)
     return algo, update
+
+
+def chosen(name: str, options: Options) -> dict[str, Any]:
+    """The options in `set` that are this method's, by their full names.
+
+    Raises:
+        ConfigError: an option of a method that is not measured.
+    """
+    for key in options.set:
+        if key.split(".")[0] not in options.algos:
+            raise configuration.ConfigError(
+                f"set takes method.option: value with a method of algos, got {key!r}"
+            )
+    own = f"{name}."
+    return {
+        f"algo.{key.removeprefix(own)}": value
+        for key, value in options.set.items()
+        if key.startswith(own)
+    }
 
 
 def shipped(name: str) -> dict[str, Any]:
@@ -153,33 +175,71 @@ def outside_products(update: Callable[[], None]) -> float:
     return 1 - sum(e.self_cpu_time_total for e in events if e.key in PRODUCTS) / total
 
 
-def by_share(algo: Any, data: Dataset, base: float, device: torch.device) -> list[dict[str, float]]:
-    """Time of the neighbor search against the share of rows that the lists certify.
+@dataclass
+class Perturbed:
+    """A neighbor search that is asked for the data's actions with noise instead of the actor's.
 
-    The policy's actions are replaced by the data's with Gaussian noise of growing size.
+    Attributes:
+        table: the search itself.
+        noise: standard deviation per action dimension.
+        generator: of the noise.
+        shares: what the search told, one entry per query batch.
     """
-    print(f"{'noise':>6} {'certified':>10} {'self match':>11} {'ms/search':>10} {'PRDC/first':>11}")
-    stream, table = generator(0, "noise", device=device), []
-    for noise in (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5):
-        times, certified, own = [], [], []
-        for _ in range(12):
-            index = torch.randint(len(data), (256,), generator=stream, device=device)
-            act = algo.neighbors.act[index]
-            act = act + noise * torch.empty_like(act).normal_(generator=stream)
-            ask = lambda i=index, a=act: algo.neighbors.nearest(i, a.clamp(-1, 1), algo.config.beta)  # noqa: E731
-            times.append(seconds(ask, 1, device))
-            info = ask()[1]
-            certified.append(1 - float(info["uncertified"]))
-            own.append(float(info["self_match"]))
-        spent = statistics.median(times)
+
+    table: Any
+    noise: float
+    generator: torch.Generator
+    shares: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def act(self) -> torch.Tensor:
+        return self.table.act
+
+    def nearest(self, index: torch.Tensor, pi: torch.Tensor, beta: float) -> Any:
+        own = self.act[index]
+        away = torch.empty_like(own).normal_(0, self.noise, generator=self.generator)
+        row, info = self.table.nearest(index, (own + away).clamp(-1, 1), beta)
+        self.shares.append(info)
+        return row, info
+
+
+def by_share(
+    algo: Any,
+    update: Callable[[], None],
+    base: Callable[[], None],
+    options: Options,
+    device: torch.device,
+) -> list[dict[str, float]]:
+    """Time of whole updates over the first method's, against the share that the lists certify.
+
+    The search is asked for the data's actions with Gaussian noise of growing size; each noise is
+    timed in rounds that alternate with the first method.
+    """
+    heads = ("noise", "certified", "self match", "ms", "ms, first", "ratio")
+    print(" ".join(f"{head:>10}" for head in heads))
+    table, search = [], algo.neighbors
+    for noise in (0.0, 0.2, 0.3, 0.35, 0.4, 0.5):
+        algo.neighbors = Perturbed(search, noise, generator(0, "noise", device=device))
+        seconds(update, 2, device)  # a first uncertified row may build a tree
+        times: list[tuple[float, float]] = []
+        for _ in range(max(3, options.rounds // 2)):
+            count = max(2, options.updates // 4)
+            pair = (seconds(update, count, device) / count, seconds(base, count, device) / count)
+            times.append(pair)
+        shares = {
+            name: float(torch.stack([info[name] for info in algo.neighbors.shares]).mean())
+            for name in ("uncertified", "self_match")
+        }
+        mine, first = (statistics.median(column) for column in zip(*times, strict=True))
         row = {
             "noise": noise,
-            "certified": statistics.mean(certified),
-            "self_match": statistics.mean(own),
-            "milliseconds": 1000 * spent,
-            "time_ratio": 1 + spent / algo.config.actor_every / base,
+            "certified": 1 - shares["uncertified"],
+            "self_match": shares["self_match"],
+            "milliseconds": 1000 * mine,
+            "milliseconds_first": 1000 * first,
+            "time_ratio": statistics.median(one / other for one, other in times),
         }
         table.append(row)
-        print(f"{noise:>6} {row['certified']:>10.3f} {row['self_match']:>11.3f} "
-              f"{row['milliseconds']:>10.2f} {row['time_ratio']:>11.2f}")  # fmt: skip
+        print(" ".join(f"{value:>10.3f}" for value in row.values()))
+    algo.neighbors = search
     return table

@@ -1,6 +1,6 @@
 """Speed and agreement of the neighbor search on a data set or on random rows.
 
-    python scripts/neighbors.py --data ~/.cache/offrl/data/<entry>
+    python scripts/neighbors.py --data ~/.cache/offrl/generated/<entry>
     python scripts/neighbors.py --rows 100000 --obs 11 --act 3
 
 Queries take their states from the data. Their actions lie around the data's (sd 0.1 and 0.3), as a
@@ -80,7 +80,6 @@ def main() -> None:
         print(
             f"{name:14}{1 - share['uncertified']:10.3f}{share['self_match']:8.3f}"
             f"{times[len(times) // 2]:11.2f}{times[-1]:10.2f}{agreement:>16}"
-            + (f"  overflow {share['overflow']:.3f}" if "overflow" in share else "")
         )
 
 

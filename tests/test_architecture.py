@@ -13,8 +13,9 @@ ROOT = Path(offrl.__file__).parent
 ALLOWED = {
     "algos": {"nets", "regularizers", "data", "engine.stage", "engine.optim"},
     "regularizers": {"regularizers"},
+    "integrations": {"integrations", "regularizers"},
     "nets": {"nets"},
-    "data": {"data", "engine.stage", "seeding", "envs", "nets", "results"},
+    "data": {"data", "engine.stage", "seeding", "envs", "nets", "machine"},
     "envs": {"envs", "seeding"},
     "engine": {"engine", "data", "envs", "seeding"},
     "results": {"results", "data", "envs"},

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,25 @@ def test_seeds_run_in_processes_of_their_own_and_equal_single_runs():
     assert both["score"]["interval95"] is not None
     assert both["final_returns"][0] != both["final_returns"][1]
     assert one.keys() == both.keys()
+    assert one["final_returns"][0] == both["final_returns"][1]
+
+
+def test_other_robots_than_the_generated_datas_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.train(["algo=bc", "env=hopper", "env_version=v4"])
+    assert "generated data come from the v5 robots" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_on_another_kind_of_device(capsys):
+    words = ["algo=td3bc", "env=hopper", write_data(), "steps=40", "eval_every=20", *SIZES]
+    train(*words, "runs=whole")
+    (result,) = Path("whole").rglob("result.json")
+    result.unlink()
+    about = json.loads((result.parent / "run.json").read_text())
+    (result.parent / "run.json").write_text(json.dumps(about | {"device_type": "cuda"}))
+    with pytest.raises(SystemExit):
+        cli.train([f"resume={result.parent}"])
+    assert "was started on cuda" in capsys.readouterr().err
 
 
 def test_a_killed_run_resumes_to_the_same_result():
@@ -233,8 +253,12 @@ def test_an_online_run_and_its_evaluation(capsys):
     ]  # fmt: skip
     capsys.readouterr()
     cli.evaluate([f"run={folder}", "episodes=2", "out=scores.json"])
-    assert "return" in capsys.readouterr().out
+    simulator = metadata.version("mujoco")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("IQM of 1 seed(s): return ")
+    assert line.endswith(f"(Pendulum-v1, mujoco {simulator}, legacy_mass=false)")
     found = json.loads(Path("scores.json").read_text())
+    assert found["mujoco"] == simulator
     stored = json.loads((folder / "result.json").read_text())
     assert np.shape(found["returns"]) == np.shape(stored["final_returns"])
     cli.evaluate([f"run={folder / 'seed-0' / 'snapshots' / '000000060.pt'}", "episodes=2"])

@@ -19,6 +19,18 @@ def test_precedence_and_origins():
     assert "algo.beta" not in got.origins
 
 
+def test_a_pattern_with_a_source_holds_for_its_data_only():
+    tasks = {"halfcheetah-*": {"alpha": 5.0}, "d4rl:halfcheetah-*": {"alpha": 40.0}}
+    values = {
+        source: resolve("prdc", {"source": source}, tasks).options["alpha"]
+        for source in ("auto", "generated", "d4rl", "minari")
+    }
+    assert values == {"auto": 5.0, "generated": 5.0, "d4rl": 40.0, "minari": 5.0}
+    assert resolve("prdc", {"source": "d4rl"}, tasks).origins["algo.alpha"] == (
+        "task d4rl:halfcheetah-*"
+    )
+
+
 def test_an_override_equal_to_the_default_is_still_an_override():
     got = resolve("prdc", {"algo.alpha": 2.5}, TASKS)
     assert got.options["alpha"] == 2.5
@@ -26,7 +38,7 @@ def test_an_override_equal_to_the_default_is_still_an_override():
 
 
 def test_root_steps_are_the_methods_steps():
-    assert resolve("sac", {"steps": 7}).options["steps"] == 7
+    assert resolve("td3bc", {"steps": 7}).options["steps"] == 7
 
 
 def test_stored_configuration_comes_back_whole():
@@ -46,11 +58,19 @@ def test_stored_configuration_comes_back_whole():
         ({"source": "d4lr"}, "source must be one of auto, generated, d4rl"),
         ({"preset": "quik"}, "no preset 'quik'; did you mean 'quick'"),
         ({"legacy_mass": 1}, "legacy_mass must be bool, got 1"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"eval_every": 0}, "eval_every must be at least 1, got 0"),
+        ({"algo.batch": -1}, "batch must be at least 1, got -1"),
     ],
 )
 def test_mistakes_are_named_with_the_nearest_key(overrides, message):
     with pytest.raises(ConfigError, match=message):
         resolve("prdc", overrides, {}, PRESETS)
+
+
+def test_training_that_ends_within_its_warmup_is_refused():
+    with pytest.raises(ConfigError, match="steps=5000 ends within the random warm-up"):
+        resolve("sac", {"steps": 5000})
 
 
 def test_a_misspelt_algorithm_names_the_nearest():

@@ -16,8 +16,8 @@ else, so beta multiplies standardized states.
 The penalty of a row never exceeds TD3+BC's: the row itself is in the table. `actor/self_match` is
 the share of rows whose neighbor is themselves; near 1, PRDC equals TD3+BC with the same alpha.
 
-The search is exact (`offrl.data.neighbors`). On CUDA a fixed number of uncertified rows is searched
-per batch; `actor/overflow` is the share of rows beyond it.
+The search is exact (`offrl.data.neighbors`). `actor/uncertified` is the share of rows that the
+lists could not decide, which take most of its time.
 
 Differences from the authors' code and paper:
 - The paper states the penalty as the unsquared joint distance; the released code, followed here,

@@ -124,7 +124,7 @@ make = SAC
 
 
 def stages(algo: SAC, data: Collector, run: Run) -> list[Stage]:
-    warmup = min(algo.config.warmup, run.steps)
+    warmup = algo.config.warmup
     return [
         Stage(
             "train",

@@ -116,7 +116,7 @@ make = TD3
 
 
 def stages(algo: TD3, data: Collector, run: Run) -> list[Stage]:
-    warmup = min(algo.config.warmup, run.steps)
+    warmup = algo.config.warmup
     return [
         Stage(
             "train",

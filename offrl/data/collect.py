@@ -53,8 +53,6 @@ class Collector:
         }  # fmt: skip
         self.replay = Replay(capacity, fields, seeds, device)
         self.obs: Tensor | None = None  # (*S, n, o) on the device
-        self.returns: list[tuple[int, float]] = []  # (environment, return) of finished episodes
-        self.running = torch.zeros(envs.count)
 
     def random(self, steps: int, generator: Generator) -> None:
         """Take `steps` uniformly random steps per seed."""
@@ -78,16 +76,12 @@ class Collector:
         """Apply actions (*S, n, a) in [-1, 1] and store the transitions."""
         obs = self.observe()
         flat = act.detach().reshape(self.envs.count, -1).to("cpu")
-        next_obs, reward, terminal, timeout, start_obs = self.envs.step(flat)
+        next_obs, reward, terminal, _, start_obs = self.envs.step(flat)
         self.replay.add({
             "obs": obs, "act": act.detach(), "reward": self.grouped(reward),
             "next_obs": self.grouped(next_obs), "terminal": self.grouped(terminal),
         })  # fmt: skip
         self.obs = self.grouped(start_obs)
-        self.running += reward
-        for i in torch.nonzero(terminal + timeout)[:, 0].tolist():
-            self.returns.append((i, float(self.running[i])))
-            self.running[i] = 0
 
     def grouped(self, value: Tensor) -> Tensor:
         return value.view(*self.seeds, self.group, *value.shape[1:]).to(self.device)
@@ -97,11 +91,9 @@ class Collector:
             "replay": self.replay.state(),
             "envs": self.envs.state(),
             "obs": self.observe(),
-            "running": self.running,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.replay.load(state["replay"])
         obs = state["obs"].cpu().reshape(self.envs.count, -1)
         self.obs = self.grouped(self.envs.load(state["envs"], obs))
-        self.running = state["running"].clone()

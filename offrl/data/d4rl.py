@@ -1,4 +1,4 @@
-"""D4RL's files, read without the d4rl package: names, addresses, defects, reward conventions.
+"""D4RL's files, read without the d4rl package: names, addresses, defects.
 
 Fu, Kumar, Nachum, Tucker, Levine, "D4RL: Datasets for Deep Data-Driven RL", 2020,
 arXiv:2004.07219; addresses from the released code (Farama-Foundation/D4RL). A file is looked for
@@ -9,13 +9,11 @@ rows become transitions is written in `offrl.data.files`.
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from offrl.data import files
 from offrl.data.dataset import Dataset, home
@@ -119,17 +117,6 @@ NOTES = {  # pattern of "<environment>-<data set>" -> a defect that a user shoul
     "ant-*": "111 observations of the old Ant with contact forces; no current Ant has them",
 }
 
-# What methods train on instead of AntMaze's reward of 0 or 1; evaluation always uses the reward
-# itself. Scores of papers that differ here (and in the discount) differ by some ten points.
-ANTMAZE_REWARDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "raw": lambda reward: reward,  # EDAC, SAC-N and DT in CORL
-    "minus-one": lambda reward: reward - 1,  # IQL, TD3+BC and AWAC in CORL; FQL
-    "cql": lambda reward: 4 * (reward - 0.5),  # CQL's and MSG's own code
-    "corl-cql": lambda reward: 10 * reward - 5,
-    "rebrac": lambda reward: 100 * reward,  # with a discount of 0.999
-    "prdc": lambda reward: 10000 * reward - 1,
-}
-
 
 def load(env: str, dataset: str = "", download: bool = True) -> Dataset:
     """The Q-learning view of a D4RL data set, in the data cache and memory-mapped.
@@ -153,13 +140,14 @@ def load(env: str, dataset: str = "", download: bool = True) -> Dataset:
         DataError: the file is damaged.
         OSError: the download or the cache failed; names the alternatives.
     """
-    task, source = resolve(env, dataset)
+    env, dataset, source = resolve(env, dataset)
+    task = f"{env}-{dataset}"
     path = locate(source, download)
     info = {
         "source": "d4rl",
         "task": f"{task}-{source.version}",
         "url": source.url,
-        "reference": reference(f"d4rl-{task}"),
+        "reference": reference(f"d4rl-{env}", dataset),
         "notes": [note for pattern, note in NOTES.items() if fnmatch(task, pattern)],
     }
     data = files.cached(
@@ -180,20 +168,20 @@ def load(env: str, dataset: str = "", download: bool = True) -> Dataset:
     return data
 
 
-def resolve(env: str, dataset: str) -> tuple[str, Source]:
-    """("<environment>-<data set>", file) of our names.
+def resolve(env: str, dataset: str) -> tuple[str, str, Source]:
+    """Environment and data set as in the table, and the file, of our names.
 
     Raises:
         ValueError: unknown environment or data set.
     """
     bare = env.removeprefix("d4rl-")
     if dataset in SOURCES.get(bare, {}):
-        return f"{bare}-{dataset}", SOURCES[bare][dataset]
+        return bare, dataset, SOURCES[bare][dataset]
     for name, sets in SOURCES.items():
         for inner, source in sets.items():
             if bare == f"{name}-{inner}":
                 if dataset in ("", inner):
-                    return bare, source
+                    return name, inner, source
                 raise ValueError(
                     f"{env} names its data set itself, {inner!r}, which is not {dataset!r}"
                 )

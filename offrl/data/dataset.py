@@ -1,12 +1,14 @@
 """Immutable logged transitions with episode bounds, a digest and checks on entry."""
 
-import dataclasses
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 FIELDS = ("obs", "act", "reward", "next_obs", "terminal", "timeout")
 
@@ -72,10 +76,6 @@ class Dataset:
         act = self.fields["act"]
         return int(act.max()) + 1 if self.discrete else act.shape[-1]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(value.nbytes for value in self.fields.values())
-
     @cached_property
     def digest(self) -> str:
         """SHA-256 of names, shapes, types and bytes of all fields and bounds, 64 hex digits."""
@@ -100,13 +100,6 @@ class Dataset:
             square = square + (block.double() - mean).square().sum(0)
         std = (torch.as_tensor(square) / len(self)).sqrt()
         return mean.float(), (std + eps).float()
-
-    def to(self, device: torch.device | str) -> "Dataset":
-        move = lambda value: value.to(device)  # noqa: E731
-        fields = {name: move(value) for name, value in self.fields.items()}
-        return dataclasses.replace(
-            self, fields=fields, starts=move(self.starts), returns=move(self.returns)
-        )
 
 
 def bounds(ends: Tensor) -> Tensor:
@@ -224,11 +217,13 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
             "set OFFRL_HOME to a folder that is writable"
         ) from error
     try:
-        meta = fill(temporary)
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        new = temporary / "new"
+        new.mkdir()
+        meta = fill(new)
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
         if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+            os.replace(folder, temporary / "old")  # whole until it is gone, for those who read it
+        os.replace(new, folder)
     except OSError as error:
         raise OSError(
             f"cannot write the data cache {folder}: {error.strerror or error}; "
@@ -238,16 +233,53 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save(data: Dataset, folder: Path) -> None:
-    """Store a data set as a cache entry, atomically."""
+def once(folder: Path, ready: Callable[[], bool], make: Callable[[], None]) -> None:
+    """Make a cache entry unless it is there; processes that ask together make it once."""
+    if not ready():
+        with one_at_a_time(folder.parent):
+            if not ready():
+                make()
 
-    def fill(place: Path) -> dict[str, Any]:
-        arrays = data.fields | {"starts": data.starts, "returns": data.returns}
-        for name, value in arrays.items():
-            np.save(place / f"{name}.npy", value.cpu().numpy())
-        return {"name": data.name, "info": data.info, "fields": list(data.fields)}
 
-    write(folder, fill)
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: runs that start together make a data set once, the others wait."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise OSError(
+            f"cannot write the data cache {folder}: {error.strerror or error}; "
+            "set OFFRL_HOME to a folder that is writable"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("another process is making data in %s; waiting for it", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def allocate(path: Path, kind: type | np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A new .npy file, mapped for writing, whose blocks on the disk are already its own.
+
+    Without them a disk that fills up while the rows are written kills the process by SIGBUS.
+
+    Raises:
+        OSError: if the disk has no room for it.
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def store(path: Path, array: np.ndarray) -> None:
+    """np.save, which on a full disk may lose the last 4 kB of a file without an error."""
+    file = allocate(path, array.dtype, array.shape)
+    file[...] = array
+    file.flush()
 
 
 def read(folder: Path) -> Dataset:

@@ -30,7 +30,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.data.dataset import DataError, Dataset, bounds, episode_sums, home, read, write
+from offrl.data.dataset import (
+    DataError,
+    Dataset,
+    allocate,
+    bounds,
+    episode_sums,
+    home,
+    once,
+    read,
+    store,
+    write,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +100,9 @@ def cached(
         "path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
         "rules": [RULES, horizon, through_terminals, clip],
     }  # fmt: skip
-    if folder.exists():
-        data = read(folder)
-        if data.info.get("stamp") == stamp:
-            return data
+
+    def current() -> bool:
+        return folder.exists() and read(folder).info.get("stamp") == stamp
 
     def fill(place: Path) -> dict[str, Any]:
         with opened(path) as columns:
@@ -107,7 +117,7 @@ def cached(
             "info": about | found | {"notes": notes, "stamp": stamp},
         }
 
-    write(folder, fill)
+    once(folder, current, lambda: write(folder, fill))
     return read(folder)
 
 
@@ -231,7 +241,7 @@ def convert(
         "timeout": torch.zeros(int(keep.sum())),
     }  # fmt: skip
     for field, value in small.items():
-        np.save(place / f"{field}.npy", value.numpy())
+        store(place / f"{field}.npy", value.numpy())
     strays, clipped = gather(columns, place, path, keep.numpy(), terminal.numpy() != 0, clip)
     if "next_observations" not in columns and not through_terminals and terminal[keep].any():
         notes.append(
@@ -261,9 +271,9 @@ def gather(
     act_shape = (rows,) if discrete else (rows, act.shape[1])
     kind = np.int64 if discrete else np.float32
     out = {
-        "obs": memory(place / "obs.npy", np.float32, (rows, obs_dim)),
-        "next_obs": memory(place / "next_obs.npy", np.float32, (rows, obs_dim)),
-        "act": memory(place / "act.npy", kind, act_shape),
+        "obs": allocate(place / "obs.npy", np.float32, (rows, obs_dim)),
+        "next_obs": allocate(place / "next_obs.npy", np.float32, (rows, obs_dim)),
+        "act": allocate(place / "act.npy", kind, act_shape),
     }
     strays = clipped = done = 0
     for first in range(0, size - 1, BLOCK):
@@ -287,10 +297,6 @@ def gather(
     for array in out.values():
         array.flush()
     return strays, clipped
-
-
-def memory(path: Path, kind: type, shape: tuple[int, ...]) -> np.memmap:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
 
 
 def part(columns: dict[str, Any], name: str, first: int, last: int, path: Path) -> np.ndarray:

@@ -18,12 +18,9 @@ medium-expert.
 """
 
 import difflib
-import fcntl
 import hashlib
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -32,13 +29,11 @@ from typing import Any
 import numpy as np
 
 from offrl.data import policies
-from offrl.data.dataset import FIELDS, DataError, Dataset, home, read, write
+from offrl.data.dataset import FIELDS, DataError, Dataset, home, once, read, write
 from offrl.data.policies import Behavior
 from offrl.data.rollout import CHUNK, Share, Uniform, borders, roll_out
 from offrl.envs import scores
 from offrl.envs.make import env_id, factory
-
-logger = logging.getLogger(__name__)
 
 PACKAGES = ("offrl", "torch", "numpy", "gymnasium", "mujoco")
 RECIPE = 1  # raise it when rows would change for the same weights, and old entries are made anew
@@ -76,10 +71,8 @@ def load(
     shares = recipe(env, dataset, rows, folder)
     total, key = sum(share.rows for share in shares), identity(env, shares, seed)
     entry = home() / "generated" / f"{env.replace('/', '-')}-{dataset}-{total}-v{RECIPE}-{key}"
-    if not entry.exists():
-        with one_at_a_time(entry.parent):
-            if not entry.exists():
-                generate(entry, env, dataset, shares, workers, seed, folder)
+    make = lambda: generate(entry, env, dataset, shares, workers, seed, folder)  # noqa: E731
+    once(entry, entry.exists, make)
     return read(entry)
 
 
@@ -203,23 +196,3 @@ def described(
             ],
         },
     }
-
-
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: runs that start together make a data set once, the others wait."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise OSError(
-            f"cannot write the data cache {folder}: {error.strerror or error}; "
-            "set OFFRL_HOME to a folder that is writable"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process is generating data in %s; waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -25,8 +25,17 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, Space
 
-from offrl.data.dataset import DataError, Dataset, episode_sums, home, read, write
-from offrl.data.files import memory
+from offrl.data.dataset import (
+    DataError,
+    Dataset,
+    allocate,
+    episode_sums,
+    home,
+    once,
+    read,
+    store,
+    write,
+)
 
 GOAL = ("observation", "achieved_goal", "desired_goal")
 DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, AssertionError)
@@ -49,17 +58,20 @@ def load(dataset_id: str, download: bool = True) -> Dataset:
     """
     place = root() / valid(dataset_id) / "data"
     folder = home() / "minari" / dataset_id
-    if folder.exists() and not place.exists():
-        return read(folder)  # Minari's copy was deleted; an id with its version never changes
-    if not place.exists():
-        obtain(dataset_id, download)
     metadata = place / "metadata.json"
-    stamp = [RULES, str(metadata), metadata.stat().st_mtime_ns]
-    if folder.exists():
-        data = read(folder)
-        if data.info.get("stamp") == stamp:
-            return data
-    write(folder, lambda part: flatten(dataset_id, place, part, stamp))
+    stamp = lambda: [RULES, str(metadata), metadata.stat().st_mtime_ns]  # noqa: E731
+
+    def current() -> bool:
+        if folder.exists() and not place.exists():
+            return True  # Minari's copy was deleted; an id with its version never changes
+        return folder.exists() and read(folder).info.get("stamp") == stamp()
+
+    def make() -> None:
+        if not place.exists():
+            obtain(dataset_id, download)
+        write(folder, lambda part: flatten(dataset_id, place, part, stamp()))
+
+    once(folder, current, make)
     return read(folder)
 
 
@@ -89,9 +101,11 @@ def obtain(dataset_id: str, download: bool) -> None:
     fresh = not (root() / dataset_id).exists()
     try:
         minari.download_dataset(dataset_id)
-    except Exception as error:  # Minari, its hub client and its transport share no other base
+    except BaseException as error:  # Minari, its hub client and its transport share no other base
         if fresh:  # half a download would be taken for a data set
             shutil.rmtree(root() / dataset_id, ignore_errors=True)
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
         raise OSError(failure.format(f"could not be downloaded ({error})")) from error
 
 
@@ -108,10 +122,10 @@ def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[
         raise DataError(f"{dataset_id} holds no steps")
     flat = ("reward", "terminal", "timeout")
     out = {
-        "obs": memory(part / "obs.npy", np.float32, (rows, width)),
-        "act": memory(part / "act.npy", kind, (rows, *act_shape)),
-        "next_obs": memory(part / "next_obs.npy", np.float32, (rows, width)),
-        **{name: memory(part / f"{name}.npy", np.float32, (rows,)) for name in flat},
+        "obs": allocate(part / "obs.npy", np.float32, (rows, width)),
+        "act": allocate(part / "act.npy", kind, (rows, *act_shape)),
+        "next_obs": allocate(part / "next_obs.npy", np.float32, (rows, width)),
+        **{name: allocate(part / f"{name}.npy", np.float32, (rows,)) for name in flat},
     }
     starts, done = [], 0
     for number, episode in enumerate(episodes(source, place, order)):
@@ -135,8 +149,8 @@ def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[
     for array in out.values():
         array.flush()
     first = torch.tensor(starts)
-    np.save(part / "starts.npy", first.numpy())
-    np.save(part / "returns.npy", episode_sums(torch.from_numpy(out["reward"]), first).numpy())
+    store(part / "starts.npy", first.numpy())
+    store(part / "returns.npy", episode_sums(torch.from_numpy(out["reward"]), first).numpy())
     info = {
         "source": "minari", "id": dataset_id, "stamp": stamp, "layout": order, "rows": rows,
         "episodes": len(starts), "env": env_name(raw), "actions": bounds_of(source.action_space),

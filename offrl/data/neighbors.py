@@ -7,13 +7,17 @@ each row the K nearest rows in state space are stored with their squared distanc
 `reach`: no row outside the list is closer than that. The best cost c of the list is the optimum of
 all rows if c < beta^2 reach, whatever the action and beta. Other queries are searched in full:
 
-- On a CPU by a KD-tree over [beta s, a], or by float32 products if those are faster on the data.
+- On a CPU by a KD-tree over [beta s, a], which serves few queries best, or by float32 products,
+  which serve many far ones: whichever takes less time for such a number of queries on the data.
 - On CUDA by float32 products with all rows: the 8 groups of 32 rows with the smallest values are
-  compared in float64. No B x N matrix is held, and the host is not asked.
+  compared in float64. No B x N matrix is held.
 
 Either returns some rows and a lower bound of the costs of all others, with room for rounding, and
 is proven as the lists are. What stays open, such as rows with many exact copies, is compared with
 all rows in float64. The lists are made by the same two searches, in state space.
+
+How many queries stay open is asked of the device in every batch. `budget` fixes their number, which
+a captured update would need, at the price that open queries beyond it are not exact.
 """
 
 import hashlib
@@ -31,7 +35,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from tqdm import tqdm
 
-from offrl.data.dataset import DataError, write
+from offrl.data.dataset import DataError, once, store, write
 
 VERSION = 1  # of the stored lists
 GROUP = 32  # rows whose smallest float32 value decides whether they are compared in float64
@@ -60,9 +64,11 @@ class StateNeighbors:
             more than K rows share its state.
         square: (N, K) float64, squared state distances of the lists, ascending.
         reach: (N,) float64, a lower bound of the squared state distance of all rows outside.
-        budget: queries per seed and batch that are searched in full; None for as many as needed,
-            which asks the host and cannot be captured in a graph.
-        finders: the full searches of the values of beta met so far.
+        budget: queries per seed and batch that are searched in full, by products, so that an
+            update can be captured in a graph. None, as `build` leaves it, for as many as needed:
+            always exact, but the host waits for their number.
+        trees: over [beta s, a], of the values of beta met so far; on a CPU only.
+        finders: the full search of each beta and each power of two of queries met so far.
     """
 
     act: Tensor
@@ -71,7 +77,8 @@ class StateNeighbors:
     square: Tensor
     reach: Tensor
     budget: int | None = None
-    finders: dict[float, Callable[..., Found]] = field(default_factory=dict, repr=False)
+    trees: "dict[float, Tree]" = field(default_factory=dict, repr=False)
+    finders: dict[tuple[float, int], Callable[..., Found]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -110,8 +117,7 @@ class StateNeighbors:
         what = (obs, min(k, len(obs)), progress)
         made = state_lists(*what) if cache is None else cached_lists(*what, digest, cache)
         rows, square, reach = (value.to(device) for value in made)
-        budget = 64 if device.type == "cuda" else None
-        return cls(act, make_keys(obs, act), rows, square, reach, budget)
+        return cls(act, make_keys(obs, act), rows, square, reach)
 
     @property
     def obs(self) -> Tensor:
@@ -158,26 +164,33 @@ class StateNeighbors:
         return row.view(index.shape), {name: value.view(lead) for name, value in info.items()}
 
     def search(self, index: Tensor, pi: Tensor, beta: float, least: Tensor) -> Tensor:
-        """Full search on a CPU: index (n,), pi (n, a), a cost within reach (n,) -> (n,) int64.
-
-        The first search at a beta builds a tree and decides between it and products.
-        """
-        if beta not in self.finders:
-            tree = Tree(torch.cat([beta * self.obs.double(), self.act], -1))
-
-            def by_tree(index: Tensor, pi: Tensor, least: Tensor) -> Found:
-                points = torch.cat([beta * self.obs[index].double(), pi], -1)
-                return tree.find(points, NEAREST, float(least.max()))
-
-            ways = {"tree": by_tree, "products": lambda i, p, _: self.products(i, p, beta)}
-            name = fastest(ways, index, pi, least)
-            log.info("neighbors that the lists do not decide are found by %s", name)
-            self.finders[beta] = ways[name]
-        row, proven = self.best(index, pi, beta, *self.finders[beta](index, pi, least))
+        """Full search: index (n,), pi (n, a), a cost within reach (n,) -> (n,) int64."""
+        kind = beta, len(index).bit_length()
+        if kind not in self.finders:
+            self.finders[kind] = self.finder(index, pi, beta, least)
+        row, proven = self.best(index, pi, beta, *self.finders[kind](index, pi, least))
         rest = (~proven).nonzero()[:, 0]
         if len(rest):
             row[rest] = brute_force(self.obs, self.act, index[rest], pi[rest], beta)
         return row
+
+    def finder(self, index: Tensor, pi: Tensor, beta: float, least: Tensor) -> Callable[..., Found]:
+        """Products; on a CPU a tree if that takes less time for these queries."""
+        ways = {"products": lambda i, p, _: self.products(i, p, beta)}
+        if self.act.is_cuda:
+            return ways["products"]
+        if beta not in self.trees:
+            self.trees[beta] = Tree(torch.cat([beta * self.obs.double(), self.act], -1))
+        tree = self.trees[beta]
+
+        def by_tree(index: Tensor, pi: Tensor, least: Tensor) -> Found:
+            points = torch.cat([beta * self.obs[index].double(), pi], -1)
+            return tree.find(points, NEAREST, float(least.max()))
+
+        ways["tree"] = by_tree
+        name = fastest(ways, index, pi, least)
+        log.info("about %d neighbors that the lists leave open are found by %s", len(index), name)
+        return ways[name]
 
     def products(self, index: Tensor, pi: Tensor, beta: float) -> Found:
         """Rows (n, 256) that may be nearest to index (n,), pi (n, a), and the floor of the rest."""
@@ -350,11 +363,10 @@ def cached_lists(obs: Tensor, k: int, progress: bool, digest: str, cache: Path) 
 
     def fill(place: Path) -> dict[str, Any]:
         for name, value in zip(shapes, state_lists(obs, k, progress), strict=True):
-            np.save(place / f"{name}.npy", value.cpu().numpy())
+            store(place / f"{name}.npy", value.cpu().numpy())
         return {"digest": digest, "states": states, "rows": len(obs), "k": k}
 
-    if not folder.exists():
-        write(folder, fill)
+    once(folder, folder.exists, lambda: write(folder, fill))
     try:
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="c") for name in shapes]
         if [array.shape for array in arrays] != list(shapes.values()):

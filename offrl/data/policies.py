@@ -61,11 +61,6 @@ class Behavior:
         return total.hexdigest()
 
 
-def available(folder: Path = FOLDER) -> list[str]:
-    """The environments that have policies."""
-    return sorted(manifest(folder)["robots"])
-
-
 def manifest(folder: Path = FOLDER) -> dict[str, Any]:
     """What is shipped. A folder without policies has an empty manifest."""
     path = folder / "manifest.json"

@@ -25,7 +25,7 @@ import torch
 from torch import Generator, Tensor
 from tqdm import tqdm
 
-from offrl.data.dataset import FIELDS, DataError, bounds, episode_sums
+from offrl.data.dataset import FIELDS, DataError, bounds, episode_sums, store
 from offrl.engine.stage import Policy
 from offrl.seeding import derive, generator
 
@@ -113,8 +113,8 @@ def roll_out(
             bar.update(len(chunk["reward"]))
     starts = bounds(torch.from_numpy(np.concatenate(ends)))
     returns = episode_sums(torch.from_numpy(np.concatenate(rewards)), starts)
-    np.save(place / "starts.npy", starts.numpy())
-    np.save(place / "returns.npy", returns.float().numpy())
+    store(place / "starts.npy", starts.numpy())
+    store(place / "returns.npy", returns.float().numpy())
     whole = torch.ones(len(starts), dtype=torch.bool)
     last = torch.tensor([count for _, count in cut]).cumsum(0) - 1
     whole[last] = ~torch.tensor([was_cut for was_cut, _ in cut])

@@ -7,6 +7,13 @@ from offrl.data.dataset import DataError, Dataset
 SUFFIXES = (".hdf5", ".h5", ".npz")
 
 
+def settled(source: str, dataset: str) -> str:
+    """The source behind "auto": files where `dataset` is the path of one, else generated."""
+    if source != "auto":
+        return source
+    return "files" if Path(dataset).suffix in SUFFIXES else "generated"
+
+
 def load(source: str, env: str, dataset: str, rows: int | None = None, workers: int = 0) -> Dataset:
     """The data set `dataset` of `env` from a source.
 
@@ -21,9 +28,7 @@ def load(source: str, env: str, dataset: str, rows: int | None = None, workers: 
         DataError: if the data cannot be found or used.
         OSError: if a download or the cache fails.
     """
-    is_file = Path(dataset).suffix in SUFFIXES
-    if source == "auto":
-        source = "files" if is_file else "generated"
+    source = settled(source, dataset)
     if rows is not None and source != "generated":
         raise DataError(f"rows= chooses how much to generate; source={source} has its own number")
     if source == "generated":

@@ -150,11 +150,12 @@ class Runner:
             self.save()
         return self.curve
 
-    def run_stage(self, stage: Stage, stopping: list[int]) -> None:
-        if not self.begun and stage.before is not None:
-            stage.before()
-        self.begun = True
-        sample = stage.start()
+    def run_stage(self, stage: Stage, stopping: "StopRequests") -> None:
+        with stopping.at_once():  # nothing is lost: the last stage's end is in the checkpoint
+            if not self.begun and stage.before is not None:
+                stage.before()
+            self.begun = True
+            sample = stage.start()
         while stage.steps is None or self.step < stage.steps:
             at_border = self.step % stage.cycle == 0
             if stage.steps is None and at_border and stage.stop is not None and stage.stop():
@@ -166,7 +167,7 @@ class Runner:
             self.meter.add(metrics, self.step)
             self.step += 1
             self.after_update(stage)
-            if stopping:
+            if stopping.received:
                 self.save()
                 raise Interrupted(f"stopped at step {self.shown}; checkpoint written")
         self.flush(stage)
@@ -253,22 +254,47 @@ def check_finite(state: dict[str, Any], where: str = "") -> None:
             )
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """A list that receives the number of SIGINT or SIGTERM; a second SIGINT interrupts at once."""
-    received: list[int] = []
+class StopRequests:
+    """SIGINT and SIGTERM, counted so that the loop ends at a border of updates.
 
-    def handler(number: int, frame: Any) -> None:
-        if signal.SIGINT in received and number == signal.SIGINT:
+    A second SIGINT interrupts at once, as does the first while nothing needs saving.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.urgent = False
+
+    def __bool__(self) -> bool:
+        return bool(self.received)
+
+    def handle(self, number: int, frame: Any) -> None:
+        if self.urgent or (signal.SIGINT in self.received and number == signal.SIGINT):
             raise KeyboardInterrupt
-        received.append(number)
+        self.received.append(number)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it the first signal interrupts."""
+        if self.received:
+            raise KeyboardInterrupt
+        self.urgent = True
+        try:
+            yield
+        finally:
+            self.urgent = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Receive SIGINT and SIGTERM; outside of the main thread nothing is received."""
+    stopping = StopRequests()
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield stopping
         return
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.signal(number, stopping.handle) for number in numbers}
     try:
-        yield received
+        yield stopping
     finally:
         for number, previous in old.items():
             signal.signal(number, previous)

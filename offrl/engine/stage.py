@@ -86,7 +86,7 @@ class Stage:
         between: (period, function) pairs of eager work, done before every update whose number is
             a multiple of the period: environment steps, model roll-outs.
         before: eager work done once when the stage begins and not on resume: random warm-up.
-        stop: asked after each `cycle`; True ends the stage.
+        stop: of a stage without `steps`: asked before each `cycle`; True ends the stage.
         offset: added to the update's number wherever a step is shown; an online method's
             environment steps before its first update.
         parts: state beside the algorithm's, saved in every checkpoint.
@@ -145,4 +145,9 @@ def load_modules(owner: Any, names: Sequence[str], state: dict[str, Any]) -> Non
             getattr(owner, name).load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"the checkpoint's {name} does not fit: {error}") from error
+    for name in names:
+        if isinstance(optimizer := getattr(owner, name), torch.optim.Optimizer):
+            for group in optimizer.param_groups:  # torch leaves a loaded rate where the file was
+                if isinstance(group["lr"], Tensor):
+                    group["lr"] = group["lr"].to(group["params"][0].device)
     owner.generator.set_state(state["generator"].cpu())

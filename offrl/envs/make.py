@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -51,6 +52,11 @@ def env_id(name: str, version: str = "v5") -> str:
         return f"{ROBOTS[name]}-{version}"
     if name in gymnasium.registry:
         return name
+    if name.startswith("d4rl-"):
+        raise ValueError(
+            f"there is no environment for {name!r} yet, so training on it could not be scored; "
+            "offrl.data.d4rl.load reads its data"
+        )
     known = [*ROBOTS, *gymnasium.registry]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -131,3 +137,6 @@ def lighten(env: gymnasium.Env) -> None:
         model.body_inertia[body] *= old / new
     if "HalfCheetah" in str(env.spec.id if env.spec else ""):
         mujoco.mj_setTotalmass(model, total)
+    # inverse weights and subtree masses follow from the masses; the reset comes after this
+    core: Any = env.unwrapped
+    mujoco.mj_setConst(model, core.data)

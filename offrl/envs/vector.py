@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+POSITIONS = ("xpos", "xipos")  # of body frames (Ant, Pusher) and centers of mass (Humanoid)
+
 
 class Vector:
     """n environments stepped one after the other; on few cores faster than worker processes.
@@ -82,17 +84,19 @@ class Vector:
 def snapshot(env: gymnasium.Env) -> dict[str, Any]:
     """What decides the future of an environment: its state, clock and generator.
 
-    MuJoCo's integration state, or the `state` of Gymnasium's classic control. Other environments
-    give their generator only, and `restore` says so.
+    MuJoCo's integration state with the body positions that rewards read before a step (of the last
+    substep, so nothing computes them anew), or the `state` of Gymnasium's classic control. Other
+    environments give their generator only, and `restore` says so.
     """
     core: Any = env.unwrapped
-    found = {"generator": generator_state(core.np_random)}
+    found: dict[str, Any] = {"generator": generator_state(core.np_random)}
     if hasattr(core, "model") and hasattr(core, "data"):
         import mujoco
 
         kind = mujoco.mjtState.mjSTATE_INTEGRATION
         physics = np.empty(mujoco.mj_stateSize(core.model, kind))
         mujoco.mj_getState(core.model, core.data, physics, kind)
+        found |= {name: torch.tensor(getattr(core.data, name)) for name in POSITIONS}
         return found | {"physics": torch.from_numpy(physics), "elapsed": elapsed(env)}
     if core.__module__.startswith("gymnasium.envs.classic_control"):
         return found | {"state": torch.tensor(np.asarray(core.state)), "elapsed": elapsed(env)}
@@ -112,6 +116,8 @@ def restore(env: gymnasium.Env, state: dict[str, Any]) -> bool:
 
         kind = mujoco.mjtState.mjSTATE_INTEGRATION
         mujoco.mj_setState(core.model, core.data, state["physics"].numpy(), kind)
+        for name in POSITIONS:
+            getattr(core.data, name)[:] = state[name].numpy()
     elif "state" in state:
         core.state = state["state"].numpy().copy()
     else:

@@ -253,9 +253,6 @@ class Adapter(Host):
             self._update()
         return result
 
-    def _reg_inputs(self, inputs, seen) -> tuple[RegInputs, Tensor | None]:
-        raise NotImplementedError
-
     def _observe(self, metrics: dict[str, Tensor], sync: dict[str, Tensor]) -> None:
         """Add one micro-batch to the window."""
         new = {f"sync:{k}": v.detach().double() for k, v in sync.items()}

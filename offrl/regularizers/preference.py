@@ -100,7 +100,8 @@ def f_link(rho: Tensor, kind: Link, order: float | None = None) -> Tensor:
     Raises:
         ValueError: unknown kind, or order missing or not asked for.
 
-    Source: Wang et al., "Beyond Reverse KL", ICLR 2024, arXiv:2309.16240; TRL 1.16.
+    Source: TRL 1.16; Wang et al., "Beyond Reverse KL", ICLR 2024, arXiv:2309.16240 (from memory
+    of the paper; not checked).
 
     >>> f_link(torch.tensor([0.0, 2.0]), "reverse-kl"), f_link(torch.tensor([2.0]), "alpha", 0.5)
     (tensor([0.0000, 0.8647]), tensor([1.2642]))

@@ -1,5 +1,6 @@
 """Pictures of runs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -32,3 +33,69 @@ def learning_curve(
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def curves(
+    path: Path,
+    panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    xlabel: str,
+    ylabel: str,
+) -> None:
+    """Learning curves, one panel per task, as PNG: mean over seeds, shaded from lowest to highest.
+
+    Args:
+        panels: task -> method -> steps (points,) and values (seeds, points).
+    """
+    colors = colors_of(panels)
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 3.8), dpi=120, squeeze=False
+    )
+    for axes, (task, methods) in zip(grid[0], panels.items(), strict=True):
+        for name, (steps, values) in methods.items():
+            axes.plot(steps, values.mean(0), color=colors[name], linewidth=1.6, label=name)
+            axes.fill_between(steps, values.min(0), values.max(0), color=colors[name], alpha=0.15,
+                              linewidth=0)  # fmt: skip
+        axes.set(title=task, xlabel=xlabel)
+        axes.grid(alpha=0.3)
+    grid[0][0].set_ylabel(ylabel)
+    with_legend(figure, colors)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def scores(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: str) -> None:
+    """Bars of the mean and a dot per seed, one panel per task, as PNG.
+
+    Args:
+        panels: task -> method -> values (seeds,).
+    """
+    colors = colors_of(panels)
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(3.4 * len(panels), 0.8 + 0.4 * len(colors)), dpi=120,
+        squeeze=False, sharey=True,
+    )  # fmt: skip
+    place = {name: i for i, name in enumerate(colors)}
+    for axes, (task, methods) in zip(grid[0], panels.items(), strict=True):
+        for name, values in methods.items():
+            axes.barh(place[name], values.mean(), color=colors[name], alpha=0.6)
+            axes.plot(values, [place[name]] * len(values), "o", color="black", markersize=3)
+        axes.set(title=task, xlabel=xlabel, yticks=list(place.values()),
+                 yticklabels=list(place))  # fmt: skip
+        axes.grid(alpha=0.3, axis="x")
+    grid[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def colors_of(panels: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    """One color per method, the same in all panels."""
+    names = sorted({name for methods in panels.values() for name in methods})
+    return {name: f"C{i}" for i, name in enumerate(names)}
+
+
+def with_legend(figure: plt.Figure, colors: Mapping[str, str]) -> None:
+    """One legend below all panels."""
+    handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 5), frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))

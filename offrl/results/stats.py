@@ -1,6 +1,7 @@
 """Statistics over seeds: interquartile mean and bootstrap intervals."""
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
@@ -44,3 +45,23 @@ def interval(
             rng=np.random.default_rng(seed),
         )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def stratified_interval(
+    values: Sequence[np.ndarray], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of the mean over tasks of the IQM over seeds.
+
+    Seeds are resampled within each task. None if a task has fewer than two seeds.
+
+    Args:
+        values: one array (seeds,) per task; the numbers of seeds may differ.
+    """
+    if any(len(v) < 2 for v in values):
+        return None
+    rng = np.random.default_rng(seed)
+    means = np.mean(
+        [iqm(v[rng.integers(len(v), size=(resamples, len(v)))], axis=-1) for v in values], axis=0
+    )
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

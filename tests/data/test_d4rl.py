@@ -1,6 +1,7 @@
-"""D4RL's names, files, defects and reward conventions."""
+"""D4RL's names, files and defects."""
 
 import logging
+import shutil
 
 import h5py
 import numpy as np
@@ -62,15 +63,23 @@ def write(path, terminals, timeouts=None, **more):
     ],
 )  # fmt: skip
 def test_addresses(env, dataset, end):
-    _, source = d4rl.resolve(env, dataset)
+    *_, source = d4rl.resolve(env, dataset)
     assert source.url == f"http://rail.eecs.berkeley.edu/datasets/offline_rl/{end}"
 
 
-def test_every_data_set_has_its_own_file_and_a_reference():
+def test_every_data_set_has_its_own_file():
     stems = [source.stem for sets in d4rl.SOURCES.values() for source in sets.values()]
     assert len(stems) == len(set(stems)) == 24 + 6 + 6 + 12 + 3
-    for env, sets in d4rl.SOURCES.items():
-        assert all(d4rl.reference(f"d4rl-{env}", name) is not None for name in sets)
+
+
+@pytest.mark.parametrize("env", d4rl.SOURCES)
+def test_every_data_set_comes_with_the_returns_of_its_environment(tmp_path, env):
+    for name, source in d4rl.SOURCES[env].items():
+        write(tmp_path / "package" / source.file, [0] * 5, [0, 0, 1, 0, 0])
+        row = f"{env}-dense" if name == "dense" else env
+        for names in ((f"d4rl-{env}", name), (f"d4rl-{env}-{name}", "")):
+            assert d4rl.load(*names).info["reference"] == list(REFERENCES[row])
+            shutil.rmtree(tmp_path / "home")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +226,7 @@ def test_the_kitchen_has_no_timeouts_and_counts_its_horizon(tmp_path):
     ],
 )
 def test_defects_are_told(tmp_path, env, dataset, words):
-    _, source = d4rl.resolve(env, dataset)
+    *_, source = d4rl.resolve(env, dataset)
     write(tmp_path / "package" / source.file, [0] * 5, [0, 0, 1, 0, 0])
     assert any(words in note for note in d4rl.load(env, dataset).info["notes"])
 
@@ -225,17 +234,6 @@ def test_defects_are_told(tmp_path, env, dataset, words):
 def test_sound_data_sets_have_no_notes(tmp_path):
     write(tmp_path / "package" / "hopper_expert-v2.hdf5", [0] * 5, [0, 0, 1, 0, 0])
     assert d4rl.load("hopper", "expert").info["notes"] == []
-
-
-@pytest.mark.parametrize(
-    ("name", "pair"),
-    [
-        ("raw", (0, 1)), ("minus-one", (-1, 0)), ("cql", (-2, 2)), ("corl-cql", (-5, 5)),
-        ("rebrac", (0, 100)), ("prdc", (-1, 9999)),
-    ],
-)  # fmt: skip
-def test_antmaze_rewards(name, pair):
-    assert tuple(d4rl.ANTMAZE_REWARDS[name](torch.tensor([0.0, 1.0])).tolist()) == pair
 
 
 def test_the_view_of_a_full_data_set_loses_limits_and_the_last_row():

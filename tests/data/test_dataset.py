@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offrl.data import DataError, Dataset, prepare, transitions
-from offrl.data.dataset import bounds, check, episode_sums, read, save, write
+from offrl.data.dataset import bounds, check, episode_sums, read, store, write
 
 ALL = ("obs", "act", "reward", "next_obs", "terminal", "timeout")
 
@@ -20,6 +20,15 @@ def toy(rows=30, **changes):
     ) | changes  # fmt: skip
     starts = torch.arange(0, rows, 10)
     return Dataset(fields, starts, episode_sums(fields["reward"], starts).float(), "toy")
+
+
+def save(data, folder):
+    def fill(place):
+        for name, value in (data.fields | {"starts": data.starts, "returns": data.returns}).items():
+            store(place / f"{name}.npy", value.numpy())
+        return {"name": data.name, "info": data.info, "fields": list(data.fields)}
+
+    write(folder, fill)
 
 
 def test_bounds_and_sums_of_episodes():

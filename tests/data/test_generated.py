@@ -153,6 +153,7 @@ def test_packed_policies_play_as_the_run_that_they_come_from(tmp_path, monkeypat
     told = packing.pack({"hopper": run.parent}, folder=tmp_path / "out", episodes=2)
     robot = told["robots"]["hopper"]
     assert (robot["seed"], robot["random_steps"], robot["env"]) == (4, 100, "Hopper-v5")
+    assert robot["last_snapshot"] == 103
     medium, expert = policies.load("hopper", tmp_path / "out")
     assert (medium.about["role"], medium.about["step"]) == ("medium", 101)
     assert expert.about["return"] > 0
@@ -262,7 +263,7 @@ def test_ctrl_c_leaves_nothing(cache, tmp_path):
         [sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True
     )
     limit = time.monotonic() + 60
-    while not list(cache.glob("generated/.hopper*/obs.npy")) and time.monotonic() < limit:
+    while not list(cache.glob("generated/.hopper*/new/obs.npy")) and time.monotonic() < limit:
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     _, told = run.communicate(timeout=60)

@@ -238,6 +238,20 @@ def test_without_a_network_the_alternatives_are_named(tmp_path, monkeypatch):
     assert len(minari.load("toy/log-v0")) == 3
 
 
+def test_an_interrupted_download_is_not_taken_for_a_data_set(tmp_path, monkeypatch):
+    def interrupted(dataset_id):
+        shutil.copytree(whole, tmp_path / "minari" / dataset_id)
+        raise KeyboardInterrupt
+
+    whole = tmp_path / "minari" / "toy" / "log-v0"
+    store("toy/log-v0", [episode(3)])
+    monkeypatch.setattr(package, "download_dataset", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        minari.load("toy/other-v0")
+    with pytest.raises(FileNotFoundError, match="download is off"):
+        minari.load("toy/other-v0", download=False)
+
+
 @pytest.mark.parametrize("name", ["medium", "toy/log", "../toy/log-v0", "/tmp/log-v0", ""])
 def test_malformed_ids_are_refused_before_anything_is_touched(tmp_path, name):
     store("toy/log-v0", [episode(3)])

@@ -79,10 +79,40 @@ def test_both_full_searches_return_the_definition(data, table, monkeypatch, way,
     index, pi = queries(data[1], sd=1.0)
     truth = definition(*data, index, pi, beta)
     for least in (1e9, float((pi - data[1][index]).double().square().sum(-1).max())):
-        found = replace(table, finders={}).search(
+        found = replace(table, trees={}, finders={}).search(
             index, pi, beta, torch.full((256,), least, dtype=torch.float64)
         )
         assert torch.equal(found, truth)
+
+
+def test_on_cuda_every_open_query_is_searched_and_no_tree_is_built(data, table, monkeypatch):
+    class Cuda(torch.Tensor):
+        is_cuda = True  # this machine may have none; the answers on one are the gpu test's
+
+    monkeypatch.setattr(neighbors, "Tree", None)
+    index, pi = queries(data[1], sd=2.0)
+    far = replace(table, act=table.act.as_subclass(Cuda), trees={}, finders={})
+    row, info = far.nearest(index, pi, 0.5)
+    assert info["uncertified"] * 256 > 64
+    assert torch.equal(row.as_subclass(torch.Tensor), definition(*data, index, pi, 0.5))
+
+
+def test_the_number_of_queries_decides_the_search(data, table, monkeypatch):
+    asked = []
+
+    def fastest(ways, index, *sample):
+        asked.append(len(index))
+        return "tree" if len(index) < 16 else "products"
+
+    monkeypatch.setattr(neighbors, "fastest", fastest)
+    index, pi = queries(data[1], sd=1.0)
+    least = torch.full((256,), 1e9, dtype=torch.float64)
+    fresh = replace(table, trees={}, finders={})
+    for count in (1, 2, 3, 64, 100, 1):
+        found = fresh.search(index[:count], pi[:count], 2.0, least[:count])
+        assert torch.equal(found, definition(*data, index[:count], pi[:count], 2.0))
+    assert asked == [1, 2, 64]
+    assert len(fresh.trees) == 1
 
 
 def test_lists_decide_most_rows_near_the_data(data, table):
@@ -240,7 +270,7 @@ def test_lists_may_be_longer_than_the_data():
 
 
 def entry(cache):
-    (folder,) = (cache / "neighbors").iterdir()
+    (folder,) = (cache / "neighbors").glob("*-v*")
     return folder
 
 
@@ -284,7 +314,7 @@ def test_an_interrupted_build_leaves_nothing(data, tmp_path, monkeypatch):
     monkeypatch.setattr(neighbors, "take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         StateNeighbors.build(*data, "digest", cache=tmp_path)
-    assert not list((tmp_path / "neighbors").iterdir())
+    assert [path.name for path in (tmp_path / "neighbors").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
@@ -306,5 +336,9 @@ def test_cuda_agrees_with_the_definition(data):
     index, pi = queries(data[1])
     for beta in BETAS:
         truth = definition(*data, index, pi, beta)
-        row, info = table.nearest(index.cuda(), pi.cuda(), beta)
-        assert info["overflow"] > 0 or torch.equal(row.cpu(), truth)
+        row, _ = table.nearest(index.cuda(), pi.cuda(), beta)
+        assert torch.equal(row.cpu(), truth)
+    index, pi = queries(data[1], sd=2.0)  # more open queries than a budget would take
+    row, info = table.nearest(index.cuda(), pi.cuda(), 0.5)
+    assert info["uncertified"] * 256 > 64
+    assert torch.equal(row.cpu(), definition(*data, index, pi, 0.5))

@@ -1,9 +1,10 @@
+import mujoco
 import numpy as np
 import pytest
 import torch
 
 from offrl.engine.evaluate import Evaluator
-from offrl.envs.make import factory
+from offrl.envs.make import ROBOTS, VERSIONS, factory
 from offrl.envs.vector import Vector, restore, snapshot
 
 
@@ -59,6 +60,43 @@ def test_a_snapshot_continues_bit_equal_through_the_next_episode(name):
     other.reset(seed=99)
     assert restore(other, saved)
     np.testing.assert_array_equal(play(other, acts), expected)
+
+
+@pytest.mark.parametrize("name", ["hopper", "walker2d", "halfcheetah"])
+def test_lighter_robots_have_the_constants_of_their_masses(name):
+    core = factory(name, "v4", legacy_mass=True)().unwrapped
+    model = core.model
+    assert model.body_subtreemass[0] == pytest.approx(model.body_mass.sum())
+    before = model.body_invweight0.copy(), model.dof_invweight0.copy()
+    mujoco.mj_setConst(model, core.data)
+    np.testing.assert_array_equal(model.body_invweight0, before[0])
+    np.testing.assert_array_equal(model.dof_invweight0, before[1])
+    heavy = factory(name, "v4")().unwrapped.model
+    assert (heavy.dof_invweight0 != model.dof_invweight0).any()
+
+
+def test_d4rl_tasks_without_an_environment_are_told_apart_from_misspellings():
+    with pytest.raises(ValueError, match="no environment for 'd4rl-antmaze-large' yet"):
+        factory("d4rl-antmaze-large")
+
+
+# Gymnasium's Pusher-v4 refuses mujoco 3
+PLAYABLE = [(n, v) for n in ROBOTS for v in VERSIONS if (n, v) != ("pusher", "v4")]
+
+
+@pytest.mark.parametrize(("name", "version"), PLAYABLE)
+def test_every_robot_continues_from_a_snapshot_in_mid_episode(name, version):
+    env, other = factory(name, version)(), factory(name, version)()
+    g = np.random.default_rng(0)
+    acts = g.uniform(-0.3, 0.3, (8, *env.action_space.shape))
+    env.reset(seed=3)
+    other.reset(seed=99)
+    assert not any(env.step(act)[2] for act in acts[:3])
+    assert restore(other, snapshot(env))
+    for act in acts[3:]:
+        expected, found = env.step(act), other.step(act)
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert found[1:4] == expected[1:4]
 
 
 def test_v5_pays_one_less_per_fall_than_v4():

@@ -33,6 +33,17 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def masked(case: Case) -> bool:
+    """Padding means something to the module."""
+    return case.inputs(generator(), B, T).mask is not None
+
+
+def rowwise(case: Case) -> bool:
+    """A row's output is its own: no scalar, no statistics of the batch, no groups of two rows."""
+    x = case.inputs(generator(), B, T)
+    return not case.rows_mix and x.group is None and result(trained(case)(x)).dim() > 0
+
+
 def tensors(x: RegInputs) -> dict[str, Tensor]:
     """All tensors by name, as `RegInputs.need` spells it."""
     found = {}
@@ -143,11 +154,9 @@ def test_reads_only_what_it_requires_and_writes_one_result(case):
     assert module.stage not in stage or not result(out).requires_grad
 
 
-@every
+@some(masked)
 def test_padding_changes_no_result_and_no_gradient(case):
     module, x = trained(case), case.inputs(generator(), B, T)
-    if x.mask is None:
-        pytest.skip("no mask")
     valid = x.mask.bool()
 
     def spoiled(name, value):
@@ -199,12 +208,10 @@ def test_permuting_rows_permutes_the_result(case):
         torch.testing.assert_close(out.metrics[key], value, equal_nan=True)
 
 
-@some(lambda case: not case.rows_mix)
+@some(rowwise)
 def test_a_row_alone_gives_what_it_gives_in_a_batch(case):
     module, x = trained(case), case.inputs(generator(), B, T)
     expected = result(module(x))
-    if expected.dim() == 0 or x.group is not None:
-        pytest.skip("a scalar, or groups of two rows")
     own = result(module(changed(x, lambda name, v: v[2:3] if v.dim() and len(v) == B else v)))
     torch.testing.assert_close(own, expected[2:3])
 
@@ -227,11 +234,9 @@ def test_coefficient_zero_gives_exact_zeros_and_needs_no_input(case):
     reg.update({})
 
 
-@every
+@some(masked)
 def test_a_batch_without_valid_elements_is_finite_with_a_gradient_path(case):
     module, x = trained(case), case.inputs(generator(), B, T)
-    if x.mask is None:
-        pytest.skip("no mask")
     x = changed(x, lambda name, v: torch.zeros_like(v) if name == "mask" else v)
     if module.stage not in ("loss", "model"):
         assert result(module(x)).isfinite().all()

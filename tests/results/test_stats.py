@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from offrl.results.stats import interval, iqm
+from offrl.results.stats import interval, iqm, stratified_interval
 
 
 def test_the_outer_quarters_do_not_count():
@@ -29,3 +29,9 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 def test_the_seed_decides_the_resampling():
     values = np.random.default_rng(0).normal(size=6)
     assert interval(values, resamples=200) == pytest.approx(interval(values, resamples=200))
+
+
+def test_the_mean_over_tasks_is_resampled_within_each_task():
+    low, high = stratified_interval([np.array([0.0, 0.0]), np.array([10.0, 20.0])], resamples=2000)
+    assert (low, high) == (5.0, 10.0)
+    assert stratified_interval([np.array([0.0, 1.0]), np.array([1.0])]) is None

@@ -1,0 +1,47 @@
+import json
+
+import numpy as np
+import pytest
+
+from offrl.cli import options
+from offrl.config import ConfigError
+from offrl.speed import Options, measure_speed
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setenv("OFFRL_HOME", str(tmp_path / "home"))
+    g = np.random.default_rng(0)
+    size = 400
+    obs = g.normal(size=(size + 1, 17)).astype(np.float32)
+    path = tmp_path / "data.npz"
+    np.savez(
+        path,
+        observations=obs[:-1],
+        actions=g.uniform(-1, 1, size=(size, 6)).astype(np.float32),
+        rewards=g.normal(size=size).astype(np.float32),
+        next_observations=obs[1:],
+        terminals=np.zeros(size, bool),
+        timeouts=np.arange(size) % 100 == 99,
+    )
+    return path
+
+
+def test_the_table_tells_ratios_options_and_the_cost_of_uncertified_rows(data, tmp_path):
+    words = ["source=files", "warmup=2", "rounds=1", "updates=4", "algos=[td3bc,prdc]"]
+    words += [f"dataset={data}", "set={prdc.alpha:3.0}", f"out={tmp_path / 'out.json'}"]
+    found = measure_speed(options(Options, words))
+    assert json.loads((tmp_path / "out.json").read_text()) == found
+    assert found["methods"]["td3bc"]["time_ratio"] == 1.0
+    assert found["methods"]["prdc"]["options"] == {"algo.alpha": 3.0}
+    assert 0 < found["methods"]["prdc"]["outside_products"] < 1
+    shares = [row["certified"] for row in found["certificate"]]
+    assert shares[0] > 0.99  # the data's own actions are their own neighbors
+    assert found["certificate"][0]["self_match"] == 1.0
+    assert shares[-1] <= shares[0]
+
+
+def test_options_of_methods_that_are_not_measured_are_refused(data):
+    words = [f"dataset={data}", "source=files", "algos=[bc]", "set={prdc.alpha:3.0}"]
+    with pytest.raises(ConfigError, match=r"got 'prdc\.alpha'"):
+        measure_speed(options(Options, words))
