@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offrl.regularizers import Compose, RegInputs, Regularizer
+from offrl.regularizers import Compose, RegInputs, RegOutput, Regularizer
 from offrl.regularizers.base import Stage
 
 LOSS_STAGES: tuple[Stage, ...] = ("token", "loss")
@@ -23,8 +23,8 @@ def load(package: str, release: str, module: str, expected: Mapping[str, str]) -
         package: name of the distribution, for messages.
         release: the release that the adapter was written for.
         module: dotted name.
-        expected: dotted name inside the module -> its parameters, separated by spaces; more
-            parameters may follow if they have defaults.
+        expected: dotted name inside the module -> its parameters, separated by spaces. One more is
+            a change too, since the adapter stands in for some of these functions.
 
     Raises:
         ImportError: the module cannot be imported.
@@ -44,7 +44,7 @@ def load(package: str, release: str, module: str, expected: Mapping[str, str]) -
             value = getattr(value, part, None)
         if value is None:
             problems.append(f"{name} is missing")
-        elif not same_call(value, wanted):
+        elif parameters(value) != wanted:
             problems.append(f"{name} takes ({parameters(value)}), expected ({wanted})")
     if problems:
         try:
@@ -59,16 +59,12 @@ def load(package: str, release: str, module: str, expected: Mapping[str, str]) -
 
 
 def parameters(function: Callable) -> str:
+    """Names, separated by spaces, without `self`.
+
+    >>> parameters(compose)
+    'regularizers offers remedies where'
+    """
     return " ".join(name for name in inspect.signature(function).parameters if name != "self")
-
-
-def same_call(function: Callable, wanted: str) -> bool:
-    given = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
-    names, more = wanted.split(), given[len(wanted.split()) :]
-    optional = (
-        p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in more
-    )
-    return [p.name for p in given[: len(names)]] == names and all(optional)
 
 
 def compose(
@@ -83,7 +79,7 @@ def compose(
         offers: stage that runs there -> inputs that it gets. At the loss nothing may keep a state,
             since the hosts do not say there when an optimizer step ends, nor save what worker
             processes hold.
-        remedies: input -> what to change to get it.
+        remedies: input -> how to get it, or why not, for messages.
         where: name of the place, for messages.
 
     Raises:
@@ -96,46 +92,38 @@ def compose(
                 raise ValueError(f"{name}: {where} runs {', '.join(offers)}, not {stage!r}")
             lacking = sorted(part.requires - offers[stage])
             if lacking:
-                needs = "; ".join(f"{n!r}, {remedies.get(n, 'which it lacks')}" for n in lacking)
-                raise ValueError(f"{name}: {where} does not provide {needs}")
+                needs = [f"{n!r} ({remedies[n]})" if n in remedies else repr(n) for n in lacking]
+                raise ValueError(f"{name}: {where} does not provide {', '.join(needs)}")
             if stage in LOSS_STAGES and next(part.buffers(), None) is not None:
                 raise ValueError(
                     f"{name} keeps a state, which {where} can neither update nor save at the loss: "
-                    "give it a constant coefficient"
+                    "give it a constant coefficient, or choose a module without a state"
                 )
     return reg
 
 
-def token_weight(reg: Compose, x: RegInputs) -> Tensor | None:
-    """Product of the weights of the token stage, detached; None without one."""
-    return reg.run("token", x).token_weight
-
-
 def extra_loss(
-    reg: Compose,
-    x: RegInputs,
-    weight: Tensor | None,
-    reduce: Callable[[Tensor, str], Tensor],
+    reg: Compose, x: RegInputs, token: RegOutput, reduce: Callable[[Tensor, str], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Term of the loss stage, reduced by the host, and the modules' metrics.
+    """Term of the loss stage, reduced by the host, and metrics of the token and the loss stage.
 
     Args:
-        weight: of the token stage.
+        x: with `logp` and `mask`, (B, T).
+        token: what the token stage returned; its weights multiply the term too.
         reduce: (values (B, T), mode of `masked_reduce`) -> 0-d, normalized over the whole step.
 
     A module that returns a scalar reduced it over the rows that it saw; over the micro-batches of a
     step such scalars are averaged, each with its share of the sequences.
     """
-    logp, mask = x.need("logp"), x.need("mask")
-    # 0 with a gradient path, where all tokens are masked too
-    loss = torch.where(mask.bool(), logp, 0.0).sum() * 0.0
-    metrics: dict[str, Tensor] = {}
+    mask, metrics = x.need("mask").bool(), dict(token.metrics)
+    loss = x.need("logp").new_zeros(())
     for name, part in reg.at("loss").items():
         out = part(x)
         if out.per_element is not None:
-            per = out.per_element if weight is None else out.per_element * weight
+            weight = 1.0 if token.token_weight is None else token.token_weight
             # hosts multiply by the mask, which lets NaN in padding through
-            loss = loss + reduce(torch.where(mask.bool(), per, 0.0), part.reduction)
+            kept = torch.where(mask, out.per_element * weight, 0.0)
+            loss = loss + reduce(kept, part.reduction)
         elif out.loss is not None:
             loss = loss + reduce(out.loss.expand(mask.shape), "seq-mean-token-mean")
         metrics |= {f"{name}/{key}": value.detach() for key, value in out.metrics.items()}

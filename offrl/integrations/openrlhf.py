@@ -15,8 +15,11 @@ No loss is copied: each method is called, and added to.
 
 OpenRLHF works in Ray actors, so the patch must be entered in each of their processes and stay:
 
-    def setup():  # ray.init(runtime_env={"worker_process_setup_hook": setup})
-        patch(REGULARIZERS, correct=0.5).__enter__()
+    def setup():
+        patch([LengthShaper("kimi", coef=0.1)], correct=0.5).__enter__()
+
+    ray.init(runtime_env={"worker_process_setup_hook": setup})  # the next line leaves it running
+    runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__")
 
 Without a patch, `--reward.remote_url file.py` takes `reward_func(queries, prompts, labels)`, which
 is called with one response at a time: formulas of single rows fit, groups do not.
@@ -28,7 +31,8 @@ reward model or `reward_func` returned; OpenRLHF's own length and KL penalties c
 Responses are then spread over ranks and micro-batches: no groups are known at the loss. Prompts
 have no integer names: no histories. The critic's loss is left alone. OpenRLHF cuts KL estimates at
 +-10, where the gradient of its own ends; ours go on. Written for OpenRLHF 0.11.2; tried on its
-methods with a tiny actor, not with Ray, DeepSpeed or vLLM.
+methods with a tiny actor and on the hook in Ray's workers, not in a training run with DeepSpeed and
+vLLM.
 """
 
 import functools
@@ -42,7 +46,6 @@ from torch.nn import functional as F
 
 from offrl.integrations import host
 from offrl.regularizers import RegInputs, Regularizer
-from offrl.regularizers.reductions import dense_groups
 
 RELEASE = "0.11.2"
 MODES = {"token-mean": True, "seq-mean-token-mean": False}  # -> token_level_loss
@@ -60,8 +63,8 @@ ROWS = frozenset(
 TOKENS = frozenset({"logp", "old_logp", "ref_logp", "entropy", "advantages", "mask", "lengths"})
 REMEDIES = {
     "correct": "pass correct=, the reward from which on a response counts as correct",
-    "prompt_id": "but prompts have no integer names here",
-    "group": "which is known to the reward and the advantage stage only",
+    "prompt_id": "prompts have no integer names there",
+    "group": "it is known to the reward and the advantage stage only",
 }
 
 load = functools.partial(host.load, "openrlhf", RELEASE)
@@ -159,7 +162,7 @@ class patch:
             correct=None if self.correct is None else rewards >= self.correct,
             lengths=mask.sum(-1),
             finished=torch.cat(cut) == 0 if cut else None,
-            group=dense_groups(index // group_size),
+            group=index // group_size,
             mask=mask,
             old_logp=stack([e.action_log_probs for e in experiences]),
             step=torch.tensor(self.step, device=rewards.device),
@@ -199,20 +202,19 @@ class patch:
     ) -> tuple:
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         x = self._tokens(log_probs, old_log_probs, advantages, mask)
-        weight = host.token_weight(self.reg, x)
+        token = self.reg.run("token", x)
+        weight = token.token_weight
         weighted = advantages if weight is None else advantages * weight
         loss, *others = original(
             module, log_probs, old_log_probs, weighted, action_mask, rollout_log_probs, **sizes
         )
-        if "loss" in self.reg.stages:
-            reduce = lambda value, mode: self._loss.aggregate_loss(  # noqa: E731
-                value, mask, token_level_loss=MODES[mode], **sizes
-            )
-            extra, metrics = host.extra_loss(self.reg, x, weight, reduce)
-            loss = loss + extra
-            if "info" in self._seen:
-                self._seen["info"] |= {f"reg/{name}": value for name, value in metrics.items()}
-        return (loss, *others)
+
+        def reduce(value: Tensor, mode: str) -> Tensor:
+            return self._loss.aggregate_loss(value, mask, MODES[mode], **sizes)
+
+        extra, metrics = host.extra_loss(self.reg, x, token, reduce)
+        self._seen.get("info", {}).update({f"reg/{k}": v for k, v in metrics.items()})
+        return (loss + extra, *others)
 
     def _tokens(self, logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> RegInputs:
         reference, entropy = self._seen.get("ref_logp"), self._seen.get("entropy")

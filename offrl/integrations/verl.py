@@ -15,9 +15,9 @@ No loss or estimator of verl is copied. Each of the three calls verl's own and a
     RegularizedLoss     the same with the entropy and the reference's log-probabilities
 
 Weights of the token stage multiply the advantages that verl's loss reads, which must be linear in
-them for weights >= 0, as all of verl's clipped losses are. Terms are reduced by verl's `agg_loss`
-with the module's own `reduction` (the names are verl's) and the sizes of the whole mini-batch, so
-that they do not depend on micro-batches or shards.
+them for weights >= 0; geo_mean, dro, clip_cov and kl_cov are not, and are refused. Terms are
+reduced by verl's `agg_loss` with the module's own `reduction` (the names are verl's) and the sizes
+of the whole mini-batch, so that they do not depend on micro-batches or shards.
 
 Limits. verl passes no group, reward or reference to a policy loss and no log-probabilities to an
 estimator; its `uid` is drawn anew whenever a prompt is sampled, so that histories of prompts find
@@ -26,8 +26,8 @@ anything: at the loss only constant coefficients are taken. On the driver module
 rollout batch; verl's checkpoints do not contain them, see `state`. Estimators other than "grpo"
 skip verl's handling of rollouts with several outputs: every output is a row of its group. Rewards
 contain the KL where `use_kl_in_reward` is set. verl cuts its k3 at 10, where the gradient of its
-own ends; ours goes on. Written for verl 0.9.1 and its `trainer.use_v1`; tried on its functions, not
-in a training run.
+own ends; ours goes on. Metrics of terms are means over micro-batches. Written for verl 0.9.1 and
+its `trainer.use_v1`; tried on its functions, not in a training run.
 """
 
 import inspect
@@ -41,10 +41,12 @@ import torch
 from torch import Tensor
 
 from offrl.integrations import host
-from offrl.regularizers import RegInputs, Regularizer
+from offrl.regularizers import Compose, RegInputs, Regularizer
 
 RELEASE = "0.9.1"
 Regularizers = Iterable[Regularizer] | Mapping[str, Regularizer]
+
+NONLINEAR = {"geo_mean", "dro", "clip_cov", "kl_cov"}  # in the advantage of a token
 
 LOSS = "old_log_prob log_prob advantages response_mask loss_agg_mode config rollout_is_weights"
 CORE = {
@@ -57,6 +59,7 @@ CORE = {
     "loss_scale_factor",
 }
 FULL = {"ppo_loss": "config model_output data dp_group"}
+METRIC = {"Metric": "aggregation value"}
 PADDING = {"no_padding_2_padding": "tensor data", "response_to_nested": "tensor response_mask"}
 PASSED = frozenset({"token_level_rewards", "response_mask", "config", "index", "reward_baselines"})
 
@@ -64,8 +67,8 @@ ROWS = frozenset({"rewards", "lengths", "group", "mask", "advantages", "step"})
 RATIO = frozenset({"logp", "old_logp", "advantages", "mask", "lengths"})
 ROW_REMEDIES = {
     "correct": "pass correct=, the reward from which on a response counts as correct",
-    "prompt_id": "but verl names a prompt anew whenever it samples it",
-    "finished": "but verl does not say where generation was cut off",
+    "prompt_id": "verl names a prompt anew whenever it samples it",
+    "finished": "verl does not say where generation was cut off",
 }
 RATIO_REMEDIES = {
     "entropy": "use RegularizedLoss in place of register_loss",
@@ -74,6 +77,7 @@ RATIO_REMEDIES = {
 
 core_algos = partial(host.load, "verl", RELEASE, "verl.trainer.ppo.core_algos", CORE)
 losses = partial(host.load, "verl", RELEASE, "verl.workers.utils.losses", FULL)
+metric = partial(host.load, "verl", RELEASE, "verl.utils.metric", METRIC)
 padding = partial(host.load, "verl", RELEASE, "verl.workers.utils.padding", PADDING)
 
 
@@ -92,9 +96,9 @@ def register_advantage(
         base: verl's estimator in between; not one that needs values ("gae") or statistics of the
             policy, which verl passes to its own estimators only.
         correct: responses whose reward reaches it count as correct.
-        state: a file that keeps the modules' state: read before the first batch if it exists,
-            replaced after every batch. A resumed run continues from the last batch, also where
-            verl's own checkpoint is older.
+        state: a file, on the machine of verl's task runner, that keeps the modules' state: read
+            before the first batch if it exists, replaced after every batch. A resumed run continues
+            from the last batch, also where verl's own checkpoint is older.
 
     Returns:
         The estimator; its `reg` is the `Compose`.
@@ -128,7 +132,7 @@ class Advantage:
             n
             for n, p in taken.items()
             if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        }
+        } | (taken.keys() & {"non_tensor_batch"})  # gdpo falls back to one reward without
         if lacking := sorted(needed - PASSED):
             raise ValueError(
                 f"the estimator {getattr(base, '__name__', base)} needs {', '.join(lacking)}, "
@@ -139,7 +143,7 @@ class Advantage:
     def __call__(
         self, token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **rest: Any
     ) -> tuple[Tensor, Tensor]:
-        """Advantages and returns, both (B, T).
+        """Advantages and returns, both (B, T), without gradient; returns are those of the base.
 
         Args:
             token_level_rewards: (B, T); their sum is the reward. Not changed.
@@ -209,12 +213,23 @@ def register_loss(name: str, regularizers: Regularizers, base: str = "vanilla") 
 
     Raises:
         ImportError, TypeError: verl is missing or not as expected.
-        ValueError: a module keeps a state or needs what verl does not pass to a policy loss.
+        ValueError: a module keeps a state or needs what verl does not pass to a policy loss, or
+            weighs tokens of a loss that is not linear in their advantages.
     """
     core = core_algos()
     loss = PolicyLoss(regularizers, core.get_policy_loss_fn(base), core.agg_loss)
+    check_linear(loss.reg, base)
     core.register_policy_loss(name)(loss)
     return loss
+
+
+def check_linear(reg: Compose, loss_mode: str) -> None:
+    """Raise ValueError where weights of tokens would not factor out of verl's loss."""
+    if "token" in reg.stages and loss_mode in NONLINEAR:
+        raise ValueError(
+            f"verl's loss {loss_mode!r} is not linear in the advantage of a token, so that weights "
+            "of the token stage do not weigh it: choose another loss, or no such module"
+        )
 
 
 class PolicyLoss:
@@ -243,7 +258,8 @@ class PolicyLoss:
             mask=response_mask,
             lengths=response_mask.sum(-1),
         )
-        weight = host.token_weight(self.reg, x)
+        token = self.reg.run("token", x)
+        weight = token.token_weight
         loss, metrics = self.base(
             old_log_prob=old_log_prob,
             log_prob=log_prob,
@@ -253,10 +269,8 @@ class PolicyLoss:
             config=config,
             rollout_is_weights=rollout_is_weights,
         )
-        if "loss" not in self.reg.stages:
-            return loss, metrics
         reduce = partial(reduced, self.agg_loss, response_mask, config)
-        extra, seen = host.extra_loss(self.reg, x, weight, reduce)
+        extra, seen = host.extra_loss(self.reg, x, token, reduce)
         return loss + extra, metrics | {f"actor/reg/{k}": v.item() for k, v in seen.items()}
 
 
@@ -269,8 +283,14 @@ class RegularizedLoss:
 
     Takes the place of verl's `ppo_loss`, through `set_loss_fn` of the workers:
 
-        loss = RegularizedLoss([EntropyBonus(0.01), KLToReference(0.02, kind="k2", grad="path")])
-        worker_group.set_loss_fn(functools.partial(loss, config=actor_config))
+        LOSS = RegularizedLoss([EntropyBonus(0.01), KLToReference(0.02, kind="k2", grad="path")])
+
+        @register_trainer("regularized")  # of verl.trainer.ppo.v1; trainer.v1.trainer_mode
+        class Trainer(PPOTrainerSync):
+            def init(self):
+                super().init()
+                config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
+                self.actor_rollout_wg.set_loss_fn(functools.partial(LOSS, config=config))
 
     The entropy is there if `actor.calculate_entropy` or `entropy_coeff` is set, the reference if
     `actor.use_kl_loss` is (with `kl_loss_coef=0`, verl's own term adds nothing).
@@ -305,21 +325,21 @@ class RegularizedLoss:
         base = self.base or losses().ppo_loss
         if not self.reg.stages:
             return base(config=config, model_output=model_output, data=data, dp_group=dp_group)
-        x, weight = self.describe(model_output, data), None
-        if "token" in self.reg.stages:
-            weight, mask = host.token_weight(self.reg, x), data["response_mask"]
-            weighted = x.need("advantages") * weight
+        check_linear(self.reg, config.policy_loss.loss_mode)
+        x = self.describe(model_output, data)
+        token, mask = self.reg.run("token", x), data["response_mask"]
+        if token.token_weight is not None:
+            weighted = x.need("advantages") * token.token_weight
             data = data.copy()
             data["advantages"] = (
                 padding().response_to_nested(weighted, mask) if mask.is_nested else weighted
             )
         loss, metrics = base(config=config, model_output=model_output, data=data, dp_group=dp_group)
-        from verl.utils.metric import Metric
-
         reduce = partial(reduced, core_algos().agg_loss, x.need("mask"), config)
-        extra, seen = host.extra_loss(self.reg, x, weight, reduce)
-        added = {f"reg/{k}": Metric(value=v, aggregation="mean") for k, v in seen.items()}
-        added["reg_loss"] = Metric(value=extra, aggregation="sum")  # parts of one mean
+        extra, seen = host.extra_loss(self.reg, x, token, reduce)
+        log = metric().Metric
+        added = {f"reg/{k}": log(value=v, aggregation="mean") for k, v in seen.items()}
+        added["reg_loss"] = log(value=extra, aggregation="sum")  # parts of one mean
         return loss + extra, metrics | added
 
     def describe(self, model_output: Any, data: Any) -> RegInputs:

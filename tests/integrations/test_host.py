@@ -15,6 +15,7 @@ from offrl.regularizers import (
     EntropyBonus,
     KLToReference,
     LengthShaper,
+    PeakEntropyMask,
     RegInputs,
     RegOutput,
     Regularizer,
@@ -67,10 +68,10 @@ def fake_core(**changed):
         batch_num_tokens=None,
         global_batch_size=None,
         loss_scale_factor=None,
-        more=None,
     ): ...
 
-    return {**locals(), **changed}
+    functions = {name: value for name, value in locals().items() if name != "changed"}
+    return functions | changed
 
 
 def test_doctests_hold():
@@ -87,11 +88,18 @@ def test_a_missing_host_names_the_command_that_installs_it(monkeypatch):
         patch([Double()]).__enter__()
 
 
-def test_a_host_with_the_expected_functions_and_new_options_passes(monkeypatch):
-    core = fake_core()
-    core.pop("changed")
-    module = install(monkeypatch, "verl.trainer.ppo.core_algos", **core)
+def test_a_host_with_the_expected_functions_passes(monkeypatch):
+    module = install(monkeypatch, "verl.trainer.ppo.core_algos", **fake_core())
     assert verl.core_algos() is module
+
+
+def test_one_more_parameter_is_a_change(monkeypatch):
+    def more(name, kind="new"): ...
+
+    core = fake_core(register_policy_loss=more)
+    install(monkeypatch, "verl.trainer.ppo.core_algos", **core)
+    with pytest.raises(TypeError, match=r"register_policy_loss takes \(name kind\)"):
+        verl.core_algos()
 
 
 def test_a_changed_host_is_described_in_one_error(monkeypatch):
@@ -170,7 +178,6 @@ def test_nothing_is_patched_when_one_signature_has_changed(monkeypatch):
         def forward(self, logits): ...
 
     loss = install(monkeypatch, "openrlhf.models.loss", PolicyLoss=PolicyLoss)
-    monkeypatch.setattr(sys.modules["openrlhf"], "trainer", None, raising=False)
     monkeypatch.setitem(sys.modules, MAKER, SimpleNamespace(RemoteExperienceMaker=maker))
     before = maker.compute_advantages_and_returns, loss.PolicyLoss.forward
     with pytest.raises(TypeError, match=r"PolicyLoss\.forward takes \(logits\).*aggregate_loss is"):
@@ -188,7 +195,7 @@ HISTORY = LengthShaper("hapo", history=PromptHistory(4))
 REFUSED = {
     "state at the loss": ([EntropyBonus(DualVariable(0.0), target=1.0)], "constant coefficient"),
     "correct": ([LengthShaper("kimi")], "pass correct="),
-    "history": ([HISTORY], "'prompt_id', but prompts have no integer names"),
+    "history": ([HISTORY], r"'prompt_id' \(prompts have no integer names"),
     "reduction": ([KLToReference(0.1, reduction="seq-mean-token-sum")], "reduces by token-mean or"),
 }
 
@@ -202,6 +209,7 @@ def test_openrlhf_refuses_what_it_cannot_run(case):
 
 def estimator(token_level_rewards, response_mask, index): ...
 def of_values(token_level_rewards, response_mask, values, gamma): ...
+def of_parts(token_level_rewards, response_mask, index, non_tensor_batch=None): ...
 
 
 def test_verl_refuses_what_it_cannot_run():
@@ -211,9 +219,11 @@ def test_verl_refuses_what_it_cannot_run():
         verl.Advantage([HISTORY], estimator, correct=0.5)
     with pytest.raises(ValueError, match="of_values needs gamma, values"):
         verl.Advantage([], of_values)
+    with pytest.raises(ValueError, match="of_parts needs non_tensor_batch"):
+        verl.Advantage([], of_parts)
     with pytest.raises(ValueError, match="runs reward, advantage, not 'loss'"):
         verl.Advantage([Drift()], estimator)
-    with pytest.raises(ValueError, match="'entropy', use RegularizedLoss"):
+    with pytest.raises(ValueError, match=r"'entropy' \(use RegularizedLoss"):
         verl.PolicyLoss([EntropyBonus(0.1)], estimator, None)
     with pytest.raises(ValueError, match="constant coefficient"):
         verl.RegularizedLoss([KLToReference(DualVariable(0.1), target=0.1)])
@@ -223,10 +233,25 @@ def test_a_loss_without_tokens_is_a_zero_with_a_gradient():
     logp = torch.full((2, 3), torch.nan, requires_grad=True)
     x = RegInputs(logp=logp, old_logp=logp.detach(), mask=torch.zeros(2, 3))
     reg = host.compose([Drift()], {"loss": frozenset({"logp", "old_logp"})}, {}, "here")
-    loss, _ = host.extra_loss(reg, x, None, lambda value, mode: value.sum())
+    loss, _ = host.extra_loss(reg, x, RegOutput(), lambda value, mode: value.sum())
     loss.backward()
     assert loss == 0
     assert torch.equal(logp.grad, torch.zeros(2, 3))
+
+
+def test_metrics_of_both_stages_are_reported():
+    x = RegInputs(
+        logp=torch.zeros(2, 3),
+        old_logp=torch.ones(2, 3),
+        entropy=torch.arange(6.0).view(2, 3),
+        mask=torch.ones(2, 3),
+    )
+    offers = dict.fromkeys(host.LOSS_STAGES, frozenset({"logp", "old_logp", "entropy"}))
+    reg = host.compose([PeakEntropyMask(0.5), EntropyBonus(1.0)], offers, {}, "here")
+    mean = lambda value, mode: value.mean()  # noqa: E731
+    loss, metrics = host.extra_loss(reg, x, reg.run("token", x), mean)
+    assert loss == -(3 + 4 + 5) / 6
+    assert metrics == {"0_PeakEntropyMask/share": 0.5, "1_EntropyBonus/entropy": 2.5}
 
 
 def test_modules_with_a_zero_coefficient_need_nothing():

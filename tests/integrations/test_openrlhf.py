@@ -1,7 +1,6 @@
 """The patch against OpenRLHF's own methods, with a tiny actor in place of DeepSpeed's.
 
-In an environment of OpenRLHF, with pytest and this repository on PYTHONPATH:
-`python -m pytest tests/integrations/test_openrlhf.py`. Where flash_attn, which needs CUDA, is
+In an environment of OpenRLHF as the README makes it. Where flash_attn, which needs CUDA, is
 missing, empty functions stand in for the five of it that OpenRLHF imports; no test calls them.
 """
 
@@ -17,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("openrlhf")
+pytest.importorskip("openrlhf", reason="openrlhf is not here; README: OpenRLHF")
 
 FLASH = {
     "flash_attn": (),
@@ -396,3 +395,29 @@ def test_schedules_count_rollout_batches():
             maker().compute_advantages_and_returns(experiences())
     assert running.step == 4
     assert values == [8, 8, 4, 4]
+
+
+# -- Ray -------------------------------------------------------------------------------------------
+
+
+def setup():
+    patch([LengthShaper("kimi", coef=0.5), Drift(0.3)], correct=0.5).__enter__()
+
+
+def patched_methods():
+    owners = (RemoteExperienceMaker, PolicyLoss, ActorPPOTrainer)
+    names = ("compute_advantages_and_returns", "forward", "training_step")
+    return [getattr(o, n).__code__.co_name == "patched" for o, n in zip(owners, names, strict=True)]
+
+
+@pytest.mark.slow
+def test_the_hook_patches_every_worker_of_ray():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=1, include_dashboard=False, runtime_env={"worker_process_setup_hook": setup})
+    try:
+        before = patched_methods()
+        inside = ray.get(ray.remote(patched_methods).remote())
+    finally:
+        ray.shutdown()
+    assert before == [False, False, False]
+    assert inside == [True, True, True]

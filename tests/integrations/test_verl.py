@@ -1,8 +1,4 @@
-"""The adapter against verl's own functions.
-
-In an environment of verl, with pytest and this repository on PYTHONPATH:
-`python -m pytest tests/integrations/test_verl.py`.
-"""
+"""The adapter against verl's own functions, in an environment of verl as the README makes it."""
 
 # ruff: noqa: E402, the imports below need verl
 
@@ -12,21 +8,36 @@ import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-core = pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
+core = pytest.importorskip(
+    "verl.trainer.ppo.core_algos",
+    reason="verl is not here; README: verl",
+    exc_type=ImportError,
+)
 
+import verl
+from omegaconf import OmegaConf
 from tensordict import TensorDict
 from verl import DataProto
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.utils import tensordict_utils as tu
-from verl.workers.config import ActorConfig
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 
-from offrl.integrations.verl import Advantage, RegularizedLoss, register_advantage, register_loss
+from offrl.integrations.verl import (
+    NONLINEAR,
+    Advantage,
+    RegularizedLoss,
+    register_advantage,
+    register_loss,
+)
 from offrl.regularizers import (
     EntropyBonus,
     KLCov,
@@ -45,6 +56,7 @@ from offrl.regularizers.reductions import keep
 
 B, P, T = 6, 3, 5
 LENGTHS = [5, 3, 4, 1, 2, 5]
+STOCK = {*core.POLICY_LOSS_REGISTRY}
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
@@ -209,6 +221,32 @@ def test_token_weights_scale_verls_surrogate_and_our_terms():
     torch.testing.assert_close(more - ours, (term - stock) / 2)
 
 
+def separable(base, config):
+    """Whether weights of tokens, given as advantages, come out as factors of the gradient."""
+    x, loss = tensors(), core.get_policy_loss_fn(base)
+    x["old_log_prob"] = x["log_prob"] - x["old_log_prob"].sin() / 20  # inside of all clips
+    weight = torch.rand(B, T, generator=torch.Generator().manual_seed(1))
+    weighted = x | {"advantages": x["advantages"] * weight}
+    _, stock, _ = value_and_gradient(loss, x, config, loss_agg_mode="token-mean")
+    _, ours, _ = value_and_gradient(loss, weighted, config, loss_agg_mode="token-mean")
+    return torch.allclose(ours, weight * stock, rtol=1e-4, atol=1e-7)
+
+
+def test_weights_are_refused_where_verls_loss_is_not_linear_in_advantages():
+    policy_loss = PolicyLossConfig(
+        dro_beta=0.5, kl_cov_ratio=0.3, clip_cov_ratio=0.3, clip_cov_lb=0
+    )
+    config = actor(policy_loss=policy_loss)
+    bases = [n for n in STOCK if n != "bypass_mode"]
+    found = {base for base in bases if not separable(base, config)}
+    assert found == NONLINEAR
+    for base in NONLINEAR:
+        with pytest.raises(ValueError, match=f"{base}.*not linear in the advantage"):
+            register_loss("weighted", [Half()], base)
+        with pytest.raises(ValueError, match=f"{base}.*not linear in the advantage"):
+            full(RegularizedLoss([Half()]), policy_loss=PolicyLossConfig(loss_mode=base))
+
+
 # -- advantages -----------------------------------------------------------------------------------
 
 UIDS = np.array(["b", "a", "b", "a", "c", "c"], dtype=object)
@@ -314,7 +352,7 @@ def test_other_estimators_of_verl_can_be_the_base(base):
     torch.testing.assert_close(through_verl(f"{base}_plain"), through_verl(base))
 
 
-@pytest.mark.parametrize("base", ["gae", "optimal_token_baseline", "remax"])
+@pytest.mark.parametrize("base", ["gae", "optimal_token_baseline", "gdpo", "remax"])
 def test_estimators_that_need_more_than_verl_passes_are_refused_or_served(base):
     if base == "remax":  # verl passes reward_baselines to any estimator
         register_advantage("remax_plain", [], base)
@@ -475,6 +513,34 @@ def test_the_full_loss_travels_to_workers():
     copy = pickle.loads(pickle.dumps(loss))
     value = copy(model_output=output, data=data)[0]
     assert torch.equal(value, loss(model_output=output, data=data)[0])
+
+
+def test_a_trainer_hands_the_full_loss_to_its_workers(monkeypatch):
+    v1 = pytest.importorskip(
+        "verl.trainer.ppo.v1", reason="verl's v1 trainer needs TransferQueue", exc_type=ImportError
+    )
+    config = Path(verl.__file__).parent / "trainer/config/_generated_ppo_trainer.yaml"
+
+    class Trainer(v1.PPOTrainerSync):  # as in the docstring of RegularizedLoss
+        def init(self):
+            super().init()
+            config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
+            loss = RegularizedLoss([EntropyBonus(0.1)])
+            self.actor_rollout_wg.set_loss_fn(partial(loss, config=config))
+
+    v1.register_trainer("regularized")(Trainer)
+    monkeypatch.setattr(v1.PPOTrainerSync, "_setup", lambda self: None)
+    monkeypatch.setattr(v1.PPOTrainerSync, "on_init_end", lambda self: None)
+    trainer = object.__new__(v1.get_trainer_cls("regularized"))
+    trainer.config = OmegaConf.load(config)
+    trainer.config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu = 2
+    worker, inner = object.__new__(ActorRolloutRefWorker), object.__new__(TrainingWorker)
+    worker.actor = inner
+    trainer.actor_rollout_wg = worker
+    trainer.init()
+    data, output, _ = micro_batch()
+    value, _ = inner.loss_fn(model_output=output, data=data, dp_group=None)
+    torch.testing.assert_close(value, full(RegularizedLoss([EntropyBonus(0.1)]))[0])
 
 
 # -- loading --------------------------------------------------------------------------------------
