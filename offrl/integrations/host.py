@@ -102,6 +102,11 @@ def compose(
     return reg
 
 
+def batch_offers(rows: frozenset[str]) -> dict[Stage, frozenset[str]]:
+    """Inputs of the two stages of a rollout batch: advantages exist at the second only."""
+    return {"reward": rows, "advantage": rows | {"advantages"}}
+
+
 def extra_loss(
     reg: Compose, x: RegInputs, token: RegOutput, reduce: Callable[[Tensor, str], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -57,9 +57,7 @@ LOSS = {
     "dp_size batch_num_tokens global_batch_size",
     "aggregate_loss": "loss loss_mask token_level_loss dp_size batch_num_tokens global_batch_size",
 }
-ROWS = frozenset(
-    {"rewards", "lengths", "finished", "group", "old_logp", "mask", "advantages", "step"}
-)
+ROWS = frozenset({"rewards", "lengths", "finished", "group", "old_logp", "mask", "step"})
 TOKENS = frozenset({"logp", "old_logp", "ref_logp", "entropy", "advantages", "mask", "lengths"})
 REMEDIES = {
     "correct": "pass correct=, the reward from which on a response counts as correct",
@@ -92,7 +90,7 @@ class patch:
         correct: float | None = None,
     ):
         rows = ROWS if correct is None else ROWS | {"correct"}
-        offers = dict.fromkeys(host.BATCH_STAGES, rows) | dict.fromkeys(host.LOSS_STAGES, TOKENS)
+        offers = host.batch_offers(rows) | dict.fromkeys(host.LOSS_STAGES, TOKENS)
         self.reg = host.compose(regularizers, offers, REMEDIES, "OpenRLHF")
         for name, part in self.reg.at("loss").items():
             if part.reduction not in MODES:

@@ -63,7 +63,7 @@ METRIC = {"Metric": "aggregation value"}
 PADDING = {"no_padding_2_padding": "tensor data", "response_to_nested": "tensor response_mask"}
 PASSED = frozenset({"token_level_rewards", "response_mask", "config", "index", "reward_baselines"})
 
-ROWS = frozenset({"rewards", "lengths", "group", "mask", "advantages", "step"})
+ROWS = frozenset({"rewards", "lengths", "group", "mask", "step"})
 RATIO = frozenset({"logp", "old_logp", "advantages", "mask", "lengths"})
 ROW_REMEDIES = {
     "correct": "pass correct=, the reward from which on a response counts as correct",
@@ -124,7 +124,7 @@ class Advantage:
         state: str | os.PathLike | None = None,
     ):
         offered = ROWS if correct is None else ROWS | {"correct"}
-        offers = dict.fromkeys(host.BATCH_STAGES, offered)
+        offers = host.batch_offers(offered)
         self.reg = host.compose(regularizers, offers, ROW_REMEDIES, "verl's advantage")
         self.base, self.correct, self.state, self.step = base, correct, state, 0
         taken = inspect.signature(base).parameters

@@ -40,6 +40,10 @@ class Double(Regularizer):
         return RegOutput(rewards=2 * x.rewards)
 
 
+class Early(Double):
+    requires = frozenset({"rewards", "advantages"})
+
+
 def install(monkeypatch, name, **content):
     """A module under a dotted name, with empty parents."""
     parts = name.split(".")
@@ -193,6 +197,7 @@ def test_an_empty_patch_needs_no_host(monkeypatch):
 
 HISTORY = LengthShaper("hapo", history=PromptHistory(4))
 REFUSED = {
+    "order": ([Early()], "Early: OpenRLHF does not provide 'advantages'$"),
     "state at the loss": ([EntropyBonus(DualVariable(0.0), target=1.0)], "constant coefficient"),
     "correct": ([LengthShaper("kimi")], "pass correct="),
     "history": ([HISTORY], r"'prompt_id' \(prompts have no integer names"),
