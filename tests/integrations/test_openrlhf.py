@@ -382,6 +382,7 @@ def test_shaping_of_advantages_follows_their_estimator():
     with patch([STCR()], correct=0.5):
         out = maker().compute_advantages_and_returns(experiences())
     torch.testing.assert_close(in_order(out), expected)
+    assert [e.advantages.shape for e in out] == [e.action_mask.shape for e in out]
     assert not torch.equal(expected, stock)
 
 
