@@ -28,6 +28,33 @@ def adam(
     )
 
 
+def adamw(
+    groups: Iterable[tuple[Iterable[Tensor], float]], lr: float = 0.0, eps: float = 1e-8
+) -> torch.optim.AdamW:
+    """Fused AdamW over groups of (parameters, weight decay), whose learning rates are tensors.
+
+    Args:
+        lr: to start from; `warm_up` raises it on the device.
+    """
+    parts = [(list(params), decay) for params, decay in groups]
+    device = parts[0][0][0].device
+    return torch.optim.AdamW(
+        [
+            {"params": params, "weight_decay": decay, "lr": torch.tensor(lr, device=device)}
+            for params, decay in parts
+        ],
+        eps=eps,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+
+
+def warm_up(optimizer: torch.optim.Optimizer, lr: float, steps: int) -> None:
+    """Raise learning rates that are tensors by lr / steps, up to lr: linear, before every step."""
+    for group in optimizer.param_groups:
+        group["lr"].add_(lr / steps).clamp_(max=lr)
+
+
 def descend(
     optimizer: torch.optim.Optimizer, loss: Tensor, metrics: Metrics, clip: float | None = None
 ) -> Metrics:
