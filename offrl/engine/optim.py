@@ -1,11 +1,13 @@
 """Optimizer steps shared by every update; torch only."""
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Metrics = dict[str, Tensor]
+Net = TypeVar("Net", bound=nn.Module)
 
 
 def adam(
@@ -91,6 +93,6 @@ def polyak(target: nn.Module, online: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def frozen(module: Net) -> Net:
     """The module with gradients switched off: for target networks."""
     return module.requires_grad_(False)
