@@ -45,8 +45,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from offrl.data import Dataset, prepare, windows
-from offrl.data.windows import act_taken, extend, per_step
+from offrl.data import Dataset, prepare
+from offrl.data.windows import act_taken, extend, per_step, windows
 from offrl.engine.optim import adamw, descend, frozen, warm_up
 from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import Linear, Standardize

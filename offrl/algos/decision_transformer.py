@@ -29,8 +29,8 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.data import Dataset, prepare, windows
-from offrl.data.windows import act_taken, extend
+from offrl.data import Dataset, prepare
+from offrl.data.windows import act_taken, extend, windows
 from offrl.engine.optim import adamw, descend, warm_up
 from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import Linear, Standardize

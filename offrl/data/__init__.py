@@ -3,6 +3,5 @@
 from offrl.data.dataset import DataError, Dataset
 from offrl.data.replay import Replay
 from offrl.data.samplers import prepare, transitions
-from offrl.data.windows import windows
 
-__all__ = ["DataError", "Dataset", "Replay", "prepare", "transitions", "windows"]
+__all__ = ["DataError", "Dataset", "Replay", "prepare", "transitions"]
