@@ -24,8 +24,8 @@ Shapes: B batch, K steps, d width. The network carries no seed axis: one seed pe
 Differences from the authors' code (`grouping="release"`, `mask_pads=false`, `decay_all=true`,
 `self_evolution=false` and `size=release` undo the first five):
 - Their fine groups hold (R_t, s_t, a_t) and their outputs are tiled over the tokens instead of
-  repeated, so that in half of the positions a prediction sees its own label. Figure 1 of the paper
-  shows the groups that are the default here.
+  repeated. In one block half of the positions then see their own label, in a stack of blocks all
+  but the last one, at which they evaluate. Figure 1 of the paper shows the default's groups.
 - Pads enter neither the states nor the convolutions; theirs enter both.
 - A_log, D and the RMSNorm weights are not decayed, as is usual for Mamba.
 - Their self-evolution computes its blend and sets it to 0, and takes the current policy for the
