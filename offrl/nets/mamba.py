@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from offrl.nets.scan import advance, selective_scan
+from offrl.nets.scan import selective_scan, selective_step
 
 Memory = tuple[Tensor, Tensor]  # the last inputs of the convolution (B, conv - 1, E), h (B, E, N)
 
@@ -119,5 +119,5 @@ class Mixer(nn.Module):
         window = torch.cat([tail, u.unsqueeze(1)], 1)  # (B, conv, E)
         u = functional.silu((window * self.conv).sum(1) + self.conv_bias)
         delta, B, C = self.select(u)
-        y, h = advance(h, u, delta, -self.A_log.exp(), B, C, self.D)
+        y, h = selective_step(h, u, delta, -self.A_log.exp(), B, C, self.D)
         return (y * functional.silu(z)) @ self.weight_out, (window[:, 1:], h)

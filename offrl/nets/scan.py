@@ -60,11 +60,34 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
             f"D (E,); got {', '.join(str(tuple(x.shape)) for x in inputs)}"
         )
     with torch.autocast(u.device.type, enabled=False):
-        dtype = torch.promote_types(u.dtype, torch.float32)
-        return fastest(u.device, dtype, states)(*(x.to(dtype) for x in inputs))
+        u, *rest = at_least_float32(*inputs)
+        return fastest(u.device, u.dtype, states)(u, *rest)
 
 
-@cache
+def selective_step(
+    h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of `selective_scan`, from the state that the last one left.
+
+    Args:
+        h: state (batch, E, N), zeros before the first step.
+        u, delta: (batch, E).
+        A: (E, N).
+        B, C: (batch, N).
+        D: (E,).
+
+    Returns:
+        y (batch, E) and the new state.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        return advance(*at_least_float32(h, u, delta, A, B, C, D))
+
+
+def at_least_float32(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs)
+
+
+@torch.compiler.disable
 def fastest(device: torch.device, dtype: torch.dtype, states: int) -> Form:
     """The form that `selective_scan` takes."""
     if device.type == "cpu":
@@ -77,7 +100,7 @@ def fastest(device: torch.device, dtype: torch.dtype, states: int) -> Form:
 def advance(
     h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One step: h (batch, E, N), u and delta (batch, E), B and C (batch, N) -> y (batch, E), h."""
+    """`selective_step` in the precision of its inputs."""
     decay = (delta.unsqueeze(-1) * A).exp()
     h = torch.addcmul((delta * u).unsqueeze(-1) * B.unsqueeze(-2), decay, h)  # (batch, E, N)
     return (h @ C.unsqueeze(-1)).squeeze(-1) + D * u, h

@@ -62,3 +62,26 @@ def test_steps_equal_the_whole_window():
         out, memory = m.step(x[:, t], memory)
         outs.append(out)
     torch.testing.assert_close(torch.stack(outs, 1), m(x), rtol=0, atol=1e-5)
+
+
+def test_autocast_keeps_the_state_in_float32():
+    m, x = mixer(), draw(2, 9, 8)
+    memory = m.start(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = m(x)
+        for t in range(9):
+            last, memory = m.step(x[:, t], memory)
+    assert y.dtype == last.dtype == torch.bfloat16
+    assert all(part.dtype == torch.float32 for part in memory)
+    torch.testing.assert_close(y.float(), m(x), rtol=0.05, atol=0.01)
+    torch.testing.assert_close(last.float(), m(x)[:, -1], rtol=0.05, atol=0.01)
+
+
+def test_every_parameter_learns_and_pads_teach_nothing():
+    m, x = mixer(), draw(2, 6, 8).requires_grad_()
+    mask = torch.arange(6).expand(2, 6) >= 2
+    loss = m(x, mask)[:, 2:].square().sum()
+    grads = torch.autograd.grad(loss, [x, *m.parameters()])
+    assert all(grad.abs().sum() > 0 for grad in grads)
+    assert torch.equal(grads[0][:, :2], torch.zeros(2, 2, 8))
+    assert (grads[0][:, 2:] != 0).all()
