@@ -4,13 +4,14 @@
 
 The forms take turns in rounds, for machines are shared; what counts is the ratio of medians within
 one run. Memory is what a fresh process per form adds at its peak to the inputs and the libraries,
-with freed blocks given back at once, so that it counts live tensors and not the allocator's habits.
-`textbook` is the recurrence under autograd with the decays and inputs of all steps formed at
+with freed blocks given back at once, so that it counts live tensors and not the allocator's habits
+(read from /proc: Linux). `textbook` is the recurrence under autograd with the decays and inputs of all steps formed at
 once; `mambapy` is the parallel scan of that package, measured where it is installed
 (`pip install mambapy`).
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offrl.machine import cpu_name
+from offrl.machine import cores, cpu_name
 from offrl.nets import fused_scan, scan
 
 
@@ -154,10 +155,13 @@ def main() -> None:
         "shape": {key: getattr(options, key) for key in ("batch", "length", "channels", "states")},
         "hardware": cpu_name(), "torch": torch.__version__, "date": date.today().isoformat(),
         "command": "python scripts/scan.py " + " ".join(sys.argv[1:]),
+        "mambapy": importlib.metadata.version("mambapy") if "mambapy" in names else None,
+        "load": round(os.getloadavg()[0], 1),  # above the number of cores: threads wait in turn
         "chosen": chosen, "rounds": options.rounds, "forms": [],
     }  # fmt: skip
     base = "mambapy" if "mambapy" in names else "textbook"
     print(f"{cpu_name()}, torch {torch.__version__}; chosen on this machine: {chosen}")
+    print(f"load of the machine {result['load']} on {cores()} cores")
     print("threads form           forward ms  both ms       (range)  ratio  peak MB    error")
     for threads in options.threads:
         torch.set_num_threads(threads)

@@ -20,7 +20,7 @@ by the number of kernels that they launch: they have not been timed.
 import logging
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, reduce
 
 import torch
 from torch import Generator, Tensor
@@ -49,7 +49,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         y (batch, L, E). All six arguments receive gradients.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or several devices.
     """
     states = A.shape[-1]
     shapes = [u.shape, u.shape, (u.shape[-1], states), *2 * [(*u.shape[:-1], states)], u.shape[-1:]]
@@ -58,6 +58,10 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         raise ValueError(
             "selective_scan takes u and delta (batch, L, E), A (E, N), B and C (batch, L, N), "
             f"D (E,); got {', '.join(str(tuple(x.shape)) for x in inputs)}"
+        )
+    if len({x.device for x in inputs}) > 1:
+        raise ValueError(
+            f"selective_scan takes tensors of one device, got {[str(x.device) for x in inputs]}"
         )
     with torch.autocast(u.device.type, enabled=False):
         u, *rest = at_least_float32(*inputs)
@@ -84,7 +88,9 @@ def selective_step(
 
 
 def at_least_float32(*inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs)
+    """All inputs in one precision: the highest among them and float32."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in inputs), torch.float32)
+    return tuple(x.to(dtype) for x in inputs)
 
 
 @torch.compiler.disable

@@ -124,6 +124,20 @@ def test_half_precision_is_computed_in_float32():
     torch.testing.assert_close(y, scan.loop(*(part.float() for part in x)), rtol=1e-5, atol=1e-5)
 
 
+def test_mixed_precision_is_computed_in_the_highest():
+    x = inputs(6)
+    x[0], x[3] = x[0].detach().float(), x[3].detach().bfloat16()
+    y = scan.selective_scan(*x)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, scan.loop(*(part.double() for part in x)))
+
+
+def test_tensors_of_several_devices_are_refused():
+    u, *rest = inputs(5)
+    with pytest.raises(ValueError, match="one device"):
+        scan.selective_scan(u.to("meta"), *rest)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     u, delta, A, B, C, D = inputs(5)
     with pytest.raises(ValueError, match=r"B and C \(batch, L, N\)"):
