@@ -5,7 +5,8 @@
 The forms take turns in rounds, for machines are shared; what counts is the ratio of medians within
 one run. Memory is what a fresh process per form adds at its peak to the inputs and the libraries,
 with freed blocks given back at once, so that it counts live tensors and not the allocator's habits
-(read from /proc: Linux). `textbook` is the recurrence under autograd with the decays and inputs of all steps formed at
+(read from /proc: Linux).
+`textbook` is the recurrence under autograd with the decays and inputs of all steps formed at
 once; `mambapy` is the parallel scan of that package, measured where it is installed
 (`pip install mambapy`).
 """
