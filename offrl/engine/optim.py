@@ -83,8 +83,8 @@ def descend(
 def clipped(grads: Sequence[Tensor], clip: float, lead: int) -> Sequence[Tensor]:
     """Gradients scaled so that each seed's joint norm is at most `clip`."""
     if lead == 0:  # many small tensors at once
-        norm = torch.stack(torch._foreach_norm(grads)).norm()
-        return torch._foreach_mul(grads, (clip / (norm + 1e-6)).clamp(max=1.0))
+        norm = torch.stack(torch._foreach_norm(list(grads))).norm()
+        return torch._foreach_mul(list(grads), (clip / (norm + 1e-6)).clamp(max=1.0))
     square = sum(g.flatten(lead).square().sum(-1) for g in grads)
     scale = (clip / (torch.as_tensor(square).sqrt() + 1e-6)).clamp(max=1.0)  # (*S,)
     return [g * scale.view(*scale.shape, *[1] * (g.dim() - lead)) for g in grads]
