@@ -54,27 +54,27 @@ class FusedScan(torch.autograd.Function):
     """The scan with its gradients. Nothing of size (batch, L, E, N) is ever stored."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, loops: ctypes.CDLL, *inputs: Tensor) -> Tensor:
         inputs = tuple(x.contiguous() for x in inputs)
         ctx.save_for_backward(*inputs)
-        u, _, A, *_ = inputs
+        ctx.loops = loops
+        u = inputs[0]
         y = torch.empty_like(u)
-        loops = library(A.shape[1], u.dtype)
         loops.forward(*sizes(u), *map(pointer, (*inputs, y)))
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dy = dy.contiguous()  # a name of its own: the loops see an address only
         inputs = ctx.saved_tensors
         u, delta, A, B, C, D = inputs
         dA, dD = u.new_empty(len(u), *A.shape), u.new_empty(len(u), *D.shape)
         du, ddelta, dB, dC = map(torch.empty_like, (u, delta, B, C))
         outputs = du, ddelta, dA, dB, dC, dD
-        loops = library(A.shape[1], u.dtype)
-        if loops.backward(*sizes(u), *map(pointer, (*inputs, dy.contiguous(), *outputs))):
+        if ctx.loops.backward(*sizes(u), *map(pointer, (*inputs, dy, *outputs))):
             raise MemoryError(f"no memory for the states of {u.shape[1]} steps of one channel")
-        return du, ddelta, dA.sum(0), dB, dC, dD.sum(0)
+        return None, du, ddelta, dA.sum(0), dB, dC, dD.sum(0)
 
 
 def sizes(u: Tensor) -> list[ctypes.c_long | ctypes.c_int]:
@@ -88,4 +88,7 @@ def pointer(x: Tensor) -> ctypes.c_void_p:
 @torch.compiler.disable
 def fused(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """`offrl.nets.scan.loop` on a CPU where `library` is there; differentiable once."""
-    return FusedScan.apply(u, delta, A, B, C, D)
+    loops = library(A.shape[1], u.dtype)
+    if loops is None:
+        raise RuntimeError("the compiled scan is not to be had here; call selective_scan instead")
+    return FusedScan.apply(loops, u, delta, A, B, C, D)

@@ -80,6 +80,14 @@ def test_compiled_loops_take_inputs_that_are_not_contiguous():
 
 
 @needs_gcc
+def test_compiled_loops_take_an_output_gradient_that_is_not_contiguous():
+    x = inputs(60, batch=8, channels=64)
+    grads = [torch.autograd.grad(f(*x).sum(), x) for f in (fused_scan.fused, scan.loop)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@needs_gcc
 def test_compiled_loops_let_nan_and_infinity_through():
     x = [part.detach() for part in inputs(4)]
     x[0][0, 1, 2], x[0][1, 3, 0] = torch.nan, torch.inf
