@@ -155,9 +155,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def layout(resolved: Resolved, device: torch.device) -> list[Group]:
-    """Stacked on CUDA; one process per seed on a CPU, where stacking gains nothing."""
+    """Stacked on CUDA; one process per seed on a CPU, where stacking gains nothing.
+
+    A method whose network carries no seed axis says `STACKS = False`: one process per seed.
+    """
     seeds = resolved.seeds()
-    return [seeds] if device.type == "cuda" else [[seed] for seed in seeds]
+    stacks = getattr(configuration.module(resolved.algo), "STACKS", True)
+    return [seeds] if stacks and device.type == "cuda" else [[seed] for seed in seeds]
 
 
 def new_folder(resolved: Resolved) -> Path:

@@ -55,6 +55,7 @@ from offrl.regularizers import ProgressiveTarget, RegInputs
 from offrl.regularizers.reductions import masked_reduce
 
 FIELDS = ("obs", "act", "reward")
+STACKS = False  # no seed axis: one process per seed on every device
 SIZES = {"tiny": (3, 64), "small": (3, 128), "base": (3, 256), "release": (24, 768)}  # layers, d
 STAGES = 40  # of self-evolution; the authors evaluate and count one every 2,500 updates
 
@@ -75,7 +76,9 @@ class Config:
     eval_mode: Literal["window", "recurrent"] = "window"  # recurrent: from the episode's start
     mlp_embedding: bool = True  # tokens through a residual MLP; else one linear map
     mlp_head: bool = True  # actions from an MLP without tanh; else one linear map with tanh
-    weights: tuple[float, ...] = (0.9, 0.05, 0.05)  # action, next state, next return
+    act_weight: float = 0.9  # of the three losses with `inverse`; without, the action's is 1
+    obs_weight: float = 0.05
+    return_weight: float = 0.05
     final_blend: float = 0.85  # beta_T; the released example, hopper-medium
     blend_cap: float = 0.5
     lr: float = 1e-4  # AdamW with eps 1e-6
@@ -238,10 +241,7 @@ class DecisionMamba:
     ):
         c = config
         if seeds:
-            raise ValueError(
-                "decision_mamba trains one seed per process; on CUDA start one run per seed: "
-                "-m seed=0,1,2"
-            )
+            raise ValueError("decision_mamba carries no seed axis: make one per seed")
         if not c.targets:
             raise ValueError(
                 "decision_mamba has no target returns for this task; give the returns to ask for, "
@@ -296,7 +296,7 @@ class DecisionMamba:
         both = mask[:, :-1] * mask[:, 1:]
         obs, rest = masked_reduce(obs.mean(-1), both), masked_reduce(rest, both)
         metrics |= {"model/obs": obs, "model/return": rest}
-        return c.weights[0] * act + c.weights[1] * obs + c.weights[2] * rest, metrics
+        return c.act_weight * act + c.obs_weight * obs + c.return_weight * rest, metrics
 
     @torch.no_grad()
     def previous(self, window: Batch) -> Tensor:

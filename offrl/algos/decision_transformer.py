@@ -38,6 +38,7 @@ from offrl.nets.transformer import Transformer
 from offrl.regularizers.reductions import masked_reduce
 
 FIELDS = ("obs", "act", "reward")
+STACKS = False  # no seed axis: one process per seed on every device
 WIDTHS = {"tiny": 80, "small": 152, "base": 296, "release": 128}
 
 
@@ -92,10 +93,7 @@ class DecisionTransformer:
         self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
     ):
         if seeds:
-            raise ValueError(
-                "decision_transformer trains one seed per process; on CUDA start one run per seed: "
-                "-m seed=0,1,2"
-            )
+            raise ValueError("decision_transformer carries no seed axis: make one per seed")
         if not config.targets:
             raise ValueError(
                 "decision_transformer has no target returns for this task; give the returns to ask "

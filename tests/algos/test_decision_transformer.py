@@ -120,7 +120,7 @@ def test_it_takes_the_arm_whose_return_it_is_asked_for():
 def test_what_it_cannot_do_is_said():
     with pytest.raises(ValueError, match="no target returns"):
         make(replace(SMALL, targets=()))
-    with pytest.raises(ValueError, match="one seed per process"):
+    with pytest.raises(ValueError, match="carries no seed axis"):
         DecisionTransformer(SMALL, SPEC, torch.Generator(), (2,))
 
 
