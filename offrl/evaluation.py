@@ -13,8 +13,8 @@ from tqdm import tqdm
 from offrl import config as configuration
 from offrl.config import ConfigError, Resolved
 from offrl.engine import checkpoint
-from offrl.engine.evaluate import Evaluator
-from offrl.engine.stage import Algorithm, Policy, Spec
+from offrl.engine.evaluate import Episodes, Evaluator
+from offrl.engine.stage import Algorithm, Policy, Spec, scenarios
 from offrl.envs.make import env_id, factory
 from offrl.experiment import make_env, version, width
 from offrl.outcome import rows, scored, summary
@@ -46,18 +46,21 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     """Score every checkpoint of a run, print and return what was found."""
     folder, files = checkpoints(Path(options.run))
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
-    returns, seeds = [], []
+    played: list[Episodes] = []
+    seeds: list[int] = []
     for file in files:
         algo, group = load_algorithm(resolved, file)
         axes = (len(group),) if len(group) > 1 else ()
         player = Evaluator(
-            make_env(resolved), axes, width(options.episodes), derive(options.seed, "evaluator")
-        )
+            make_env(resolved), axes, width(options.episodes), derive(options.seed, "evaluator"),
+            scenarios=scenarios(algo),
+        )  # fmt: skip
         shown: Policy = Exploring(algo) if options.explore else algo
-        returns.append(player(shown, options.episodes).returns)
+        played.append(player(shown, options.episodes))
         seeds += group
         player.close()
-    unit, values = scored(resolved, rows(returns))
+    returns = rows([episodes.returns for episodes in played])
+    unit, values = scored(resolved, returns)
     id, mujoco = env_id(resolved.settings.env, version(resolved)), metadata.version("mujoco")
     found = {
         "run": str(options.run),
@@ -71,8 +74,13 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         "explore": options.explore,
         "unit": "D4RL-normalized score" if unit == "score" else "return",
         "score": summary(values.mean(-1)),
-        "returns": rows(returns).tolist(),
+        "returns": returns.tolist(),
     }
+    for name in played[0].scenarios:
+        apart = rows([episodes.scenarios[name].returns for episodes in played])
+        score = summary(scored(resolved, apart)[1].mean(-1))
+        found.setdefault("scenarios", {})[name] = {"score": score, "returns": apart.tolist()}
+        print(f"{name}: {unit} {score['iqm']:.1f}")
     for seed, row in zip(seeds, values, strict=True):
         print(f"seed {seed}: {unit} {row.mean():.1f} +- {row.std():.1f} over {len(row)} episodes")
     print(
@@ -145,7 +153,7 @@ class Exploring:
 
 
 def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> list[Any]:
-    """RGB frames of one episode of the first seed.
+    """RGB frames of one episode of the first seed, in the first scenario.
 
     Raises:
         Failed: if the machine cannot render.
@@ -157,7 +165,7 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
     obs, _ = env.reset(seed=derive(seed, "film"))
     frames: list[Any] = []
     lead = (len(group), 1) if len(group) > 1 else (1,)
-    memory, over, start = None, False, 1.0
+    memory, over, start, reward = None, False, 1.0, 0.0
     horizon = env.spec.max_episode_steps if env.spec else None
     with tqdm(total=horizon, desc="filming", unit="frame", leave=False) as bar:
         while not over:
@@ -169,10 +177,13 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
                     "MUJOCO_GL=egl or MUJOCO_GL=osmesa"
                 ) from error
             row = torch.as_tensor(obs, dtype=torch.float32).expand(*lead, -1)
-            now = {"obs": row, "start": torch.full(lead, start)}
+            now = {
+                "obs": row, "start": torch.full(lead, start),
+                "reward": torch.full(lead, reward), "scenario": torch.zeros(lead).long(),
+            }  # fmt: skip
             act, memory = algo.act(now, memory, generator=stream)
-            obs, _, terminal, timeout, _ = env.step(act.reshape(-1, act.shape[-1])[0].numpy())
-            over, start = terminal or timeout, 0.0
+            obs, gained, terminal, timeout, _ = env.step(act.reshape(-1, act.shape[-1])[0].numpy())
+            over, start, reward = terminal or timeout, 0.0, float(gained)
             bar.update()
     env.close()
     return frames

@@ -29,7 +29,7 @@ from offrl.data.dataset import Dataset, check, check_fits, home
 from offrl.engine import process
 from offrl.engine.evaluate import Evaluator
 from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
-from offrl.engine.stage import Algorithm, Run, Spec
+from offrl.engine.stage import Algorithm, Run, Spec, scenarios
 from offrl.envs.make import VERSIONS, env_id, factory
 from offrl.envs.vector import Vector
 from offrl.outcome import finish, provenance, write_json
@@ -157,9 +157,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def layout(resolved: Resolved, device: torch.device) -> list[Group]:
-    """Stacked on CUDA; one process per seed on a CPU, where stacking gains nothing."""
+    """Stacked on CUDA; one process per seed on a CPU, where stacking gains nothing.
+
+    A method whose network carries no seed axis says `STACKS = False`: one process per seed.
+    """
     seeds = resolved.seeds()
-    return [seeds] if device.type == "cuda" else [[seed] for seed in seeds]
+    stacks = getattr(configuration.module(resolved.algo), "STACKS", True)
+    return [seeds] if stacks and device.type == "cuda" else [[seed] for seed in seeds]
 
 
 def new_folder(resolved: Resolved) -> Path:
@@ -206,19 +210,6 @@ def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool
     make = make_env(resolved)
     stream = generator(group[0], "run", *group[1:], device=device)
     run = Run(options.steps, axes, device, str(home()), progress)
-    evaluator = Evaluator(
-        make, axes, width(s.eval_episodes, s.final_episodes), derive(0, "evaluator"), device
-    )
-
-    def evaluate(algo: Algorithm, episodes: int) -> dict[str, torch.Tensor]:
-        if not progress or episodes <= s.eval_episodes:
-            played = evaluator(algo, episodes)
-        else:
-            total = episodes * len(group)
-            with tqdm(total=total, desc="final evaluation", unit="episode", leave=False) as bar:
-                played = evaluator(algo, episodes, tick=bar.update)
-        return {"return": played.returns, "length": played.lengths}
-
     if data is None:
         envs = Vector([make] * len(group), [derive(seed, "training", 0) for seed in group])
         spec = Spec(envs.obs_dim, envs.act_dim)
@@ -230,6 +221,18 @@ def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool
         spec = Spec(data.obs_dim, data.act_dim, mean, std, data.discrete)
         algo = method.make(options, spec, stream, axes)
         stages = method.stages(algo, data, run)
+    evaluator = Evaluator(
+        make, axes, width(s.eval_episodes, s.final_episodes), derive(0, "evaluator"), device,
+        scenarios(algo),
+    )  # fmt: skip
+
+    def evaluate(algo: Algorithm, episodes: int) -> dict[str, torch.Tensor]:
+        if not progress or episodes <= s.eval_episodes:
+            return evaluator(algo, episodes).named()
+        total = episodes * len(group) * evaluator.parts
+        with tqdm(total=total, desc="final evaluation", unit="episode", leave=False) as bar:
+            return evaluator(algo, episodes, tick=bar.update).named()
+
     return Experiment(algo, stages, evaluate)
 
 

@@ -75,8 +75,33 @@ def finish(
         "command": stored["command"],
         "date": stored["date"],
     }
+    if names := scenario_names(curves):
+        result["headline"] = "per seed, the scenario of the highest mean in that evaluation"
+        result["scenarios"] = {name: scenario(resolved, curves, name) for name in names}
     write_json(folder / "result.json", result)
     return result
+
+
+def scenario_names(curves: list[Curve]) -> list[str]:
+    """Scenarios that were played apart, in their order."""
+    keys = curves[0].final or {}
+    return [key.removeprefix("return/") for key in keys if key.startswith("return/")]
+
+
+def scenario(resolved: Resolved, curves: list[Curve], name: str) -> dict[str, Any]:
+    """Scores of one scenario: of the last checkpoint, and of the best point of the curve."""
+    key = f"return/{name}"
+    final = rows([c.final[key] for c in curves if c.final is not None])  # (seeds, episodes)
+    points = [
+        rows([c.points[i][key] for c in curves]).mean(-1) for i in range(len(curves[0].steps))
+    ]
+    curve = np.stack(points, 1)  # (seeds, points)
+    return {
+        "score": summary(scored(resolved, final)[1].mean(-1)),
+        "best": summary(scored(resolved, curve)[1].max(-1)),
+        "final_returns": final.tolist(),
+        "curve": curve.tolist(),
+    }
 
 
 def rows(values: list[torch.Tensor]) -> np.ndarray:
@@ -96,16 +121,22 @@ def summary(per_seed: np.ndarray) -> dict[str, Any]:
 
 
 def write_episodes(path: Path, seeds: list[int], curves: list[Curve]) -> None:
+    """One line per episode; with several scenarios every one of them, named in a last column."""
+    names = scenario_names(curves)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["step", "seed", "episode", "return", "length"])
+        head = ["step", "seed", "episode", "return", "length"]
+        writer.writerow([*head, "scenario"] if names else head)
         for i, step in enumerate([*curves[0].steps, "final"]):
             points = [c.final if step == "final" else c.points[i] for c in curves]
-            returns, lengths = (rows([p[n] for p in points if p]) for n in ("return", "length"))
-            for seed, seed_returns, seed_lengths in zip(seeds, returns, lengths, strict=True):
-                pairs = zip(seed_returns.tolist(), seed_lengths.tolist(), strict=True)
-                for k, (value, length) in enumerate(pairs):
-                    writer.writerow([step, seed, k, repr(value), int(length)])
+            for name in names or [""]:
+                keys = (f"{key}/{name}" if name else key for key in ("return", "length"))
+                returns, lengths = (rows([p[key] for p in points if p]) for key in keys)
+                for seed, seed_returns, seed_lengths in zip(seeds, returns, lengths, strict=True):
+                    pairs = zip(seed_returns.tolist(), seed_lengths.tolist(), strict=True)
+                    for k, (value, length) in enumerate(pairs):
+                        line = [step, seed, k, repr(value), int(length)]
+                        writer.writerow([*line, name] if name else line)
 
 
 def plot_curve(

@@ -1,5 +1,6 @@
 """The command line end to end on tiny runs, and what it answers to mistakes."""
 
+import csv
 import json
 import os
 import signal
@@ -19,7 +20,9 @@ from offrl.engine import checkpoint, process
 from offrl.engine.fit import Progress
 from offrl.parallel import Display
 
-SIZES = ["algo.hidden=[16]", "algo.batch=16", "eval_episodes=2", "final_episodes=2"]
+EPISODES = ["eval_episodes=2", "final_episodes=2"]
+SIZES = ["algo.hidden=[16]", "algo.batch=16", *EPISODES]
+WINDOWS = ["algo.size=tiny", "algo.context=3", "algo.batch=4", *EPISODES]  # of sequence methods
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +64,10 @@ def only_run():
     return config.parent
 
 
-@pytest.mark.parametrize("algo", ["bc", "td3bc", "prdc"])
+@pytest.mark.parametrize("algo", ["bc", "td3bc", "prdc", "decision_mamba"])
 def test_an_offline_run_leaves_everything_a_run_directory_promises(algo, capsys):
-    train(f"algo={algo}", "env=hopper", write_data(), "steps=60", "eval_every=20", *SIZES)
+    sizes = WINDOWS if algo == "decision_mamba" else SIZES
+    train(f"algo={algo}", "env=hopper", write_data(), "steps=60", "eval_every=20", *sizes)
     folder = only_run()
     assert folder.parent == Path("runs") / algo / "hopper-data"
     result = json.loads((folder / "result.json").read_text())
@@ -84,6 +88,32 @@ def test_an_offline_run_leaves_everything_a_run_directory_promises(algo, capsys)
     assert "algo.steps" in out
     assert "(command line)" in out
     assert "D4RL-normalized score" in out
+
+
+def test_a_return_conditioned_run_scores_every_target_and_the_best(capsys):
+    train("algo=decision_transformer", "env=hopper", write_data(), "steps=40", "eval_every=20",
+          "algo.targets=[3600,1800]", *WINDOWS)  # fmt: skip
+    folder = only_run()
+    result = json.loads((folder / "result.json").read_text())
+    assert list(result["scenarios"]) == ["target-3600", "target-1800"]
+    means = {name: np.mean(s["final_returns"]) for name, s in result["scenarios"].items()}
+    best = max(means, key=means.get)
+    assert result["final_returns"] == result["scenarios"][best]["final_returns"]
+    assert result["score"] == result["scenarios"][best]["score"]
+    for scenario in result["scenarios"].values():
+        assert np.shape(scenario["curve"]) == (1, 2)
+    points = np.array([s["curve"] for s in result["scenarios"].values()])
+    np.testing.assert_array_equal(result["curve"]["mean_return"], points.max(0))
+    with open(folder / "episodes.csv") as file:
+        episodes = list(csv.DictReader(file))
+    assert len(episodes) == 3 * 2 * 2
+    assert {row["scenario"] for row in episodes} == {"target-3600", "target-1800"}
+    assert "return/target-1800" in (folder / "seed-0" / "metrics.csv").read_text()
+    capsys.readouterr()
+    cli.evaluate([f"run={folder}", "episodes=2", "out=scores.json"])
+    assert "target-1800: score " in capsys.readouterr().out
+    found = json.loads(Path("scores.json").read_text())
+    assert list(found["scenarios"]) == ["target-3600", "target-1800"]
 
 
 def test_seeds_run_in_processes_of_their_own_and_equal_single_runs():
@@ -119,9 +149,14 @@ def test_a_run_is_not_resumed_on_another_kind_of_device(capsys):
     assert "was started on cuda" in capsys.readouterr().err
 
 
-def test_a_killed_run_resumes_to_the_same_result():
+@pytest.mark.parametrize(
+    ("algo", "steps", "every", "sizes"),
+    [("td3bc", 1500, 100, SIZES), ("decision_mamba", 120, 20, WINDOWS)],
+)
+def test_a_killed_run_resumes_to_the_same_result(algo, steps, every, sizes):
     """SIGKILL of the whole command, then resume=DIR; a finished run is then refused."""
-    words = ["algo=td3bc", "env=hopper", write_data(), "steps=1500", "eval_every=100", *SIZES]
+    words = [f"algo={algo}", "env=hopper", write_data(), f"steps={steps}", f"eval_every={every}"]
+    words += sizes
     train(*words, "runs=whole")
     command = [sys.executable, "-c", "from offrl.cli import train; train()", *words, "runs=cut"]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -142,8 +177,9 @@ def test_a_killed_run_resumes_to_the_same_result():
     files = [f / "seed-0" / "metrics.csv" for f in (whole, cut)]
     assert files[0].read_bytes() == files[1].read_bytes()
     states = [checkpoint.load(f / "seed-0" / "checkpoint.pt") for f in (whole, cut)]
-    for name, value in states[0]["algo"]["actor"].items():
-        assert torch.equal(value, states[1]["algo"]["actor"][name])
+    net = "net" if "net" in states[0]["algo"] else "actor"
+    for name, value in states[0]["algo"][net].items():
+        assert torch.equal(value, states[1]["algo"][net][name])
 
 
 def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on():

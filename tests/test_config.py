@@ -1,9 +1,11 @@
 from typing import Literal
 
 import pytest
+import torch
 
 from offrl import config
 from offrl.config import ConfigError, convert, from_yaml, resolve
+from offrl.experiment import layout
 
 TASKS = {"halfcheetah-*": {"alpha": 40.0}, "*-medium": {"eval_episodes": 50}}
 PRESETS = {"quick": {"steps": 100, "eval_every": 10}}
@@ -106,3 +108,10 @@ def test_every_shipped_task_value_fits_its_method():
             env = pattern.rstrip("*").rstrip("-") or "hopper"
             resolve(name, {"env": env, "dataset": "x"}, stored["tasks"], stored["presets"])
         resolve(name, {"preset": "quick"}, {}, stored["presets"])
+
+
+def test_seeds_are_stacked_on_cuda_where_the_network_can_carry_them():
+    cuda = torch.device("cuda")
+    assert layout(resolve("td3bc", {"seeds": 3}), cuda) == [[0, 1, 2]]
+    assert layout(resolve("decision_mamba", {"seeds": 3}), cuda) == [[0], [1], [2]]
+    assert layout(resolve("td3bc", {"seeds": 2}), torch.device("cpu")) == [[0], [1]]

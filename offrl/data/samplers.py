@@ -32,37 +32,50 @@ def transitions(
         budget: bytes.
     """
     device, size = torch.device(device), len(data)
-    first = {name: data[name][:1].to(device) for name in names}
+    fields = {name: data[name] for name in names}
+    rows = gatherer(fields, device, transform, budget)
+
+    def sample(generator: Generator) -> Batch:
+        # an integer bound is constant for a fixed data set, so a captured graph may hold it
+        index = torch.randint(size, (*seeds, batch), generator=generator, device=device)
+        return rows(index) | {"index": index}
+
+    return sample
+
+
+def gatherer(
+    fields: Batch,
+    device: torch.device,
+    transform: Callable[[Batch], Batch] | None = None,
+    budget: int = BUDGET,
+) -> Callable[[Tensor], Batch]:
+    """Index (*I,) on the device -> fields (*I, ...) there; see `transitions`."""
+    size = len(next(iter(fields.values())))
+    first = {name: value[:1].to(device) for name, value in fields.items()}
     layout, width = columns({
         name: (tuple(value.shape[1:]), value.dtype)
         for name, value in (transform(first) if transform else first).items()
     })  # fmt: skip
 
-    def draw(generator: Generator) -> Tensor:
-        # an integer bound is constant for a fixed data set, so a captured graph may hold it
-        return torch.randint(size, (*seeds, batch), generator=generator, device=device)
-
     if size * width * 4 > budget:
 
-        def gather(generator: Generator) -> Batch:
-            index = draw(generator)
+        def gather(index: Tensor) -> Batch:
             rows = index.cpu()
-            fields = {name: data[name][rows].to(device) for name in names}
-            return (transform(fields) if transform else fields) | {"index": index}
+            taken = {name: value[rows].to(device) for name, value in fields.items()}
+            return transform(taken) if transform else taken
 
         return gather
 
     table = torch.empty(size, width, device=device)
     for start in range(0, size, 1 << 18):
-        block = {name: data[name][start : start + (1 << 18)].to(device) for name in names}
+        block = {name: v[start : start + (1 << 18)].to(device) for name, v in fields.items()}
         table[start : start + (1 << 18)] = pack(transform(block) if transform else block, layout, 1)
 
-    def sample(generator: Generator) -> Batch:
-        index = draw(generator)
+    def select(index: Tensor) -> Batch:
         rows = table.index_select(0, index.flatten()).view(*index.shape, -1)
-        return unpack(rows, layout) | {"index": index}
+        return unpack(rows, layout)
 
-    return sample
+    return select
 
 
 def prepare(

@@ -1,7 +1,7 @@
 """Episodes of a policy in vectorized environments, raw returns kept."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import gymnasium
 import torch
@@ -14,22 +14,41 @@ from offrl.seeding import derive
 
 @dataclass(frozen=True)
 class Episodes:
-    """Undiscounted returns and lengths, (*S, episodes) each."""
+    """Undiscounted returns and lengths, (*S, episodes) each.
+
+    With several scenarios these are of the headline: per seed, the scenario with the highest mean
+    return of this very evaluation, as methods with several targets are published.
+
+    Attributes:
+        scenarios: name -> the episodes of that scenario; empty where there is one without a name.
+    """
 
     returns: Tensor
     lengths: Tensor
+    scenarios: "dict[str, Episodes]" = field(default_factory=dict)
+
+    def named(self) -> dict[str, Tensor]:
+        """Raw values for the learning curve: return, length, and return/<scenario>, ..."""
+        values = {"return": self.returns, "length": self.lengths}
+        for name, episodes in self.scenarios.items():
+            values |= {f"{key}/{name}": value for key, value in episodes.named().items()}
+        return values
 
 
 class Evaluator:
     """Runs the same number of episodes in each of a fixed set of environments.
 
+    All scenarios are played in lock-step: the policy sees one batch (*S, scenarios * width, ...).
+    Every scenario and every stacked seed meets the same start states.
+
     Args:
         make: maker of one environment.
         seeds: stacked seed axes of the algorithm, () or (S,).
-        width: environments per seed; each runs episodes / width episodes. The batch that the
-            policy sees is therefore always the same size, finished environments included.
+        width: environments per seed and scenario; each runs episodes / width episodes. The batch
+            that the policy sees is therefore always the same size, finished environments included.
         seed: of the environments; every call starts from the same states.
         device: of the policy.
+        scenarios: names, as `stage.scenarios` tells them; the policy learns the index of its own.
     """
 
     def __init__(
@@ -39,11 +58,12 @@ class Evaluator:
         width: int = 10,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        scenarios: tuple[str, ...] = (),
     ):
         self.seeds, self.width, self.device = seeds, width, torch.device(device)
-        self.seed = seed
-        groups = int(torch.Size(seeds).numel())
-        # every stacked seed meets the same start states
+        self.seed, self.scenarios = seed, scenarios
+        self.parts = max(1, len(scenarios))
+        groups = int(torch.Size(seeds).numel()) * self.parts
         starts = [derive(seed, "evaluation", i) for i in range(width)] * groups
         self.envs = Vector([make] * (groups * width), starts)
 
@@ -51,7 +71,7 @@ class Evaluator:
     def __call__(
         self, algo: Policy, episodes: int, tick: Callable[[int], None] | None = None
     ) -> Episodes:
-        """Play `episodes` per seed with the deterministic policy.
+        """Play `episodes` per seed and scenario with the deterministic policy.
 
         Args:
             tick: told the number of finished episodes, for a progress bar.
@@ -66,10 +86,14 @@ class Evaluator:
         returns, lengths = torch.zeros(count, each), torch.zeros(count, each)
         finished = torch.zeros(count, dtype=torch.long)
         rows = torch.arange(count)
-        memory, start = None, torch.ones(count)
+        memory, start, reward = None, torch.ones(count), torch.zeros(count)
+        scenario = self.grouped(rows // self.width % self.parts)
         obs = self.envs.reset()
         while bool((finished < each).any()):
-            now = {"obs": self.grouped(obs), "start": self.grouped(start)}
+            now = {
+                "obs": self.grouped(obs), "start": self.grouped(start),
+                "reward": self.grouped(reward), "scenario": scenario,
+            }  # fmt: skip
             act, memory = algo.act(now, memory, explore=False, generator=generator)
             step = self.envs.step(act.reshape(count, -1).cpu())
             _, reward, terminal, timeout, obs = step
@@ -82,11 +106,21 @@ class Evaluator:
             finished += done
             if tick is not None and bool(done.any()):
                 tick(int(done.sum()))
-        shape = (*self.seeds, episodes)
-        return Episodes(returns.view(shape), lengths.view(shape))
+        shape = (*self.seeds, self.parts, episodes)
+        return self.summed_up(returns.view(shape), lengths.view(shape))
+
+    def summed_up(self, returns: Tensor, lengths: Tensor) -> Episodes:
+        """Episodes from values (*S, scenarios, episodes)."""
+        best = (
+            returns.mean(-1).argmax(-1)[..., None, None].expand(*self.seeds, 1, returns.shape[-1])
+        )
+        pairs = zip(returns.unbind(-2), lengths.unbind(-2), strict=True)
+        apart = {name: Episodes(*pair) for name, pair in zip(self.scenarios, pairs, strict=False)}
+        headline = returns.gather(-2, best).squeeze(-2), lengths.gather(-2, best).squeeze(-2)
+        return Episodes(*headline, apart)
 
     def grouped(self, value: Tensor) -> Tensor:
-        return value.view(*self.seeds, self.width, *value.shape[1:]).to(self.device)
+        return value.view(*self.seeds, -1, *value.shape[1:]).to(self.device)
 
     def close(self) -> None:
         self.envs.close()

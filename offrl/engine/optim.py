@@ -1,11 +1,13 @@
 """Optimizer steps shared by every update; torch only."""
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Metrics = dict[str, Tensor]
+Net = TypeVar("Net", bound=nn.Module)
 
 
 def adam(
@@ -26,6 +28,33 @@ def adam(
         fused=True,
         capturable=cuda,
     )
+
+
+def adamw(
+    groups: Iterable[tuple[Iterable[Tensor], float]], lr: float = 0.0, eps: float = 1e-8
+) -> torch.optim.AdamW:
+    """Fused AdamW over groups of (parameters, weight decay), whose learning rates are tensors.
+
+    Args:
+        lr: to start from; `warm_up` raises it on the device.
+    """
+    parts = [(list(params), decay) for params, decay in groups]
+    device = parts[0][0][0].device
+    return torch.optim.AdamW(
+        [
+            {"params": params, "weight_decay": decay, "lr": torch.tensor(lr, device=device)}
+            for params, decay in parts
+        ],
+        eps=eps,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+
+
+def warm_up(optimizer: torch.optim.Optimizer, lr: float, steps: int) -> None:
+    """Raise learning rates that are tensors by lr / steps, up to lr: linear, before every step."""
+    for group in optimizer.param_groups:
+        group["lr"].add_(lr / steps).clamp_(max=lr)
 
 
 def descend(
@@ -51,8 +80,11 @@ def descend(
     return {name: value.detach() for name, value in metrics.items()}
 
 
-def clipped(grads: Sequence[Tensor], clip: float, lead: int) -> list[Tensor]:
+def clipped(grads: Sequence[Tensor], clip: float, lead: int) -> Sequence[Tensor]:
     """Gradients scaled so that each seed's joint norm is at most `clip`."""
+    if lead == 0:  # many small tensors at once
+        norm = torch.stack(torch._foreach_norm(list(grads))).norm()
+        return torch._foreach_mul(list(grads), (clip / (norm + 1e-6)).clamp(max=1.0))
     square = sum(g.flatten(lead).square().sum(-1) for g in grads)
     scale = (clip / (torch.as_tensor(square).sqrt() + 1e-6)).clamp(max=1.0)  # (*S,)
     return [g * scale.view(*scale.shape, *[1] * (g.dim() - lead)) for g in grads]
@@ -64,6 +96,6 @@ def polyak(target: nn.Module, online: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def frozen(module: Net) -> Net:
     """The module with gradients switched off: for target networks."""
     return module.requires_grad_(False)

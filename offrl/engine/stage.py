@@ -33,9 +33,10 @@ class Spec:
 class Policy(Protocol):
     """What evaluation and roll-outs ask: actions from what may be known now.
 
-    `now` holds obs (*S, B, o), start (*S, B), 1 where an episode begins, and where used goal and
-    reward. Actions lie in [-1, 1]; `explore` samples as in training; random draws come from
-    `generator` only.
+    `now` holds obs (*S, B, o), start (*S, B), 1 where an episode begins, and in evaluation reward
+    (*S, B) of the action before and scenario (*S, B), int64 index into the algorithm's `scenarios`.
+    Actions lie in [-1, 1]; `explore` samples as in training; random draws come from `generator`
+    only.
     """
 
     def act(
@@ -63,6 +64,14 @@ class Algorithm(Policy, Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def load(self, state: dict[str, Any]) -> None: ...
+
+
+def scenarios(algo: Policy) -> tuple[str, ...]:
+    """Names of the situations that a method wants to be scored in, such as target returns.
+
+    A method that has several says so by an attribute `scenarios`; the others are scored once.
+    """
+    return getattr(algo, "scenarios", ())
 
 
 class Part(Protocol):

@@ -1,6 +1,7 @@
 """The loop: exact resume after SIGKILL, divergence, interrupts, checkpoints."""
 
 import csv
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offrl.algos import sac, td3bc
+from offrl.algos import decision_mamba, sac, td3bc
 from offrl.data import Dataset
 from offrl.data.collect import Collector
 from offrl.engine import checkpoint
@@ -48,7 +49,14 @@ def online():
     return algo, sac.stages(algo, Collector(envs, 120), Run(steps=250))
 
 
-KINDS = {"offline": offline, "online": online}
+def sequence():
+    """With a teacher that is refreshed every five updates, and two targets."""
+    config = decision_mamba.Config(size="tiny", context=3, batch=2, steps=200, targets=(9.0, 5.0))
+    algo = decision_mamba.make(config, Spec(11, 3), torch.Generator().manual_seed(1))
+    return algo, decision_mamba.stages(algo, toy_data(), Run(steps=200))
+
+
+KINDS = {"offline": offline, "online": online, "sequence": sequence}
 
 
 def evaluation():
@@ -90,8 +98,10 @@ def assert_same(left, right, path=""):
         assert left == right, path
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("moment", [0.15, 0.5, 0.85])
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [*itertools.product(["offline", "online"], [0.15, 0.5, 0.85]), ("sequence", 0.5)],
+)
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, moment):
     """SIGKILL, then resume: parameters, generators, replay, metrics and score are bit-equal."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from offrl.engine.optim import adam, descend, polyak
+from offrl.engine.optim import adam, adamw, descend, polyak, warm_up
 
 
 def test_descend_touches_only_its_own_parameters():
@@ -42,3 +42,32 @@ def test_polyak_moves_every_parameter_by_tau():
     polyak(a, b, 0.25)
     for old, new, online in zip(before, a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(new, 0.75 * old + 0.25 * online)
+
+
+def test_a_single_seeds_clip_is_joint_over_tensors():
+    one, other = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2, 2))
+    opt = torch.optim.SGD([one, other], lr=1.0)
+    descend(opt, 30 * one.sum() + 40 * other.sum(), {}, clip=1.0)
+    torch.testing.assert_close(one.detach(), torch.full((4,), -0.3))
+    torch.testing.assert_close(other.detach(), torch.full((2, 2), -0.4))
+    descend(opt, 0.03 * one.sum() + 0.04 * other.sum(), {}, clip=1.0)  # below the bound
+    torch.testing.assert_close(one.detach(), torch.full((4,), -0.33))
+
+
+def test_warm_up_raises_every_group_linearly_and_stops():
+    one, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    opt = adamw([([one], 0.1), ([other], 0.0)])
+    rates = []
+    for _ in range(5):
+        warm_up(opt, 0.4, 4)
+        rates.append([float(group["lr"]) for group in opt.param_groups])
+    assert rates == [pytest.approx([rate] * 2) for rate in (0.1, 0.2, 0.3, 0.4, 0.4)]
+
+
+def test_only_groups_with_weight_decay_decay_and_the_rate_is_read_from_its_tensor():
+    one, other = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    opt = adamw([([one], 0.5), ([other], 0.0)])
+    warm_up(opt, 0.1, 1)
+    descend(opt, 0 * one.sum() + 0 * other.sum(), {})
+    assert float(one.detach()) == pytest.approx(1 - 0.1 * 0.5)
+    assert float(other.detach()) == 1

@@ -1,0 +1,140 @@
+"""Windows of K consecutive steps with returns-to-go: the batches of sequence methods.
+
+A window's fields carry a time axis behind the batch: obs (*S, B, K, o), act (*S, B, K, a),
+return_to_go (*S, B, K), step_in_episode (*S, B, K) int64, and mask (*S, B, K), 1 on real steps.
+Short windows are padded on the left.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from offrl.data.dataset import Dataset
+from offrl.data.samplers import BUDGET, gatherer
+from offrl.engine.stage import Batch, Sampler
+
+ACT_PAD = -10.0  # what the released code of Decision Transformer puts there
+
+
+def returns_to_go(reward: Tensor, starts: Tensor) -> Tensor:
+    """Undiscounted sum of the rewards from every row to the end of its episode, (N,).
+
+    Of the rows that are there: an episode whose last rows were dropped has that much less.
+
+    Args:
+        reward: (N,). starts: int64 (E,), first row of every episode.
+
+    >>> returns_to_go(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 2]))
+    tensor([3., 2., 5.])
+    """
+    before = torch.cat([torch.zeros(1, dtype=torch.float64), reward.double().cumsum(0)])  # (N + 1,)
+    return (before[row_ends(starts, len(reward))] - before[:-1]).float()
+
+
+def row_ends(starts: Tensor, size: int) -> Tensor:
+    """For every row the row behind the last one of its episode, int64 (N,)."""
+    ends = torch.cat([starts[1:], torch.tensor([size])])
+    return ends.repeat_interleave(ends - starts)
+
+
+def windows(
+    data: Dataset,
+    batch: int,
+    length: int,
+    scale: float = 1.0,
+    seeds: tuple[int, ...] = (),
+    device: torch.device | str = "cpu",
+    transform: Callable[[Batch], Batch] | None = None,
+    budget: int = BUDGET,
+) -> Sampler:
+    """Windows that start at uniform rows: generator -> fields (*S, batch, length, ...) and `index`.
+
+    An episode is thereby met in proportion to its length. A window ends with its episode. Pads hold
+    obs 0 before `transform`, act -10, return_to_go 0 and step_in_episode 0. `index` (*S, batch) is
+    the first row.
+
+    Args:
+        length: K. Steps of a window.
+        scale: return_to_go is divided by it.
+        transform: row-wise function of a batch of fields, such as standardization.
+        budget: bytes; see `transitions`.
+
+    Source: Chen et al., "Decision Transformer", NeurIPS 2021, arXiv:2106.01345, released code.
+    """
+    device, size = torch.device(device), len(data)
+    starts = data.starts.cpu()
+    fields = {
+        "obs": data["obs"],
+        "act": data["act"],
+        "return_to_go": returns_to_go(data["reward"].cpu(), starts) / scale,
+        "step_in_episode": torch.arange(size) - starts.repeat_interleave(data.lengths.cpu()),
+    }
+    rows = gatherer(fields, device, transform, budget)
+    pads = {name: torch.zeros_like(value[:1]).to(device) for name, value in fields.items()}
+    pads["act"] = torch.full_like(pads["act"], ACT_PAD)
+    pads = transform(pads) if transform else pads
+    ends, offsets = row_ends(starts, size).to(device), torch.arange(length, device=device)
+
+    def sample(generator: Generator) -> Batch:
+        index = torch.randint(size, (*seeds, batch), generator=generator, device=device)
+        missing = (length - ends[index] + index).clamp(min=0).unsqueeze(-1)  # (*S, B, 1)
+        real = offsets >= missing  # (*S, B, K)
+        row = torch.where(real, index.unsqueeze(-1) + offsets - missing, 0)
+        window = {
+            name: torch.where(per_step(real, value), value, pads[name])
+            for name, value in rows(row).items()
+        }
+        return window | {"mask": real.float(), "index": index}
+
+    return sample
+
+
+def extend(window: Batch | None, now: Batch, goal: Tensor, scale: float, length: int,
+           act_dim: int) -> Batch:  # fmt: skip
+    """The window of a policy that meets `now`: moved on by one step, begun anew where start is 1.
+
+    Args:
+        window: of the step before, its last action filled in by `act_taken`; None at first.
+        now: obs (B, o) as the network takes it, start (B,), reward (B,) of the last action.
+        goal: (B,), return to ask for at the start of an episode, divided by `scale`.
+        scale: by which rewards are divided.
+
+    Returns:
+        Fields (B, length, ...) as `windows`, zero on pads; the last action is zero.
+    """
+    count = len(now["obs"])
+    if window is None:
+        blank = now["obs"].new_zeros(count, length)
+        window = {
+            "obs": blank.new_zeros(count, length, now["obs"].shape[-1]),
+            "act": blank.new_zeros(count, length, act_dim),
+            "return_to_go": blank,
+            "step_in_episode": blank.long(),
+            "mask": blank,
+        }
+    start = now["start"].bool()
+    rest = window["return_to_go"][:, -1] - now["reward"] / scale
+    new = {
+        "obs": now["obs"],
+        "act": torch.zeros_like(window["act"][:, 0]),
+        "return_to_go": torch.where(start, goal, rest),
+        "step_in_episode": torch.where(start, 0, window["step_in_episode"][:, -1] + 1),
+        "mask": torch.ones_like(rest),
+    }
+    return {
+        name: torch.cat(
+            [torch.where(per_step(start, value), 0, value[:, 1:]), new[name].unsqueeze(1)], 1
+        )
+        for name, value in window.items()
+    }
+
+
+def act_taken(window: Batch, act: Tensor) -> Batch:
+    """The window with the last action (B, a) filled in."""
+    return window | {"act": torch.cat([window["act"][:, :-1], act.unsqueeze(1)], 1)}
+
+
+def per_step(flags: Tensor, like: Tensor) -> Tensor:
+    """`flags` with trailing axes of one, to broadcast against `like`."""
+    return flags.view(*flags.shape, *[1] * (like.dim() - flags.dim()))

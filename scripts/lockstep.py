@@ -1,0 +1,116 @@
+"""Evaluation in lock-step against one episode at a time: time per step, and the same actions.
+
+    python scripts/lockstep.py --algo decision_mamba --env hopper --episodes 20
+
+All episodes of all targets are played as one batch, by a policy with its first weights; then some
+rows are played again on the observations that they met, each alone, and the actions compared.
+Times are of the policy; the environments' own time, the same either way, stands beside them.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offrl import config
+from offrl.engine import process
+from offrl.engine.stage import Batch, Policy, Spec, scenarios
+from offrl.envs.make import factory
+from offrl.envs.vector import Vector
+from offrl.experiment import pick_device
+from offrl.machine import cpu_name
+from offrl.seeding import derive, generator
+from offrl.speed import shipped
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--algo", default="decision_mamba")
+    parser.add_argument("--env", default="hopper")
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--eval_mode", help="of decision_mamba; of the batch, never of the rows")
+    parser.add_argument("--episodes", type=int, default=20, help="per target")
+    parser.add_argument("--steps", type=int, default=100, help="of every episode")
+    parser.add_argument("--alone", type=int, default=3, help="rows that are played alone")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    process.prepare(given.threads, keep_memory=True)
+    device = pick_device(given.device)
+    policy, alone = make(given, given.eval_mode, device), make(given, None, device)
+    seen, acts, envs_seconds, together = play(policy, given, device)
+    rows = torch.linspace(0, acts.shape[1] - 1, given.alone).long().tolist()
+    apart, worst = 0.0, torch.zeros(len(acts))
+    for row in rows:
+        own, seconds = replay(alone, seen, slice(row, row + 1))
+        apart += seconds / len(rows)
+        worst = torch.maximum(worst, (own[:, 0] - acts[:, row]).abs().amax(-1))
+    batch = acts.shape[1]
+    found = {
+        **{name: value for name, value in vars(given).items() if name != "out"},
+        "batch": batch,
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "torch": torch.__version__,
+        "lockstep_ms_per_step": 1000 * together / given.steps / batch,
+        "alone_ms_per_step": 1000 * apart / given.steps,
+        "environment_ms_per_step": 1000 * envs_seconds / given.steps / batch,
+        "times_faster_policy": apart * batch / together,
+        "times_faster_all": (apart * batch + envs_seconds) / (together + envs_seconds),
+        "largest_difference": {
+            "first_window": float(worst[:20].max()), "all": float(worst.max()),
+        },
+    }  # fmt: skip
+    print(json.dumps(found, indent=1))
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1))
+
+
+def make(given: argparse.Namespace, mode: str | None, device: torch.device) -> Any:
+    """The method with its first weights, the same in every call."""
+    own = {"env": given.env, "algo.size": given.size} | ({"algo.eval_mode": mode} if mode else {})
+    options = config.resolve(given.algo, own, shipped(given.algo).get("tasks")).config()
+    example = Vector([factory(given.env)], [0])
+    spec = Spec(example.obs_dim, example.act_dim)
+    example.close()
+    return config.module(given.algo).make(options, spec, generator(0, "lockstep", device=device))
+
+
+def play(
+    policy: Any, given: argparse.Namespace, device: torch.device
+) -> tuple[list[Batch], torch.Tensor, float, float]:
+    """Everything in one batch: what the policy was told, its actions, and both times."""
+    targets = len(scenarios(policy))
+    starts = [derive(0, "lockstep", i) for i in range(given.episodes)]
+    envs = Vector([factory(given.env)] * (given.episodes * targets), starts * targets)
+    obs, start, reward = envs.reset(), torch.ones(envs.count), torch.zeros(envs.count)
+    scenario = torch.arange(envs.count) // given.episodes
+    seen, acts, playing, acting, memory = [], [], 0.0, 0.0, None
+    for _ in range(given.steps):
+        told = {"obs": obs, "start": start, "reward": reward, "scenario": scenario}
+        seen.append({name: value.to(device) for name, value in told.items()})
+        began = time.perf_counter()
+        act, memory = policy.act(seen[-1], memory)
+        acts.append(act.cpu())
+        acted = time.perf_counter()
+        _, reward, terminal, timeout, obs = envs.step(acts[-1])
+        acting, playing = acting + acted - began, playing + time.perf_counter() - acted
+        start = terminal + timeout
+    envs.close()
+    return seen, torch.stack(acts), playing, acting
+
+
+def replay(policy: Policy, seen: list[Batch], row: slice) -> tuple[torch.Tensor, float]:
+    """One row's actions on what it was told, and the time they took."""
+    acts, memory, began = [], None, time.perf_counter()
+    for told in seen:
+        act, memory = policy.act({name: value[row] for name, value in told.items()}, memory)
+        acts.append(act.cpu())
+    return torch.stack(acts), time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()

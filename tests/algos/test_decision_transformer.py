@@ -1,0 +1,132 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offrl.algos import decision_mamba, decision_transformer
+from offrl.algos.decision_transformer import WIDTHS, Config, DecisionTransformer
+from offrl.nets.transformer import Transformer
+from tests.algos import engineering
+from tests.algos.sequences import SPEC, batch_equals_one_by_one, obeys_its_target, window
+
+SMALL = Config(size="tiny", context=4, batch=8, targets=(3.0, 1.0), scale=1.0)
+
+
+def make(config=SMALL):
+    return DecisionTransformer(config, SPEC, torch.Generator().manual_seed(0))
+
+
+def predicted(algo, batch):
+    with torch.no_grad():
+        return algo.net.eval()(batch)
+
+
+def test_settings_are_the_authors():
+    c = Config()
+    assert (c.layers, c.dropout, c.context, c.batch) == (3, 0.1, 20, 64)
+    assert (c.lr, c.weight_decay, c.lr_warmup, c.clip, c.steps) == (
+        1e-4,
+        1e-4,
+        10_000,
+        0.25,
+        100_000,
+    )
+    assert WIDTHS["release"] == 128
+    algo = make()
+    (group,) = algo.opt.param_groups
+    assert len(group["params"]) == len(list(algo.net.parameters()))
+    assert (group["weight_decay"], group["betas"]) == (1e-4, (0.9, 0.999))
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_each_size_matches_decision_mambas(size):
+    count = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
+    with torch.device("meta"):
+        mine = count(Transformer(WIDTHS[size], 3))
+        other = count(decision_mamba.Backbone(*decision_mamba.SIZES[size]))
+    assert abs(mine / other - 1) < 0.02
+
+
+def test_an_action_depends_on_what_came_before_it_and_nothing_else():
+    algo, b = make(), window(short=False)
+    before = predicted(algo, b)
+    for name, own in (("act", False), ("obs", True), ("return_to_go", True)):
+        changed = b | {name: b[name].clone()}
+        changed[name][:, 3] *= -1
+        after = predicted(algo, changed)
+        assert torch.equal(before[:, :3], after[:, :3]), name
+        assert (not torch.equal(before[:, 3], after[:, 3])) == own, name
+        assert not torch.equal(before[:, 4], after[:, 4]), name
+
+
+def test_the_step_is_added_before_the_norm():
+    algo, b = make(), window()
+    before = predicted(algo, b)
+    with torch.no_grad():
+        algo.net.embed_step.add_(1.0)  # LayerNorm removes what all features share
+    torch.testing.assert_close(before, predicted(algo, b), rtol=1e-4, atol=1e-5)
+
+
+def test_steps_beyond_the_table_share_its_last_row():
+    algo, b = make(), window()
+    ends = [
+        predicted(algo, b | {"step_in_episode": b["step_in_episode"] + n}) for n in (2000, 5000)
+    ]
+    assert torch.equal(*ends)
+
+
+def test_pads_change_neither_predictions_nor_the_loss():
+    algo, b = make(replace(SMALL, dropout=0.0)), window()
+    pad = b["mask"] == 0
+    other = b | {name: b[name].clone() for name in ("obs", "act", "return_to_go")}
+    for name in ("obs", "act", "return_to_go"):
+        other[name][pad] = 100.0
+    torch.testing.assert_close(algo.loss(b)[0], algo.loss(other)[0])
+    cut = {name: value[2:3, 2:] for name, value in b.items()}
+    torch.testing.assert_close(predicted(algo, b)[2, 2:], predicted(algo, cut)[0])
+
+
+def test_the_loss_is_the_mean_over_real_steps_and_dimensions():
+    algo, b = make(replace(SMALL, dropout=0.0)), window()
+    error = (algo.net(b) - b["act"])[b["mask"].bool()]
+    torch.testing.assert_close(algo.loss(b)[0], error.square().mean())
+
+
+def test_the_learning_rate_warms_up_linearly():
+    algo = make(replace(SMALL, lr=1e-2, lr_warmup=4))
+    rates = []
+    for step in range(6):
+        algo.update(window(), step)
+        rates.append(float(algo.opt.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+
+
+def test_gradients_are_clipped_jointly():
+    algo = make(replace(SMALL, clip=1e-3))
+    algo.update(window(), 0)
+    total = torch.stack([p.grad.square().sum() for p in algo.net.parameters()]).sum().sqrt()
+    assert float(total) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_episodes_played_together_take_the_actions_of_each_alone():
+    batch_equals_one_by_one(make())
+
+
+def test_it_takes_the_arm_whose_return_it_is_asked_for():
+    algo = make(replace(SMALL, targets=(5.0, 0.0), lr=3e-3, lr_warmup=10))
+    obeys_its_target(algo, decision_transformer, 100)
+
+
+def test_what_it_cannot_do_is_said():
+    with pytest.raises(ValueError, match="no target returns"):
+        make(replace(SMALL, targets=()))
+    with pytest.raises(ValueError, match="carries no seed axis"):
+        DecisionTransformer(SMALL, SPEC, torch.Generator(), (2,))
+
+
+def test_same_seed_same_run():
+    engineering.same_seed_same_run(make, lambda step: window(seed=step))
+
+
+def test_resume_is_exact():
+    engineering.resume_is_exact(make, lambda step: window(seed=step))
