@@ -414,7 +414,12 @@ def patched_methods():
 @pytest.mark.slow
 def test_the_hook_patches_every_worker_of_ray():
     ray = pytest.importorskip("ray")
-    ray.init(num_cpus=1, include_dashboard=False, runtime_env={"worker_process_setup_hook": setup})
+    ray.init(
+        num_cpus=1,
+        include_dashboard=False,
+        runtime_env={"worker_process_setup_hook": setup},
+        _system_config={"worker_niceness": 0},  # Ray's 15 starves the imports on a busy machine
+    )
     try:
         before = patched_methods()
         inside = ray.get(ray.remote(patched_methods).remote())
