@@ -23,7 +23,6 @@ from offrl.envs.vector import Vector
 from offrl.experiment import pick_device
 from offrl.machine import cpu_name
 from offrl.seeding import derive, generator
-from offrl.speed import shipped
 
 
 def main() -> None:
@@ -72,7 +71,7 @@ def main() -> None:
 def make(given: argparse.Namespace, mode: str | None, device: torch.device) -> Any:
     """The method with its first weights, the same in every call."""
     own = {"env": given.env, "algo.size": given.size} | ({"algo.eval_mode": mode} if mode else {})
-    options = config.resolve(given.algo, own, shipped(given.algo).get("tasks")).config()
+    options = config.resolve(given.algo, own, config.shipped(given.algo).get("tasks")).config()
     example = Vector([factory(given.env)], [0])
     spec = Spec(example.obs_dim, example.act_dim)
     example.close()
