@@ -97,5 +97,9 @@ def colors_of(panels: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
 def with_legend(figure: plt.Figure, colors: Mapping[str, str]) -> None:
     """One legend below all panels."""
     handles = [plt.Line2D([], [], color=color, label=name) for name, color in colors.items()]
-    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 5), frameon=False)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    letter = 0.09  # inches, of the widest label as it is drawn
+    width = 0.6 + letter * max(map(len, colors))
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / width)))
+    figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False)
+    rows = -(-len(handles) // columns)
+    figure.tight_layout(rect=(0, 0.02 + 0.22 * rows / figure.get_figheight(), 1, 1))
