@@ -119,5 +119,6 @@ class Display:
         if key not in self.steps:  # what a resumed run had done counts, but not for the speed
             self.bar.initial += told.first
             self.bar.n += told.first
+            self.bar.last_print_n += told.first
         self.bar.update(told.step - self.steps.get(key, told.first))
         self.steps[key] = told.step

@@ -235,6 +235,8 @@ def test_a_resumed_display_counts_but_does_not_time_what_was_done():
     display.tell([1], Progress("train", 0, 20, 100, 1.0, None))
     display.tell([0], Progress("train", 80, 100, 100, 1.0, None))
     assert (display.bar.n, display.bar.initial, display.bar.total) == (120, 80, 200)
+    assert display.bar.miniters <= 100  # a burst of 80 steps would hold the line still
+    assert display.bar.last_print_n >= 80
     display.bar.close()
 
 

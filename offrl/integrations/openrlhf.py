@@ -155,6 +155,8 @@ class patch:
         mask = stack([e.action_mask for e in experiences])
         index = torch.tensor([i for e in experiences for i in e.index], device=rewards.device)
         cut = [e.truncated for e in experiences if e.truncated is not None]
+        if cut and len(cut) < len(experiences):
+            raise ValueError("some experiences say whether they were truncated and others do not")
         return RegInputs(
             rewards=rewards,
             correct=None if self.correct is None else rewards >= self.correct,

@@ -1,6 +1,6 @@
 """Regularizers inside verl: advantage estimators, policy losses and the full loss of the actor.
 
-    # regularized.py, run in every process: OFFRL_VERL=regularized.py (see verl_plugin)
+    # regularized.py, run in every process: OFFRL_VERL=$PWD/regularized.py (see verl_plugin)
     register_advantage("grpo_kimi", [LengthShaper("kimi", coef=0.1)], correct=0.5)
     register_loss("vanilla_cov", [KLCov(coef=0.1)])
 
@@ -31,6 +31,7 @@ its `trainer.use_v1`; tried on its functions, not in a training run.
 """
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -42,6 +43,8 @@ from torch import Tensor
 
 from offrl.integrations import host
 from offrl.regularizers import Compose, RegInputs, Regularizer
+
+logger = logging.getLogger(__name__)
 
 RELEASE = "0.9.1"
 Regularizers = Iterable[Regularizer] | Mapping[str, Regularizer]
@@ -61,7 +64,7 @@ CORE = {
 FULL = {"ppo_loss": "config model_output data dp_group"}
 METRIC = {"Metric": "aggregation value"}
 PADDING = {"no_padding_2_padding": "tensor data", "response_to_nested": "tensor response_mask"}
-PASSED = frozenset({"token_level_rewards", "response_mask", "config", "index", "reward_baselines"})
+PASSED = frozenset({"token_level_rewards", "response_mask", "config", "index"})
 
 ROWS = frozenset({"rewards", "lengths", "group", "mask", "step"})
 RATIO = frozenset({"logp", "old_logp", "advantages", "mask", "lengths"})
@@ -156,6 +159,10 @@ class Advantage:
             saved = torch.load(self.state, weights_only=True)
             self.step = saved["step"]
             self.reg.load_state_dict(saved["reg"])
+            logger.warning(
+                "regularizers continue from batch %d of %s; a new run needs a file of its own",
+                self.step, self.state,
+            )  # fmt: skip
         x = self.describe(token_level_rewards, response_mask, rest.get("index"))
         shaped: Any = self.reg.run("reward", x)
         rewards = token_level_rewards.clone()
