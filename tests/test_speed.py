@@ -35,6 +35,7 @@ def test_the_table_tells_ratios_options_and_the_cost_of_uncertified_rows(data, t
     assert found["methods"]["td3bc"]["time_ratio"] == 1.0
     assert found["methods"]["prdc"]["options"] == {"algo.alpha": 3.0}
     assert 0 < found["methods"]["prdc"]["outside_products"] < 1
+    assert 0 <= found["methods"]["prdc"]["certified"] <= 1
     shares = [row["certified"] for row in found["certificate"]]
     assert shares[0] > 0.99  # the data's own actions are their own neighbors
     assert found["certificate"][0]["self_match"] == 1.0

@@ -18,7 +18,12 @@ OpenRLHF works in Ray actors, so the patch must be entered in each of their proc
     def setup():
         patch([LengthShaper("kimi", coef=0.1)], correct=0.5).__enter__()
 
-    ray.init(runtime_env={"worker_process_setup_hook": setup})  # the next line leaves it running
+    env = {  # what OpenRLHF would have set
+        "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+        "NCCL_DEBUG": "WARN",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    ray.init(runtime_env={"worker_process_setup_hook": setup, "env_vars": env})  # it stays running
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__")
 
 Without a patch, `--reward.remote_url file.py` takes `reward_func(queries, prompts, labels)`, which

@@ -153,6 +153,7 @@ class Adapter(Host):
         self._window: dict[str, Tensor] = {}  # sums since the last optimizer step
         self._shared: dict[str, Tensor] = {}  # the same of the stages that ran on gathered rows
         self._seen: list | None = None  # outputs of the forward passes inside `_compute_loss`
+        self._weighed: tuple | None = None  # arguments of `run_loss`, where the token stage has run
         super().__init__(*args, **kwargs)
         self.reg.to(self.accelerator.device)
         self._check_needs()
@@ -244,12 +245,15 @@ class Adapter(Host):
 
     def _compute_loss(self, model, inputs, *rest, **named):
         self._inputs = inputs = dict(inputs)
+        self._weighed = None
         with self._watching() as seen:
             result = super()._compute_loss(model, inputs, *rest, **named)
         if not self.model.training:
             return result
         if self._at_loss:
-            extra, metrics, sync = self.reg.run_loss(*self._reg_inputs(inputs, seen))
+            extra, metrics, sync = self.reg.run_loss(
+                *self._weighed or self._reg_inputs(inputs, seen)
+            )
             self._observe(metrics, sync)
             if self.loss_is_scaled_for_ga:
                 extra = extra / self.current_gradient_accumulation_steps
@@ -559,12 +563,12 @@ class Rollout(Adapter):
         self._inputs["reg_noise"] = torch.rand(
             policy_mask(self._inputs).shape, device=self.accelerator.device
         )
-        x, *_ = self._reg_inputs(self._inputs, self._seen)
-        weight: Any = self.reg.run("token", x).token_weight
+        x, *counts = self._reg_inputs(self._inputs, self._seen)
+        token: Any = self.reg.run("token", x)
+        self._weighed = (x, *counts, token)
         advantages = self._inputs["advantages"]
         advantages = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
-        self._inputs["advantages"] = advantages * weight
-        self._inputs["reg_advantages"] = x.advantages
+        self._inputs["advantages"] = advantages * token.token_weight
 
     def _passes(self) -> tuple[Any, Any]:
         """What the policy's and the reference's pass returned: the reference's is the last."""
@@ -654,7 +658,7 @@ class Rollout(Adapter):
             ref_logp=inputs.get("reg_ref_logp"),
             entropy=out.entropy[:, -t:],
             stats={name: value[:, -t:] for name, value in stats.items()},
-            advantages=inputs.get("reg_advantages", inputs["advantages"]),
+            advantages=inputs["advantages"],
             turn=turns(mask) if "turn" in self.reg.requires else None,
             step=torch.tensor(self.state.global_step, device=mask.device),
             extra={"noise": inputs["reg_noise"]} if "reg_noise" in inputs else {},

@@ -299,6 +299,9 @@ class RegularizedLoss:
                 config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
                 self.actor_rollout_wg.set_loss_fn(functools.partial(LOSS, config=config))
 
+    It replaces what the worker had: with distillation on, give verl's `distillation_ppo_loss` with
+    its configuration as `base`, or that term is gone.
+
     The entropy is there if `actor.calculate_entropy` or `entropy_coeff` is set, the reference if
     `actor.use_kl_loss` is (with `kl_loss_coef=0`, verl's own term adds nothing).
 

@@ -299,17 +299,19 @@ class Compose(nn.Module):
         x: RegInputs,
         count: Tensor | float | None = None,
         sequences: Tensor | float | None = None,
+        token: RegOutput | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Token, loss and model stage: the term to add to the trainer's loss.
 
         Args:
             count: see `masked_reduce`; of tokens.
             sequences: the same for modules that reduce over sequences, of those with a token.
+            token: what `run("token", x)` returned, if the trainer ran that stage before its loss.
 
         Returns:
             A 0-d loss with a gradient path, metrics, and sync entries for `update`.
         """
-        total = self.run("token", x)
+        total = self.run("token", x) if token is None else token
         anchor = x.elements()
         loss = torch.zeros((), device=None if anchor is None else anchor.device)
         for stage in ("loss", "model"):

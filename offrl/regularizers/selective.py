@@ -171,8 +171,9 @@ class ClipCov(Regularizer):
     """Token stage: weight 0 for a random few of the tokens with low < covariance < high, else 1.
 
     Args:
-        generator: draws which ones, on its device, one uniform number per element and call. None:
-            the trainer draws extra["noise"] (uniform in [0, 1), L), as compiled code needs it.
+        generator: draws which ones, on its device, one uniform number per element and call;
+            seed it alike on all ranks. None: the trainer draws extra["noise"] (uniform in [0, 1),
+            L), as compiled code needs it.
         fraction: of all valid tokens, at least one token.
         low, high: of `covariance`.
 

@@ -51,39 +51,12 @@ from offrl.regularizers import (
 from offrl.regularizers.advantage import STCR
 from offrl.regularizers.functional import kl_estimate
 from offrl.regularizers.length import FORMULAS
-from offrl.regularizers.reductions import keep
+from tests.integrations.terms import Drift, Half, SequenceDrift
 
 B, P, T = 6, 2, 5
 LENGTHS = torch.tensor([5, 3, 4, 1, 2, 5])
 MASK = torch.arange(T) < LENGTHS.unsqueeze(1)
 PolicyLoss = their_loss.PolicyLoss
-
-
-class Drift(Regularizer):
-    """Half the squared log-ratio to the sampler."""
-
-    requires = frozenset({"logp", "old_logp"})
-
-    def forward(self, x):
-        drift = keep(x.logp, x.mask) - keep(x.old_logp, x.mask)
-        return RegOutput(
-            per_element=self.weight * drift.square() / 2, metrics={"drift": drift.abs().max()}
-        )
-
-
-class SequenceDrift(Drift):
-    """A scalar: the mean over sequences of the squared log-ratio of the sequence."""
-
-    def forward(self, x):
-        drift = keep(x.logp, x.mask) - keep(x.old_logp, x.mask)
-        return RegOutput(loss=self.weight * drift.sum(-1).square().mean())
-
-
-class Half(Regularizer):
-    stage = "token"
-
-    def forward(self, x):
-        return RegOutput(token_weight=torch.full_like(x.logp.detach(), 0.5))
 
 
 def randn(*shape, seed=0):
