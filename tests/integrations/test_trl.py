@@ -607,7 +607,8 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(base, folder, tmp_path):
 @pytest.fixture(scope="module")
 def processes(folder, tmp_path_factory):
     """What one process found, and what each of two found; see two_processes.py."""
-    script = Path(__file__).with_name("two_processes.py")
+    script, root = Path(__file__).with_name("two_processes.py"), Path(__file__).parents[2]
+    inherited = dict(os.environ) | {"PYTHONPATH": str(root)}  # it imports from tests/
     results = []
     for world in (1, 2):
         out = tmp_path_factory.mktemp(str(world))
@@ -615,7 +616,7 @@ def processes(folder, tmp_path_factory):
         workers = []
         for rank in range(world):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            env = dict(os.environ) | (address | place if world > 1 else {})
+            env = inherited | (address | place if world > 1 else {})
             command = [sys.executable, str(script), folder, str(out)]
             workers.append(subprocess.Popen(command, env=env))
         assert [w.wait(timeout=300) for w in workers] == [0] * world
