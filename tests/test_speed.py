@@ -1,11 +1,12 @@
 import json
+import os
 
 import numpy as np
 import pytest
 
 from offrl.cli import options
 from offrl.config import ConfigError
-from offrl.speed import Options, measure_speed
+from offrl.speed import PEERS, Options, measure_speed
 
 
 @pytest.fixture
@@ -46,3 +47,30 @@ def test_options_of_methods_that_are_not_measured_are_refused(data):
     words = [f"dataset={data}", "source=files", "algos=[bc]", "set={prdc.alpha:3.0}"]
     with pytest.raises(ConfigError, match=r"got 'prdc\.alpha'"):
         measure_speed(options(Options, words))
+
+
+def test_online_methods_and_peers_stand_in_the_same_table(data, tmp_path):
+    words = ["source=files", "warmup=2", "rounds=2", "updates=4", "algos=[td3bc,sac]"]
+    words += [f"dataset={data}", "peers=[plain]", f"out={tmp_path / 'out.json'}"]
+    before = os.sched_getaffinity(0)
+    found = measure_speed(options(Options, words))
+    assert os.sched_getaffinity(0) == before
+    assert set(found["methods"]) == {"td3bc", "sac", "plain"}
+    assert "outside_products" not in found["methods"]["plain"]
+    assert (tmp_path / "out.png").stat().st_size > 5_000
+
+
+def test_an_unknown_peer_names_the_nearest(data):
+    words = [f"dataset={data}", "source=files", "algos=[bc]", "peers=[sb3-tf3]"]
+    with pytest.raises(ConfigError, match="did you mean 'sb3-td3'"):
+        measure_speed(options(Options, words))
+
+
+@pytest.mark.slow
+def test_every_peer_trains(data):
+    for package in ("jax", "optax", "stable_baselines3"):
+        pytest.importorskip(package)
+    words = ["source=files", "warmup=2", "rounds=1", "updates=4", "algos=[td3bc]"]
+    found = measure_speed(options(Options, [*words, f"dataset={data}", f"peers={[*PEERS]}"]))
+    assert set(found["methods"]) == {"td3bc", *PEERS}
+    assert {"jax", "stable-baselines3"} <= set(found["peers"])
