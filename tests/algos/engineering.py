@@ -1,6 +1,9 @@
 """Engineering tests that every algorithm must pass, called from each test_<name>.py."""
 
+import json
+from collections import Counter
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +144,37 @@ def updates_never_wait_for_the_device(make, batches):
             algo.update(batch, step)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         float(torch.ones(1))
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators_stay_within_budget(name, make, batches):
+    """A cycle of updates calls no more operators, views included, than budget.json allows.
+
+    The number does not depend on the machine. It is what Python and the dispatcher cost an update,
+    and nearly what a GPU launches.
+    """
+    algo = make()
+    inputs = [batches(step) for step in range(2 * algo.cycle)]
+    for step in range(algo.cycle):  # the first cycle makes the optimizer's state
+        algo.update(inputs[step], step)
+    with Counting() as counting:
+        for step in range(algo.cycle, 2 * algo.cycle):
+            algo.update(inputs[step], step)
+    allowed = json.loads(Path(__file__).with_name("budget.json").read_text())[name]
+    total = counting.calls.total()
+    assert total <= allowed, (
+        f"{name}: {total} operator calls per cycle of {algo.cycle}, the budget is {allowed}; "
+        f"most frequent: {counting.calls.most_common(8)}"
+    )
 
 
 def on_cuda_updates_never_wait(make, batches):

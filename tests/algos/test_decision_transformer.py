@@ -124,6 +124,16 @@ def test_what_it_cannot_do_is_said():
         DecisionTransformer(SMALL, SPEC, torch.Generator(), (2,))
 
 
+def test_updates_never_wait_for_the_device():
+    engineering.updates_never_wait_for_the_device(make, lambda step: window(seed=step))
+
+
+def test_operators_stay_within_budget():
+    engineering.operators_stay_within_budget(
+        "decision_transformer", make, lambda step: window(seed=step)
+    )
+
+
 def test_same_seed_same_run():
     engineering.same_seed_same_run(make, lambda step: window(seed=step))
 

@@ -98,6 +98,10 @@ def test_updates_on_cuda_never_wait():
     )
 
 
+def test_operators_stay_within_budget():
+    engineering.operators_stay_within_budget("sac", make, lambda step: batch(seed=step))
+
+
 def test_same_seed_same_run():
     engineering.same_seed_same_run(make, lambda step: batch(seed=step))
 
