@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.nets.linear import affine
+from offrl.nets.linear import chain
 from offrl.nets.mlp import MLP
 
 
@@ -30,7 +30,6 @@ class Critics(nn.Module):
     def first(self, obs: Tensor, act: Tensor) -> Tensor:
         """Q of the first network, (*S, B), with its weights held fixed: what a DPG actor climbs."""
         x = torch.cat([obs, act], -1)
-        for layer in self.net.layers:
-            weight, bias = (p.detach().select(-3, 0) for p in layer.parameters())
-            x = affine(x, weight, bias, relu=layer is not self.net.layers[-1])
-        return x.squeeze(-1)
+        one = [(weight.detach().select(-3, 0), bias.detach().select(-3, 0))
+               for weight, bias in self.net.pairs()]  # fmt: skip
+        return chain(x, one).squeeze(-1)

@@ -1,11 +1,12 @@
 """Multilayer perceptrons with optional leading axes, and observation standardization."""
 
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.nets.linear import Linear
+from offrl.nets.linear import Linear, chain
 
 
 class MLP(nn.Module):
@@ -24,10 +25,15 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(Linear(i, o, lead, generator) for i, o in pairwise(dims))
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = layer(x, relu=True, frozen=frozen)
-        return last(x, frozen=frozen)
+        """Apply the maps; with `frozen`, gradients reach x only and no weight's is computed."""
+        pairs = self.pairs()
+        if frozen:
+            pairs = [(weight.detach(), bias.detach()) for weight, bias in pairs]
+        return chain(x, pairs)
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of every map, as `chain` takes them."""
+        return [(layer.weight, layer.bias) for layer in cast(list[Linear], self.layers)]
 
 
 class Standardize(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.nets.linear import Linear
+from offrl.nets.linear import Linear, chain
 
 
 class Dropout(nn.Module):
@@ -41,7 +41,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         """x (B, L, d); hidden (B, L, L) bool, true where a query (second axis) may not look."""
         x = x + self.dropout(self.attention(self.norm_attention(x), hidden))
-        return x + self.dropout(self.down(self.up(self.norm_mlp(x), relu=True)))
+        layers = [(layer.weight, layer.bias) for layer in (self.up, self.down)]
+        return x + self.dropout(chain(self.norm_mlp(x), layers))
 
     def attention(self, x: Tensor, hidden: Tensor) -> Tensor:
         split = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -1,36 +1,65 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
 from offrl.nets import MLP, Critics, Linear
-from offrl.nets.linear import affine
+from offrl.nets.linear import chain
 
 SHAPES = [((), ()), ((2,), ()), ((2,), (1,)), ((3, 2), (3, 1)), ((3, 2), (3, 2)), ((3,), (3,))]
 
 
-def plain(x, weight, bias, relu):
-    out = x @ weight + bias
-    return out.relu() if relu else out
+def plain(x, layers):
+    for i, (weight, bias) in enumerate(layers):
+        x = x @ weight + bias
+        x = x.relu() if i < len(layers) - 1 else x
+    return x
 
 
-@pytest.mark.parametrize("relu", [False, True])
-@pytest.mark.parametrize(("lead", "rows"), SHAPES)
-def test_values_and_gradients_equal_the_plain_product(lead, rows, relu):
+def pairs(params):
+    return list(zip(params[::2], params[1::2], strict=True))
+
+
+def drawn(lead, rows, dims, dtype=torch.float32):
+    """x (*rows, 5, dims[0]) and weight, bias of each layer in turn."""
     g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g, requires_grad=True)  # noqa: E731
-    inputs = draw(*rows, 5, 4), draw(*lead, 4, 3), draw(*lead, 1, 3)
-    outs = affine(*inputs, relu), plain(*inputs, relu)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype, requires_grad=True)  # noqa: E731
+    params = [draw(*lead, n, o) for i, o in pairwise(dims) for n in (i, 1)]
+    return draw(*rows, 5, dims[0]), params
+
+
+@pytest.mark.parametrize("dims", [(4, 3), (4, 7, 3), (4, 7, 6, 1)])
+@pytest.mark.parametrize(("lead", "rows"), SHAPES)
+def test_values_and_gradients_equal_the_plain_product(lead, rows, dims):
+    x, params = drawn(lead, rows, dims)
+    outs = chain(x, pairs(params)), plain(x, pairs(params))
     torch.testing.assert_close(*outs)
-    seed = torch.randn(outs[0].shape, generator=g)
-    grads = [torch.autograd.grad(out, inputs, seed) for out in outs]
+    seed = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(1))
+    kept = seed.clone()
+    grads = [torch.autograd.grad(out, [x, *params], seed) for out in outs]
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs)
+    assert torch.equal(seed, kept)  # masking in place spares what the caller owns
+
+
+@pytest.mark.parametrize("asked", [[0], [1], [3], [4], [0, 5], [2, 6]])
+def test_a_part_of_the_gradients_is_that_part_of_all(asked):
+    x, params = drawn((2,), (1,), (4, 7, 6, 3))
+    values = [x, *params]
+    whole = torch.autograd.grad(chain(x, pairs(params)).square().sum(), values)
+    some = [value if i in asked else value.detach() for i, value in enumerate(values)]
+    out = chain(some[0], pairs(some[1:])).square().sum()
+    for i, grad in zip(asked, torch.autograd.grad(out, [values[i] for i in asked]), strict=True):
+        torch.testing.assert_close(grad, whole[i])
 
 
 def test_second_derivatives_exist_and_are_right():
-    g = torch.Generator().manual_seed(0)
-    x, w, b = (torch.randn(*s, generator=g, dtype=torch.float64, requires_grad=True)
-               for s in ((5, 4), (4, 3), (1, 3)))  # fmt: skip
-    assert torch.autograd.gradgradcheck(lambda *a: affine(*a, False).square(), (x, w, b))
+    x, params = drawn((2,), (1,), (4, 7, 3), torch.float64)
+
+    def value(x, *params):
+        return chain(x, pairs(params)).square()
+
+    assert torch.autograd.gradgradcheck(value, (x, *params))
 
 
 def test_one_network_takes_rows_with_extra_axes():
@@ -40,13 +69,13 @@ def test_one_network_takes_rows_with_extra_axes():
 
 
 def test_frozen_weights_receive_no_gradient():
-    layer = Linear(4, 3)
+    net = MLP((4, 8, 3))
     x = torch.randn(5, 4, requires_grad=True)
     grads = torch.autograd.grad(
-        layer(x, frozen=True).sum(), [x, *layer.parameters()], allow_unused=True
+        net(x, frozen=True).sum(), [x, *net.parameters()], allow_unused=True
     )
     assert grads[0] is not None
-    assert grads[1:] == (None, None)
+    assert grads[1:] == (None,) * 4
 
 
 def test_initialization_is_uniform_within_the_inverse_root_of_the_inputs():
