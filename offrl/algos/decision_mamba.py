@@ -118,11 +118,12 @@ class Block(nn.Module):
             self.fine = Mixer(width, generator=generator)
             self.fine_norm = nn.LayerNorm(width, device=device)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """mask (B, K), 0 at padded steps; None lets pads in."""
+    def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
+        """mask (B, K), 0 at padded steps, None lets pads in; kept: steps at the end to return."""
+        kept = kept or x.shape[1] // 3
         normed = self.norm(x)
         tokens = None if mask is None else mask.repeat_interleave(3, 1)
-        x = x + self.coarse(normed, tokens)
+        x = x[:, -3 * kept :] + self.coarse(normed, tokens, 3 * kept)
         if not self.has_fine:
             return x
         if tokens is not None:
@@ -130,10 +131,11 @@ class Block(nn.Module):
         zero = torch.zeros_like(normed[:, :1])
         shifted = [zero, normed[:, :-1]] if self.causal else [normed[:, :-1], zero]
         groups = torch.cat(shifted, 1).unflatten(1, (-1, 3)).flatten(2)  # (B, K, 3 d)
-        f = self.fine_norm(self.fine(self.group(groups), mask))  # (B, K, d)
+        f = self.fine(self.group(groups), mask, kept if self.causal else None)
+        f = self.fine_norm(f)  # (B, kept, d), released groups: (B, K, d)
         if self.causal:
             return (x.unflatten(1, (-1, 3)) + f.unsqueeze(2)).flatten(1, 2)
-        return (x.unflatten(1, (3, -1)) + f.unsqueeze(1)).flatten(1, 2)  # token p gets f_{p mod K}
+        return x + f.repeat(1, 3, 1)[:, -3 * kept :]  # token p gets f_{p mod K}
 
     # Step by step, causal grouping: what has to be remembered does not grow.
 
@@ -168,7 +170,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """The blocks and a last RMSNorm over tokens: (B, 3K, width) -> (B, 3K, width)."""
+    """The blocks and a last RMSNorm over tokens: (B, 3K, width) -> (B, 3 kept, width)."""
 
     def __init__(
         self,
@@ -185,10 +187,11 @@ class Backbone(nn.Module):
         )
         self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        for block in self.blocks:
+    def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, mask)
-        return self.norm(x)
+        return self.norm(last(x, mask, kept))
 
 
 class Net(nn.Module):
@@ -210,8 +213,8 @@ class Net(nn.Module):
         self.head_obs = Linear(width, spec.obs_dim, generator=generator)
         self.head_return = Linear(width, 1, generator=generator)
 
-    def forward(self, window: Batch) -> Tensor:
-        """Outputs (B, K, 3, d) at the tokens R, s, a of every step."""
+    def forward(self, window: Batch, kept: int | None = None) -> Tensor:
+        """Outputs (B, kept, 3, d) at the tokens R, s, a of the last `kept` steps; None for all."""
         parts = [
             self.embed_return(window["return_to_go"].unsqueeze(-1)),
             self.embed_obs(window["obs"]),
@@ -219,7 +222,7 @@ class Net(nn.Module):
         ]
         tokens = self.placed(torch.stack(parts, 2), window["step_in_episode"])  # (B, K, 3, d)
         mask = window["mask"] if self.mask_pads else None
-        return self.backbone(tokens.flatten(1, 2), mask).unflatten(1, (-1, 3))
+        return self.backbone(tokens.flatten(1, 2), mask, kept).unflatten(1, (-1, 3))
 
     def placed(self, content: Tensor, step: Tensor) -> Tensor:
         """Embedded tokens (*L, n, d) of the step in the episode `step` (*L)."""
@@ -323,7 +326,7 @@ class DecisionMamba:
         if c.eval_mode == "recurrent":
             return self.act_recurrent(now, memory, goal)
         window = extend(memory, now, goal, c.scale, c.context, self.act_dim)
-        act = self.net.action(self.net(window)[:, -1, 1]).clamp(-1, 1)
+        act = self.net.action(self.net(window, kept=1)[:, -1, 1]).clamp(-1, 1)
         return act, act_taken(window, act)
 
     def act_recurrent(self, now: Batch, memory: Any, goal: Tensor) -> tuple[Tensor, Any]:

@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from offrl.nets import fused_mixer
 from offrl.nets.scan import selective_scan, selective_step
 
 Memory = tuple[Tensor, Tensor]  # the last inputs of the convolution (B, conv - 1, E), h (B, E, N)
@@ -70,7 +71,7 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(inner, device=device))
         self.weight_out = draw(inner, width, bound=inner**-0.5)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, kept: int | None = None) -> Tensor:
         """Mix along time.
 
         Args:
@@ -78,12 +79,20 @@ class Mixer(nn.Module):
             mask: (B, L), 1 or True at real steps. Pads enter neither the convolution nor the
                 state, so a window padded on the left gives the outputs of the unpadded one. None
                 treats every step as real. What comes out at pads means nothing.
+            kept: steps at the end whose outputs are wanted, with (B, kept, width) returned; None
+                for all.
         """
+        length, reach, kept = x.shape[1], len(self.conv), kept or x.shape[1]
+        if fused_mixer.serves(x):
+            into, gate = self.weight_in.chunk(2, -1)
+            u = fused_mixer.convolve(x @ into, mask, self.conv, self.conv_bias)
+            z, selected, A = x[:, -kept:] @ gate, u @ self.weight_x, -self.A_log.exp()
+            steps = self.weight_delta, self.delta_bias
+            return fused_mixer.scan(u, z, selected, mask, *steps, A, self.D) @ self.weight_out
         u, z = (x @ self.weight_in).chunk(2, -1)  # (B, L, E)
         if mask is not None:
             mask = mask.unsqueeze(-1).to(u.dtype)
             u = u * mask
-        length, reach = x.shape[1], len(self.conv)
         padded = functional.pad(u, (0, 0, reach - 1, 0))
         taps = (padded[:, k : k + length] * self.conv[k] for k in range(reach))
         u = functional.silu(sum(taps, self.conv_bias))
@@ -91,7 +100,7 @@ class Mixer(nn.Module):
         if mask is not None:
             delta = delta * mask
         y = selective_scan(u, delta, -self.A_log.exp(), B, C, self.D)
-        return (y * functional.silu(z)) @ self.weight_out
+        return (y * functional.silu(z))[:, -kept:] @ self.weight_out
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes, input and output vectors of the scan, all chosen by its input."""
