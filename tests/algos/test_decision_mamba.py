@@ -9,6 +9,7 @@ from offrl.algos import decision_mamba
 from offrl.algos.decision_mamba import Backbone, Config, DecisionMamba
 from offrl.engine.optim import warm_up
 from offrl.engine.stage import Run
+from offrl.regularizers import self_evolution
 from tests.algos import engineering
 from tests.algos.sequences import (
     SPEC,
@@ -102,6 +103,22 @@ def test_what_pads_hold_makes_no_difference(grouping):
     assert torch.equal(algo.loss(b)[0], algo.loss(other)[0])
 
 
+@pytest.mark.parametrize("mask_pads", [True, False])
+def test_padded_steps_contribute_no_gradient(mask_pads):
+    algo, b = make(replace(SMALL, mask_pads=mask_pads)), window()
+    algo.evolution.step.fill_(39 * algo.stage_steps)  # labels of the teacher count too
+    pad = b["mask"] == 0
+    inputs = [b[name].requires_grad_() for name in ("obs", "act", "return_to_go")]
+    for grad in torch.autograd.grad(algo.loss(b)[0], inputs):
+        assert (grad[pad] == 0).all() == mask_pads  # unmasked, pads reach others' outputs
+        assert (grad[~pad] != 0).any()
+    outputs = algo.net(b).detach().requires_grad_()
+    algo.net.forward = lambda window: outputs
+    (grad,) = torch.autograd.grad(algo.loss(b)[0], outputs)
+    assert (grad[pad] == 0).all()
+    assert (grad[~pad][:, 1] != 0).any()
+
+
 def test_padded_and_unpadded_windows_give_equal_outputs():
     algo, b = make(), window()
     for i in range(4):
@@ -152,6 +169,14 @@ def test_hoppers_embedding_is_linear_and_its_head_ends_in_tanh():
     assert make().net.action(big).abs().max() > 1
 
 
+@pytest.mark.parametrize("grouping", ["causal", "release"])
+@pytest.mark.parametrize("fine", [True, False])
+def test_only_the_last_steps_can_be_asked_for(grouping, fine):
+    algo, b = make(replace(SMALL, grouping=grouping, fine=fine)), window()
+    for kept in (1, 4):
+        torch.testing.assert_close(algo.net(b, kept), algo.net(b)[:, -kept:])
+
+
 # --- acting --------------------------------------------------------------------------------------
 
 
@@ -198,12 +223,10 @@ def test_losses_are_masked_means_shifted_by_one_step_and_weighted():
     for i in range(4):
         for t in range(i, 5):  # row i begins at step i
             after = hidden[i, t, 2]
-            error = (algo.net.head_obs(after.unsqueeze(0))[0] - b["obs"][i, t + 1]).abs()
-            obs.append(torch.where(error < 1, error.square() / 2, error - 0.5))
-            error = (
-                algo.net.head_return(after.unsqueeze(0))[0] - b["return_to_go"][i, t + 1]
-            ).abs()
-            rest.append(torch.where(error < 1, error.square() / 2, error - 0.5))
+            found = algo.net.head_obs(after.unsqueeze(0))[0]
+            obs.append(smooth(found - b["obs"][i, t + 1]))
+            found = algo.net.head_return(after.unsqueeze(0))[0]
+            rest.append(smooth(found - b["return_to_go"][i, t + 1]))
     obs, rest = torch.stack(obs).mean(), torch.stack(rest).mean()
     torch.testing.assert_close(metrics["actor/loss"], act)
     torch.testing.assert_close(metrics["model/obs"], obs)
@@ -229,17 +252,20 @@ def test_in_the_first_stage_the_gradient_is_the_plain_one():
         assert torch.equal(mine, plain)
 
 
-def test_a_teacher_that_is_the_current_policy_only_rescales_the_gradient():
+def test_a_teacher_that_is_the_current_policy_only_rescales_the_gradient(monkeypatch):
     algo = make(ACTION_ONLY)
     plain = gradient(algo, window())
     algo.evolution.step.fill_(39 * algo.stage_steps)
     assert float(algo.evolution.blend) == 0.5
     for mine, whole in zip(gradient(algo, window()), plain, strict=True):
         torch.testing.assert_close(mine, 0.5 * whole, rtol=1e-4, atol=1e-7)
-    algo.teacher = algo.net  # as in the released code, but for its gradient
-    algo.previous = lambda batch: algo.net.action(algo.net(batch)[:, :, 1])
+    algo.previous = lambda batch: algo.net.action(algo.net(batch)[:, :, 1])  # not detached
     for mine, whole in zip(gradient(algo, window()), plain, strict=True):
         torch.testing.assert_close(mine, 0.5 * whole, rtol=1e-4, atol=1e-7)
+    attached = lambda act, previous, blend: (1 - blend) * act + blend * previous  # noqa: E731
+    monkeypatch.setattr(self_evolution, "progressive_target", attached)  # as in the released code
+    for mine, whole in zip(gradient(algo, window()), plain, strict=True):
+        torch.testing.assert_close(mine, 0.25 * whole, rtol=1e-4, atol=1e-7)
 
 
 def test_a_lagged_teacher_moves_the_target():
