@@ -22,8 +22,8 @@ def form(request):
 either_form = pytest.mark.usefixtures("form")
 
 
-def mixer(width=8, **options):
-    return Mixer(width, generator=torch.Generator().manual_seed(0), **options)
+def mixer(width=8):
+    return Mixer(width, torch.Generator().manual_seed(0))
 
 
 def draw(*shape, seed=1):
@@ -36,11 +36,11 @@ def test_release_size_has_the_published_number_of_parameters():
 
 def test_initial_step_sizes_and_decay_rates():
     m = mixer(64)
-    steps = torch.nn.functional.softplus(m.delta_bias)
+    steps = torch.nn.functional.softplus(m.time.delta_bias)
     assert steps.min() >= 1e-4
     assert steps.max() <= 0.1 + 1e-6
     rates = torch.arange(1.0, 17.0).expand(128, 16)
-    torch.testing.assert_close(m.A_log.exp(), rates)
+    torch.testing.assert_close(m.time.A_log.exp(), rates)
 
 
 def test_same_generator_seed_same_weights():
@@ -102,7 +102,7 @@ def test_the_compiled_form_equals_the_operators(size, length, masked):
     mask = torch.arange(length).expand(3, length) >= length // 3 if masked else None
     real = slice(length // 3, None)
     with torch.no_grad():
-        m.weight_delta.mul_(size)
+        m.time.weight_delta.mul_(size)
         compiled = m(x, mask)[:, real]
     wanted = m.double()(x.double(), mask)[:, real]
     assert (compiled - wanted).abs().max() < 1e-6 * wanted.abs().max()
