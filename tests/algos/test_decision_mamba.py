@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from offrl import config as settings
 from offrl.algos import decision_mamba
 from offrl.algos.decision_mamba import Config, DecisionMamba
 from offrl.engine.optim import warm_up
@@ -228,6 +229,31 @@ def test_no_form_step_by_step_is_offered_where_there_is_none():
     for config in (RELEASE, replace(SMALL, mask_pads=False)):
         with pytest.raises(ValueError, match="eval_mode=recurrent needs"):
             make(replace(config, eval_mode="recurrent"))
+
+
+def test_each_task_has_its_published_targets():
+    tasks = settings.shipped("decision_mamba")["tasks"]
+    found = {}
+    for env, dataset in (
+        ("hopper", "medium"),
+        ("halfcheetah", "medium"),
+        ("halfcheetah", "medium-expert"),
+        ("walker2d", "medium-replay"),
+        ("d4rl-antmaze-umaze", "fixed"),
+        ("d4rl-antmaze-umaze", "diverse"),
+        ("d4rl-antmaze-large", "play"),  # none are published
+    ):
+        given = settings.resolve("decision_mamba", {"env": env, "dataset": dataset}, tasks).config()
+        found[f"{env}-{dataset}"] = (list(given.targets), given.scale, given.mlp_embedding)
+    assert found == {
+        "hopper-medium": ([3600.0], 1000.0, False),
+        "halfcheetah-medium": ([12000.0, 8000.0, 6000.0, 4500.0], 1000.0, True),
+        "halfcheetah-medium-expert": ([12000.0], 1000.0, True),
+        "walker2d-medium-replay": ([5000.0], 1000.0, True),
+        "d4rl-antmaze-umaze-fixed": ([5.0], 1.0, True),
+        "d4rl-antmaze-umaze-diverse": ([20.0], 1.0, True),
+        "d4rl-antmaze-large-play": ([], 1000.0, True),
+    }
 
 
 # --- losses --------------------------------------------------------------------------------------
