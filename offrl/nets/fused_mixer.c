@@ -9,10 +9,11 @@
 
 #define LOG2E 1.44269504f
 
-/* 2^x to 3e-7 of its value, x held within [-126, 127]; 1 at 0. The polynomial is a fit of least
-   relative error to 2^r on [-1/2, 1/2]; whole numbers are added to the exponent's bits. */
+/* 2^x of x <= 0 to 3e-7 of its value, x held at -126 and above; 1 at 0. The polynomial is a fit of
+   least relative error to 2^r on [-1/2, 1/2]; whole numbers are added to the exponent's bits. A
+   second bound, also one that NaN passes, would cost a quarter more time in the scan. */
 static inline float power(float x) {
-  x = x < -126 ? -126 : x > 127 ? 127 : x;
+  x = x < -126 ? -126 : x;
   float whole = rintf(x), r = x - whole;
   float p = 1 + r * (0.693147f + r * (0.24022242f +
                 r * (0.05550734f + r * (0.009671513f + r * 0.0013264727f))));
@@ -23,7 +24,10 @@ static inline float power(float x) {
   return p;
 }
 
-static inline float silu(float x) { return x / (1 + power(-LOG2E * x)); }
+static inline float silu(float x) {
+  float e = power(LOG2E * (x < 0 ? x : -x));
+  return x * (x < 0 ? e : 1) / (1 + e);
+}
 
 /* log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|; log(1 + e) = 2 artanh(s), s = e / (2 + e),
    as a series in s, which is at most 1/3: a small result keeps its digits. */
