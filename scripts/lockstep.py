@@ -3,13 +3,18 @@
     python scripts/lockstep.py --algo decision_mamba --env hopper --episodes 20
 
 All episodes of all targets are played as one batch, by a policy with its first weights; then some
-rows are played again on the observations that they met, each alone, and the actions compared.
-Times are of the policy; the environments' own time, the same either way, stands beside them.
+rows are played again on the observations that they met, each alone, and the actions compared: once
+by the same code (`alone`), once as training computes a window (`plain`: in the operators of torch
+that gradients need, all outputs, the scan compiled). Times are of the policy; the environments' own
+time, the same either way, stands beside them. On a CPU `products` says what of the batch's time its
+matrix products take, and at what rate.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from offrl.envs.make import factory
 from offrl.envs.vector import Vector
 from offrl.experiment import pick_device
 from offrl.machine import cpu_name
+from offrl.nets import fused_mixer
 from offrl.seeding import derive, generator
 
 
@@ -40,14 +46,17 @@ def main() -> None:
     given = parser.parse_args()
     process.prepare(given.threads, keep_memory=True)
     device = pick_device(given.device)
-    policy, alone = make(given, given.eval_mode, device), make(given, None, device)
-    seen, acts, envs_seconds, together = play(policy, given, device)
+    policy, window = make(given, given.eval_mode, device), make(given, None, device)
+    seen, acts, memory, envs_seconds, together = play(policy, given, device)
     rows = torch.linspace(0, acts.shape[1] - 1, given.alone).long().tolist()
-    apart, worst = 0.0, torch.zeros(len(acts))
+    alone, plain, worst = 0.0, 0.0, torch.zeros(len(acts))
     for row in rows:
-        own, seconds = replay(alone, seen, slice(row, row + 1))
-        apart += seconds / len(rows)
-        worst = torch.maximum(worst, (own[:, 0] - acts[:, row]).abs().amax(-1))
+        own, seconds = replay(window, seen, slice(row, row + 1))
+        with as_in_training(window):
+            whole, whole_seconds = replay(window, seen, slice(row, row + 1))
+        alone, plain = alone + seconds / len(rows), plain + whole_seconds / len(rows)
+        for one in (own, whole):
+            worst = torch.maximum(worst, (one[:, 0] - acts[:, row]).abs().amax(-1))
     batch = acts.shape[1]
     found = {
         **{name: value for name, value in vars(given).items() if name != "out"},
@@ -55,10 +64,14 @@ def main() -> None:
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "torch": torch.__version__,
         "lockstep_ms_per_step": 1000 * together / given.steps / batch,
-        "alone_ms_per_step": 1000 * apart / given.steps,
+        "alone_ms_per_step": 1000 * alone / given.steps,
+        "plain_ms_per_step": 1000 * plain / given.steps,
         "environment_ms_per_step": 1000 * envs_seconds / given.steps / batch,
-        "times_faster_policy": apart * batch / together,
-        "times_faster_all": (apart * batch + envs_seconds) / (together + envs_seconds),
+        "products": products(policy, seen[-1], memory) if device.type == "cpu" else None,
+        "times_faster_than_plain": plain * batch / together,
+        "times_faster_than_alone": alone * batch / together,
+        "times_faster_than_plain_with_environments": (plain * batch + envs_seconds)
+        / (together + envs_seconds),
         "largest_difference": {
             "first_window": float(worst[:20].max()), "all": float(worst.max()),
         },
@@ -78,10 +91,22 @@ def make(given: argparse.Namespace, mode: str | None, device: torch.device) -> A
     return config.module(given.algo).make(options, spec, generator(0, "lockstep", device=device))
 
 
+@contextmanager
+def as_in_training(policy: Any) -> Iterator[None]:
+    """The policy's network gives all outputs of a window, by operators that autograd can follow."""
+    forward, serves = policy.net.forward, fused_mixer.serves
+    policy.net.forward = lambda window, **_: forward(window)
+    fused_mixer.serves = lambda x: False
+    try:
+        yield
+    finally:
+        policy.net.forward, fused_mixer.serves = forward, serves
+
+
 def play(
     policy: Any, given: argparse.Namespace, device: torch.device
-) -> tuple[list[Batch], torch.Tensor, float, float]:
-    """Everything in one batch: what the policy was told, its actions, and both times."""
+) -> tuple[list[Batch], torch.Tensor, Any, float, float]:
+    """Everything in one batch: what the policy was told, its actions and memory, both times."""
     targets = len(scenarios(policy))
     starts = [derive(0, "lockstep", i) for i in range(given.episodes)]
     envs = Vector([factory(given.env)] * (given.episodes * targets), starts * targets)
@@ -91,6 +116,8 @@ def play(
     for _ in range(given.steps):
         told = {"obs": obs, "start": start, "reward": reward, "scenario": scenario}
         seen.append({name: value.to(device) for name, value in told.items()})
+        if memory is None:
+            policy.act(seen[-1])  # compiles what is compiled
         began = time.perf_counter()
         act, memory = policy.act(seen[-1], memory)
         acts.append(act.cpu())
@@ -99,11 +126,28 @@ def play(
         acting, playing = acting + acted - began, playing + time.perf_counter() - acted
         start = terminal + timeout
     envs.close()
-    return seen, torch.stack(acts), playing, acting
+    return seen, torch.stack(acts), memory, playing, acting
+
+
+def products(policy: Policy, told: Batch, memory: Any, times: int = 20) -> dict[str, float]:
+    """What the matrix products of a step of the batch cost, per row."""
+    with torch.profiler.profile(with_flops=True) as profile:
+        for _ in range(times):
+            policy.act(told, memory)
+    found = [event for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm")]
+    seconds = sum(event.self_cpu_time_total for event in found) / 1e6
+    flops = sum(event.flops for event in found)
+    rows = times * len(told["obs"])
+    return {
+        "mflop_per_step": flops / 1e6 / rows,
+        "ms_per_step": 1000 * seconds / rows,
+        "gflop_per_second": flops / 1e9 / seconds,
+    }
 
 
 def replay(policy: Policy, seen: list[Batch], row: slice) -> tuple[torch.Tensor, float]:
     """One row's actions on what it was told, and the time they took."""
+    policy.act({name: value[row] for name, value in seen[0].items()})  # compiles what is compiled
     acts, memory, began = [], None, time.perf_counter()
     for told in seen:
         act, memory = policy.act({name: value[row] for name, value in told.items()}, memory)

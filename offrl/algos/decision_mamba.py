@@ -33,8 +33,9 @@ Differences from the authors' code (`grouping="release"`, `mask_pads=false`, `de
 - Their network has 24 blocks of width 768, 224 million parameters; the default is smaller.
 - They drop the episode of the highest return by mistake.
 - Actions are clipped to [-1, 1], in the history too; theirs are not, but their environments clip.
-- Figure 1 shares the gate and the last map between coarse and fine; their code and this have two
-  whole mixers.
+- The convolutions inside the mixers begin with a bias of 0, theirs with torch's uniform one.
+- Figure 1 shares the gate and the last map between coarse and fine (`fusion="shared_gate"`); their
+  code has two whole mixers, and so has the default.
 """
 
 from copy import deepcopy
@@ -50,7 +51,7 @@ from offrl.data.windows import act_taken, extend, per_step, windows
 from offrl.engine.optim import adamw, descend, frozen, warm_up
 from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import Linear, Standardize
-from offrl.nets.mamba import Mixer
+from offrl.nets.multigrained import Backbone, Fusion, Grouping
 from offrl.regularizers import ProgressiveTarget, RegInputs
 from offrl.regularizers.reductions import masked_reduce
 
@@ -58,8 +59,6 @@ FIELDS = ("obs", "act", "reward")
 STACKS = False  # no seed axis: one process per seed on every device
 SIZES = {"tiny": (3, 64), "small": (3, 128), "base": (3, 256), "release": (24, 768)}  # layers, d
 STAGES = 40  # of self-evolution; the authors evaluate and count one every 2,500 updates
-
-Grouping = Literal["causal", "release"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class Config:
     self_evolution: bool = True  # blend labels with an earlier policy
     inverse: bool = True  # predict the next state and return too
     grouping: Grouping = "causal"  # release: the authors' groups, which leak labels
+    fusion: Fusion = "parallel"  # shared_gate: the paper's Figure 1 taken literally
     mask_pads: bool = True
     eval_mode: Literal["window", "recurrent"] = "window"  # recurrent: from the episode's start
     mlp_embedding: bool = True  # tokens through a residual MLP; else one linear map
@@ -104,93 +104,6 @@ class Embedding(nn.Module):
         return x if self.second is None else x + self.second(F.gelu(x))
 
 
-class Block(nn.Module):
-    """One residual block: (B, 3K, width) -> (B, 3K, width)."""
-
-    def __init__(self, width: int, fine: bool, grouping: Grouping, generator: Generator | None):
-        super().__init__()
-        device = generator.device if generator is not None else None
-        self.causal, self.has_fine = grouping == "causal", fine
-        self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
-        self.coarse = Mixer(width, generator=generator)
-        if fine:
-            self.group = Linear(3 * width, width, generator=generator)  # a convolution of stride 3
-            self.fine = Mixer(width, generator=generator)
-            self.fine_norm = nn.LayerNorm(width, device=device)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """mask (B, K), 0 at padded steps; None lets pads in."""
-        normed = self.norm(x)
-        tokens = None if mask is None else mask.repeat_interleave(3, 1)
-        x = x + self.coarse(normed, tokens)
-        if not self.has_fine:
-            return x
-        if tokens is not None:
-            normed = normed * tokens.unsqueeze(-1)
-        zero = torch.zeros_like(normed[:, :1])
-        shifted = [zero, normed[:, :-1]] if self.causal else [normed[:, :-1], zero]
-        groups = torch.cat(shifted, 1).unflatten(1, (-1, 3)).flatten(2)  # (B, K, 3 d)
-        f = self.fine_norm(self.fine(self.group(groups), mask))  # (B, K, d)
-        if self.causal:
-            return (x.unflatten(1, (-1, 3)) + f.unsqueeze(2)).flatten(1, 2)
-        return (x.unflatten(1, (3, -1)) + f.unsqueeze(1)).flatten(1, 2)  # token p gets f_{p mod K}
-
-    # Step by step, causal grouping: what has to be remembered does not grow.
-
-    def start(self, batch: int) -> dict[str, Any]:
-        """Memory before the first step, all zeros: both mixers' and the last a-token."""
-        memory: dict[str, Any] = {"coarse": self.coarse.start(batch)}
-        if self.has_fine:
-            blank = self.norm.weight.new_zeros(batch, len(self.norm.weight))
-            memory |= {"fine": self.fine.start(batch), "action": blank}
-        return memory
-
-    def observe(self, pair: Tensor, memory: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """R- and s-token together: pair (B, 2, d) -> their outputs, and memory for `decide`."""
-        r, s = self.norm(pair).unbind(1)
-        y_r, coarse = self.coarse.step(r, memory["coarse"])
-        y_s, coarse = self.coarse.step(s, coarse)
-        pair, memory = pair + torch.stack([y_r, y_s], 1), memory | {"coarse": coarse}
-        if not self.has_fine:
-            return pair, memory
-        group = self.group(torch.cat([memory["action"], r, s], -1))
-        f, fine = self.fine.step(group, memory["fine"])
-        f = self.fine_norm(f)
-        return pair + f.unsqueeze(1), memory | {"fine": fine, "f": f}
-
-    def decide(self, a: Tensor, memory: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """The a-token (B, d) of the step that was observed -> its output, and the next memory."""
-        normed = self.norm(a)
-        y, coarse = self.coarse.step(normed, memory["coarse"])
-        if not self.has_fine:
-            return a + y, {"coarse": coarse}
-        return a + y + memory["f"], {"coarse": coarse, "fine": memory["fine"], "action": normed}
-
-
-class Backbone(nn.Module):
-    """The blocks and a last RMSNorm over tokens: (B, 3K, width) -> (B, 3K, width)."""
-
-    def __init__(
-        self,
-        layers: int,
-        width: int,
-        fine: bool = True,
-        grouping: Grouping = "causal",
-        generator: Generator | None = None,
-    ):
-        super().__init__()
-        device = generator.device if generator is not None else None
-        self.blocks: Any = nn.ModuleList(
-            Block(width, fine, grouping, generator) for _ in range(layers)
-        )
-        self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.norm(x)
-
-
 class Net(nn.Module):
     """A window of K steps -> what its tokens say."""
 
@@ -204,14 +117,14 @@ class Net(nn.Module):
         steps = torch.empty(c.max_step, width, device=generator.device)
         self.embed_step = nn.Parameter(steps.normal_(generator=generator))
         self.norm = nn.LayerNorm(width, device=generator.device)
-        self.backbone = Backbone(layers, width, c.fine, c.grouping, generator)
+        self.backbone = Backbone(layers, width, c.fine, c.grouping, c.fusion, generator)
         self.head_hidden = Linear(width, width, generator=generator) if c.mlp_head else None
         self.head_act = Linear(width, spec.act_dim, generator=generator)
         self.head_obs = Linear(width, spec.obs_dim, generator=generator)
         self.head_return = Linear(width, 1, generator=generator)
 
-    def forward(self, window: Batch) -> Tensor:
-        """Outputs (B, K, 3, d) at the tokens R, s, a of every step."""
+    def forward(self, window: Batch, kept: int | None = None) -> Tensor:
+        """Outputs (B, kept, 3, d) at the tokens R, s, a of the last `kept` steps; None for all."""
         parts = [
             self.embed_return(window["return_to_go"].unsqueeze(-1)),
             self.embed_obs(window["obs"]),
@@ -219,7 +132,7 @@ class Net(nn.Module):
         ]
         tokens = self.placed(torch.stack(parts, 2), window["step_in_episode"])  # (B, K, 3, d)
         mask = window["mask"] if self.mask_pads else None
-        return self.backbone(tokens.flatten(1, 2), mask).unflatten(1, (-1, 3))
+        return self.backbone(tokens.flatten(1, 2), mask, kept).unflatten(1, (-1, 3))
 
     def placed(self, content: Tensor, step: Tensor) -> Tensor:
         """Embedded tokens (*L, n, d) of the step in the episode `step` (*L)."""
@@ -252,6 +165,8 @@ class DecisionMamba:
                 "eval_mode=recurrent needs grouping=causal and mask_pads=true: with others the "
                 "network has no form that goes step by step"
             )
+        if c.fusion == "shared_gate" and (c.grouping, c.fine) != ("causal", True):
+            raise ValueError("fusion=shared_gate needs grouping=causal and fine=true")
         self.config, self.generator, self.cycle = c, generator, 1
         self.act_dim = spec.act_dim
         self.scenarios = tuple(f"target-{target:g}" for target in c.targets)
@@ -323,7 +238,7 @@ class DecisionMamba:
         if c.eval_mode == "recurrent":
             return self.act_recurrent(now, memory, goal)
         window = extend(memory, now, goal, c.scale, c.context, self.act_dim)
-        act = self.net.action(self.net(window)[:, -1, 1]).clamp(-1, 1)
+        act = self.net.action(self.net(window, kept=1)[:, -1, 1]).clamp(-1, 1)
         return act, act_taken(window, act)
 
     def act_recurrent(self, now: Batch, memory: Any, goal: Tensor) -> tuple[Tensor, Any]:

@@ -1,7 +1,7 @@
 """The selective scan on a CPU as one loop per channel, compiled where it runs.
 
-`fused_scan.c` is compiled when first used, which takes under a second: for this processor, and
-into a folder that is gone once the result is loaded, so there is no cache to go stale.
+C files are compiled when first used, which takes under a second each: for this processor, and into
+a folder that is gone once the result is loaded, so there is no cache to go stale.
 """
 
 import ctypes
@@ -29,25 +29,30 @@ logger = logging.getLogger(__name__)
 
 
 @cache
-def library(states: int, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled loops, or None, with a warning that says why, where they cannot be had."""
-    if dtype not in TYPES:
-        return None
-    real, exponential = TYPES[dtype]
-    names = f"-Dreal={real}", f"-Dexponential={exponential}", f"-DSTATES={states}"
+def compiled(source: Path, *definitions: str) -> ctypes.CDLL | None:
+    """The loops of a C file, or None, with a warning that says why, where they cannot be had."""
     try:
         with TemporaryDirectory() as folder:
-            target = Path(folder) / "scan.so"
-            command = ["gcc", *FLAGS, *names, str(SOURCE), "-o", str(target), "-lm"]
+            target = Path(folder) / "loops.so"
+            command = ["gcc", *FLAGS, *definitions, str(source), "-o", str(target), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             return ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         logger.warning(
-            "the selective scan runs in its slower form, for gcc did not make the fast one: %s",
+            "Mamba runs in its slower form, for gcc did not compile %s: %s",
+            source.name,
             reason.strip(),
         )
         return None
+
+
+def library(states: int, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled scan, None where it cannot be had."""
+    if dtype not in TYPES:
+        return None
+    real, exponential = TYPES[dtype]
+    return compiled(SOURCE, f"-Dreal={real}", f"-Dexponential={exponential}", f"-DSTATES={states}")
 
 
 class FusedScan(torch.autograd.Function):
@@ -81,8 +86,8 @@ def sizes(u: Tensor) -> list[ctypes.c_long | ctypes.c_int]:
     return [*map(ctypes.c_long, u.shape), ctypes.c_int(torch.get_num_threads())]
 
 
-def pointer(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 @torch.compiler.disable

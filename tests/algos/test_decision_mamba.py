@@ -4,11 +4,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from offrl import config as settings
 from offrl.algos import decision_mamba
-from offrl.algos.decision_mamba import Backbone, Config, DecisionMamba
+from offrl.algos.decision_mamba import Config, DecisionMamba
 from offrl.engine.optim import warm_up
 from offrl.engine.stage import Run
+from offrl.nets import scan
+from offrl.nets.multigrained import Backbone, SharedGate
+from offrl.regularizers import self_evolution
 from tests.algos import engineering
 from tests.algos.sequences import (
     SPEC,
@@ -21,6 +26,8 @@ from tests.algos.sequences import (
 
 SMALL = Config(size="tiny", context=4, batch=8, targets=(3.0, 1.0), scale=1.0, steps=400)
 RELEASE = replace(SMALL, grouping="release", mask_pads=False)
+SHARED = replace(SMALL, fusion="shared_gate")
+either_fusion = pytest.mark.parametrize("config", [SMALL, SHARED], ids=["parallel", "shared_gate"])
 
 
 def make(config=SMALL):
@@ -60,8 +67,9 @@ def sees_its_label(algo, length):
     return found
 
 
-def test_with_causal_groups_no_prediction_sees_its_label():
-    assert sees_its_label(make(), 20) == []
+@either_fusion
+def test_with_causal_groups_no_prediction_sees_its_label(config):
+    assert sees_its_label(make(config), 20) == []
 
 
 @pytest.mark.parametrize("length", [10, 20, 30])
@@ -78,9 +86,9 @@ def test_in_a_stack_of_blocks_the_released_groups_show_all_labels_but_the_last()
     assert sees_its_label(make(RELEASE), 20) == list(range(19))
 
 
-@pytest.mark.parametrize("fine", [True, False])
-def test_an_action_depends_on_what_came_before_it_and_nothing_else(fine):
-    algo, b = make(replace(SMALL, fine=fine)), window(short=False)
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, fine=False), SHARED])
+def test_an_action_depends_on_what_came_before_it_and_nothing_else(config):
+    algo, b = make(config), window(short=False)
     before = predicted(algo, b)
     for name, own in (("act", False), ("obs", True), ("return_to_go", True)):
         changed = b | {name: b[name].clone()}
@@ -91,9 +99,9 @@ def test_an_action_depends_on_what_came_before_it_and_nothing_else(fine):
         assert not torch.equal(before[:, 4], after[:, 4]), name
 
 
-@pytest.mark.parametrize("grouping", ["causal", "release"])
-def test_what_pads_hold_makes_no_difference(grouping):
-    algo, b = make(replace(SMALL, grouping=grouping)), window()
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, grouping="release"), SHARED])
+def test_what_pads_hold_makes_no_difference(config):
+    algo, b = make(config), window()
     real, pad = b["mask"].bool(), b["mask"] == 0
     other = b | {name: b[name].clone() for name in ("obs", "act", "return_to_go")}
     for name in ("obs", "act", "return_to_go"):
@@ -102,8 +110,25 @@ def test_what_pads_hold_makes_no_difference(grouping):
     assert torch.equal(algo.loss(b)[0], algo.loss(other)[0])
 
 
-def test_padded_and_unpadded_windows_give_equal_outputs():
-    algo, b = make(), window()
+@pytest.mark.parametrize("mask_pads", [True, False])
+def test_padded_steps_contribute_no_gradient(mask_pads):
+    algo, b = make(replace(SMALL, mask_pads=mask_pads)), window()
+    algo.evolution.step.fill_(39 * algo.stage_steps)  # labels of the teacher count too
+    pad = b["mask"] == 0
+    inputs = [b[name].requires_grad_() for name in ("obs", "act", "return_to_go")]
+    for grad in torch.autograd.grad(algo.loss(b)[0], inputs):
+        assert (grad[pad] == 0).all() == mask_pads  # unmasked, pads reach others' outputs
+        assert (grad[~pad] != 0).any()
+    outputs = algo.net(b).detach().requires_grad_()
+    algo.net.forward = lambda window: outputs
+    (grad,) = torch.autograd.grad(algo.loss(b)[0], outputs)
+    assert (grad[pad] == 0).all()
+    assert (grad[~pad][:, 1] != 0).any()
+
+
+@either_fusion
+def test_padded_and_unpadded_windows_give_equal_outputs(config):
+    algo, b = make(config), window()
     for i in range(4):
         cut = {name: value[i : i + 1, i:] for name, value in b.items()}
         torch.testing.assert_close(predicted(algo, b)[i, i:], predicted(algo, cut)[0])
@@ -135,6 +160,21 @@ def test_without_the_fine_branch_it_is_a_plain_mamba_stack():
     torch.testing.assert_close(algo.net(b).flatten(1, 2), x, rtol=1e-4, atol=1e-5)
 
 
+def test_with_a_shared_gate_both_paths_sum_before_one_gate_and_one_map():
+    block = SharedGate(8, torch.Generator().manual_seed(0))
+    nn.init.normal_(block.fine.conv_bias)
+    x = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(1))  # 4 steps of 3 tokens
+    c, f, z = (block.norm(x) @ block.weight_in).chunk(3, -1)
+    before = [torch.zeros_like(f[:, 0]), f[:, 2], f[:, 5], f[:, 8]]  # a_{t-1}; then R_t, s_t
+    groups = [torch.stack([before[t], f[:, 3 * t], f[:, 3 * t + 1]], 1) for t in range(4)]
+    u = F.silu((torch.stack(groups, 1) * block.fine.conv).sum(2) + block.fine.conv_bias)
+    delta, B, C = block.fine.select(u)
+    fine = scan.loop(u, delta, -block.fine.A_log.exp(), B, C, block.fine.D)
+    y = block.coarse(c) + fine.repeat_interleave(3, 1)
+    wanted = x + (y * F.silu(z)) @ block.weight_out
+    torch.testing.assert_close(block(x, None), wanted)
+
+
 def test_the_step_is_added_behind_the_norm():
     algo, b = make(), window()
     before = predicted(algo, b)
@@ -152,12 +192,21 @@ def test_hoppers_embedding_is_linear_and_its_head_ends_in_tanh():
     assert make().net.action(big).abs().max() > 1
 
 
+@pytest.mark.parametrize(
+    "config", [SMALL, replace(SMALL, fine=False), replace(SMALL, grouping="release"), SHARED]
+)
+def test_only_the_last_steps_can_be_asked_for(config):
+    algo, b = make(config), window()
+    for kept in (1, 4):
+        torch.testing.assert_close(algo.net(b, kept), algo.net(b)[:, -kept:])
+
+
 # --- acting --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fine", [True, False])
-def test_step_by_step_it_equals_the_window_until_the_window_is_full(fine):
-    config = replace(SMALL, context=6, fine=fine)
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, fine=False), SHARED])
+def test_step_by_step_it_equals_the_window_until_the_window_is_full(config):
+    config = replace(config, context=6)
     g = torch.Generator().manual_seed(3)
     obs, reward = torch.randn(8, 3, 2, generator=g), torch.randn(8, 3, generator=g)
     starts = torch.zeros(8, 3)
@@ -167,7 +216,7 @@ def test_step_by_step_it_equals_the_window_until_the_window_is_full(fine):
     other = played(make(replace(config, eval_mode="recurrent")), *told)
     torch.testing.assert_close(one[:6], other[:6], rtol=0, atol=1e-5)
     torch.testing.assert_close(one[:, 1], other[:, 1], rtol=0, atol=1e-5)  # 2 + 6 steps in all
-    if fine:
+    if config.fine and config.fusion == "parallel":
         assert (one[6:, 0] - other[6:, 0]).abs().max() > 1e-4
 
 
@@ -180,6 +229,31 @@ def test_no_form_step_by_step_is_offered_where_there_is_none():
     for config in (RELEASE, replace(SMALL, mask_pads=False)):
         with pytest.raises(ValueError, match="eval_mode=recurrent needs"):
             make(replace(config, eval_mode="recurrent"))
+
+
+def test_each_task_has_its_published_targets():
+    tasks = settings.shipped("decision_mamba")["tasks"]
+    found = {}
+    for env, dataset in (
+        ("hopper", "medium"),
+        ("halfcheetah", "medium"),
+        ("halfcheetah", "medium-expert"),
+        ("walker2d", "medium-replay"),
+        ("d4rl-antmaze-umaze", "fixed"),
+        ("d4rl-antmaze-umaze", "diverse"),
+        ("d4rl-antmaze-large", "play"),  # none are published
+    ):
+        given = settings.resolve("decision_mamba", {"env": env, "dataset": dataset}, tasks).config()
+        found[f"{env}-{dataset}"] = (list(given.targets), given.scale, given.mlp_embedding)
+    assert found == {
+        "hopper-medium": ([3600.0], 1000.0, False),
+        "halfcheetah-medium": ([12000.0, 8000.0, 6000.0, 4500.0], 1000.0, True),
+        "halfcheetah-medium-expert": ([12000.0], 1000.0, True),
+        "walker2d-medium-replay": ([5000.0], 1000.0, True),
+        "d4rl-antmaze-umaze-fixed": ([5.0], 1.0, True),
+        "d4rl-antmaze-umaze-diverse": ([20.0], 1.0, True),
+        "d4rl-antmaze-large-play": ([], 1000.0, True),
+    }
 
 
 # --- losses --------------------------------------------------------------------------------------
@@ -198,12 +272,10 @@ def test_losses_are_masked_means_shifted_by_one_step_and_weighted():
     for i in range(4):
         for t in range(i, 5):  # row i begins at step i
             after = hidden[i, t, 2]
-            error = (algo.net.head_obs(after.unsqueeze(0))[0] - b["obs"][i, t + 1]).abs()
-            obs.append(torch.where(error < 1, error.square() / 2, error - 0.5))
-            error = (
-                algo.net.head_return(after.unsqueeze(0))[0] - b["return_to_go"][i, t + 1]
-            ).abs()
-            rest.append(torch.where(error < 1, error.square() / 2, error - 0.5))
+            found = algo.net.head_obs(after.unsqueeze(0))[0]
+            obs.append(smooth(found - b["obs"][i, t + 1]))
+            found = algo.net.head_return(after.unsqueeze(0))[0]
+            rest.append(smooth(found - b["return_to_go"][i, t + 1]))
     obs, rest = torch.stack(obs).mean(), torch.stack(rest).mean()
     torch.testing.assert_close(metrics["actor/loss"], act)
     torch.testing.assert_close(metrics["model/obs"], obs)
@@ -229,17 +301,20 @@ def test_in_the_first_stage_the_gradient_is_the_plain_one():
         assert torch.equal(mine, plain)
 
 
-def test_a_teacher_that_is_the_current_policy_only_rescales_the_gradient():
+def test_a_teacher_that_is_the_current_policy_only_rescales_the_gradient(monkeypatch):
     algo = make(ACTION_ONLY)
     plain = gradient(algo, window())
     algo.evolution.step.fill_(39 * algo.stage_steps)
     assert float(algo.evolution.blend) == 0.5
     for mine, whole in zip(gradient(algo, window()), plain, strict=True):
         torch.testing.assert_close(mine, 0.5 * whole, rtol=1e-4, atol=1e-7)
-    algo.teacher = algo.net  # as in the released code, but for its gradient
-    algo.previous = lambda batch: algo.net.action(algo.net(batch)[:, :, 1])
+    algo.previous = lambda batch: algo.net.action(algo.net(batch)[:, :, 1])  # not detached
     for mine, whole in zip(gradient(algo, window()), plain, strict=True):
         torch.testing.assert_close(mine, 0.5 * whole, rtol=1e-4, atol=1e-7)
+    attached = lambda act, previous, blend: (1 - blend) * act + blend * previous  # noqa: E731
+    monkeypatch.setattr(self_evolution, "progressive_target", attached)  # as in the released code
+    for mine, whole in zip(gradient(algo, window()), plain, strict=True):
+        torch.testing.assert_close(mine, 0.25 * whole, rtol=1e-4, atol=1e-7)
 
 
 def test_a_lagged_teacher_moves_the_target():
@@ -298,9 +373,13 @@ def test_what_is_decayed(everything):
     rest = {names[id(p)] for p in free["params"]}
     block = "backbone.blocks.0."
     assert {"norm.weight", "norm.bias", f"{block}fine_norm.weight"} <= rest
-    assert {f"{block}coarse.delta_bias", f"{block}coarse.conv_bias", "head_act.bias"} <= rest
+    assert {
+        f"{block}coarse.time.delta_bias",
+        f"{block}coarse.time.conv_bias",
+        "head_act.bias",
+    } <= rest
     assert not {"embed_step", "head_act.weight", f"{block}coarse.weight_in"} & rest
-    special = {f"{block}coarse.A_log", f"{block}fine.D", f"{block}norm.weight"}
+    special = {f"{block}coarse.time.A_log", f"{block}fine.time.D", f"{block}norm.weight"}
     assert (special & rest) == (set() if everything else special)
 
 
@@ -317,7 +396,7 @@ def test_both_groups_warm_up_together():
 def test_it_learns_one_trajectory_by_heart():
     config = replace(SMALL, lr=3e-3, lr_warmup=10, self_evolution=False)
     algo, b = make(config), window(1, 6, short=False)
-    b["obs"] = nn.functional.one_hot(torch.tensor([[0, 1, 1, 0, 1, 0]]), 2).float()
+    b["obs"] = F.one_hot(torch.tensor([[0, 1, 1, 0, 1, 0]]), 2).float()
     for step in range(100):
         metrics = algo.update(b, step)
     assert metrics["actor/loss"] < 1e-3
@@ -333,6 +412,9 @@ def test_what_it_cannot_do_is_said():
         make(replace(SMALL, targets=()))
     with pytest.raises(ValueError, match="carries no seed axis"):
         DecisionMamba(SMALL, SPEC, torch.Generator(), (2,))
+    for wrong in ({"grouping": "release"}, {"fine": False}):
+        with pytest.raises(ValueError, match="shared_gate needs"):
+            make(replace(SHARED, **wrong))
 
 
 def test_updates_never_wait_for_the_device():

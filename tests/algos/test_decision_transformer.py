@@ -5,6 +5,7 @@ import torch
 
 from offrl.algos import decision_mamba, decision_transformer
 from offrl.algos.decision_transformer import WIDTHS, Config, DecisionTransformer
+from offrl.nets.multigrained import Backbone
 from offrl.nets.transformer import Transformer
 from tests.algos import engineering
 from tests.algos.sequences import SPEC, batch_equals_one_by_one, obeys_its_target, window
@@ -43,7 +44,7 @@ def test_each_size_matches_decision_mambas(size):
     count = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
     with torch.device("meta"):
         mine = count(Transformer(WIDTHS[size], 3))
-        other = count(decision_mamba.Backbone(*decision_mamba.SIZES[size]))
+        other = count(Backbone(*decision_mamba.SIZES[size]))
     assert abs(mine / other - 1) < 0.02
 
 

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from offrl.nets import fused_scan, scan
+from offrl.nets import fused_mixer, fused_scan, scan
 
 FORMS = [scan.recompute, scan.chunked, scan.chunked_again, fused_scan.fused]
 CPU = torch.device("cpu")
@@ -154,15 +154,17 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_without_a_compiler_the_scan_runs_and_says_why(monkeypatch, caplog):
     monkeypatch.setenv("PATH", "")
-    fused_scan.library.cache_clear()
+    fused_scan.compiled.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert scan.fastest(CPU, torch.float32, 16) is scan.recompute
+            with torch.no_grad():
+                assert not fused_mixer.serves(torch.zeros(1))
         assert "gcc" in caplog.text
         x = inputs(5, dtype=torch.float32)
         torch.testing.assert_close(scan.selective_scan(*x), scan.loop(*x))
     finally:
-        fused_scan.library.cache_clear()
+        fused_scan.compiled.cache_clear()
 
 
 @pytest.mark.parametrize(("factor", "good"), [(1.0, True), (1.01, False)])

@@ -77,6 +77,17 @@ def test_a_teacher_that_is_the_student_only_rescales_the_gradient():
     torch.testing.assert_close(gradient(module, x, prediction), 0.6 * plain)
 
 
+def test_without_the_detaching_the_student_as_teacher_rescales_the_gradient_twice(monkeypatch):
+    """What the released code would do, had it not set its blend to 0."""
+    prediction, act, _ = actions()
+    attached = lambda act, previous, blend: (1 - blend) * act + blend * previous  # noqa: E731
+    monkeypatch.setattr(self_evolution, "progressive_target", attached)
+    module = at_step(4, stages=4, stage_steps=1, final=0.4, cap=1.0)
+    x = batch(prediction, act, prediction)
+    plain = torch.autograd.grad((prediction - act).square().mean(), prediction)[0]
+    torch.testing.assert_close(gradient(module, x, prediction), 0.6**2 * plain)
+
+
 def test_a_lagged_teacher_moves_the_target():
     prediction, act, previous = actions()
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
