@@ -6,7 +6,8 @@ All episodes of all targets are played as one batch, by a policy with its first 
 rows are played again on the observations that they met, each alone, and the actions compared: once
 by the same code (`alone`), once as training computes a window (`plain`: in the operators of torch
 that gradients need, all outputs, the scan compiled). Times are of the policy; the environments' own
-time, the same either way, stands beside them.
+time, the same either way, stands beside them. On a CPU `products` says what of the batch's time its
+matrix products take, and at what rate.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
     process.prepare(given.threads, keep_memory=True)
     device = pick_device(given.device)
     policy, window = make(given, given.eval_mode, device), make(given, None, device)
-    seen, acts, envs_seconds, together = play(policy, given, device)
+    seen, acts, memory, envs_seconds, together = play(policy, given, device)
     rows = torch.linspace(0, acts.shape[1] - 1, given.alone).long().tolist()
     alone, plain, worst = 0.0, 0.0, torch.zeros(len(acts))
     for row in rows:
@@ -66,6 +67,7 @@ def main() -> None:
         "alone_ms_per_step": 1000 * alone / given.steps,
         "plain_ms_per_step": 1000 * plain / given.steps,
         "environment_ms_per_step": 1000 * envs_seconds / given.steps / batch,
+        "products": products(policy, seen[-1], memory) if device.type == "cpu" else None,
         "times_faster_than_plain": plain * batch / together,
         "times_faster_than_alone": alone * batch / together,
         "times_faster_than_plain_with_environments": (plain * batch + envs_seconds)
@@ -103,8 +105,8 @@ def as_in_training(policy: Any) -> Iterator[None]:
 
 def play(
     policy: Any, given: argparse.Namespace, device: torch.device
-) -> tuple[list[Batch], torch.Tensor, float, float]:
-    """Everything in one batch: what the policy was told, its actions, and both times."""
+) -> tuple[list[Batch], torch.Tensor, Any, float, float]:
+    """Everything in one batch: what the policy was told, its actions and memory, both times."""
     targets = len(scenarios(policy))
     starts = [derive(0, "lockstep", i) for i in range(given.episodes)]
     envs = Vector([factory(given.env)] * (given.episodes * targets), starts * targets)
@@ -124,7 +126,23 @@ def play(
         acting, playing = acting + acted - began, playing + time.perf_counter() - acted
         start = terminal + timeout
     envs.close()
-    return seen, torch.stack(acts), playing, acting
+    return seen, torch.stack(acts), memory, playing, acting
+
+
+def products(policy: Policy, told: Batch, memory: Any, times: int = 20) -> dict[str, float]:
+    """What the matrix products of a step of the batch cost, per row."""
+    with torch.profiler.profile(with_flops=True) as profile:
+        for _ in range(times):
+            policy.act(told, memory)
+    found = [event for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm")]
+    seconds = sum(event.self_cpu_time_total for event in found) / 1e6
+    flops = sum(event.flops for event in found)
+    rows = times * len(told["obs"])
+    return {
+        "mflop_per_step": flops / 1e6 / rows,
+        "ms_per_step": 1000 * seconds / rows,
+        "gflop_per_second": flops / 1e9 / seconds,
+    }
 
 
 def replay(policy: Policy, seen: list[Batch], row: slice) -> tuple[torch.Tensor, float]:
