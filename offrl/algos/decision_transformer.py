@@ -20,7 +20,7 @@ name has in its blocks (within 2 %); `release` is the published model.
 Differences from the authors' code:
 - Heads that predict the next state and return, which their loss leaves out, are not built.
 - Actions are clipped to [-1, 1], in the history too; theirs are not, but their environments clip.
-- What is left out of their last window at the end of an episode, a return behind it, is not read.
+- Their windows hold one more return, behind the last step; nothing reads it, so it is not made.
 """
 
 from dataclasses import dataclass

@@ -72,8 +72,9 @@ class ProgressiveTarget(Regularizer):
         if reg.stage_ends:
             EMAAnchor(tau=1.0).update(teacher, policy)
 
-    With the policy itself for a teacher the gradient would be 1 - blend times the plain one, and
-    nothing is regularized; only a lagged teacher does that.
+    With the policy itself for a teacher the gradient would be 1 - blend times the plain one (the
+    square of that, were the target not detached): nothing is regularized. Only a lagged teacher
+    does that.
 
     Args:
         form: "action": squared distance, averaged over the action's dimensions, of
