@@ -26,7 +26,7 @@ from offrl.data import Dataset, prepare, sources
 from offrl.data.dataset import home
 from offrl.data.replay import Replay
 from offrl.engine import process
-from offrl.engine.stage import Algorithm, Run, Spec
+from offrl.engine.stage import Run, Spec
 from offrl.experiment import pick_device
 from offrl.machine import cpu_name
 from offrl.nets import Standardize
@@ -46,7 +46,7 @@ class Options:
     algos=[td3bc,prdc,bc]   methods; ratios are to the first. td3 and sac draw from a full replay
     peers=[plain,jax]       the same work elsewhere (offrl/peers): plain and jax make updates of
                             td3bc, sb3-td3 and sb3-sac those of td3 and sac; the last three need
-                            the extra `peers`
+                            the extra `peers`. Batch as the first of algos has it
     'set={prdc.alpha:2.5}'  options of methods
     warmup=1000             updates before the clock starts, so that the actor leaves its start
     rounds=9 updates=100    alternating rounds, and updates in each
@@ -79,8 +79,9 @@ def measure_speed(options: Options) -> dict[str, Any]:
     device = pick_device(options.device)
     data = sources.load(options.source, options.env, options.dataset, options.rows)
     with held_to(options.threads if device.type == "cpu" else None):
-        others = {name: rival(name, options, data, device) for name in options.peers}
         ours = {name: updater(name, options, data, device) for name in options.algos}
+        batch = ours[options.algos[0]][0].config.batch
+        others = {name: rival(name, options, data, batch, device) for name in options.peers}
         runs = {name: repeat(update) for name, (_, update) in ours.items()} | others
         return compared(options, data, device, ours, runs)
 
@@ -89,7 +90,7 @@ def compared(
     options: Options,
     data: Dataset,
     device: torch.device,
-    ours: dict[str, tuple[Algorithm, Callable[[], None]]],
+    ours: dict[str, tuple[Any, Callable[[], None]]],
     runs: dict[str, Callable[[int], None]],
 ) -> dict[str, Any]:
     """The rounds, and the table made of them."""
@@ -152,9 +153,9 @@ def packages(names: Iterable[str]) -> list[str]:
 
 
 def rival(
-    name: str, options: Options, data: Dataset, device: torch.device
+    name: str, options: Options, data: Dataset, batch: int, device: torch.device
 ) -> Callable[[int], None]:
-    """The peer's function that makes n updates, warmed up by one round."""
+    """The peer's function that makes n updates, warmed up by one round. Two layers of 256 units."""
     if name not in PEERS:
         raise configuration.ConfigError(
             f"there is no peer {name!r}{configuration.nearest(name, PEERS)}; "
@@ -166,7 +167,6 @@ def rival(
                 f"the peer {name} needs {package}: pip install -c constraints.txt -e '.[peers]'"
             )
     fields = {key: data[key] for key in FIELDS}
-    batch = configuration.module(options.algos[0]).Config().batch
     if name.startswith("sb3"):
         from offrl.peers import sb3
 
@@ -213,7 +213,7 @@ def repeat(update: Callable[[], object]) -> Callable[[int], None]:
 
 def updater(
     name: str, options: Options, data: Dataset, device: torch.device
-) -> tuple[Algorithm, Callable[[], None]]:
+) -> tuple[Any, Callable[[], None]]:
     """The algorithm after its warm-up, and a function that makes one complete update."""
     method = configuration.module(name)
     given = {"env": options.env, "dataset": options.dataset, "source": options.source}
@@ -354,8 +354,8 @@ def by_share(
         times: list[tuple[float, float]] = []
         for _ in range(max(3, options.rounds // 2)):
             count = max(2, options.updates // 4)
-            pair = [seconds(run, count, device) / count for run in (repeat(update), repeat(base))]
-            times.append((pair[0], pair[1]))
+            one, other = (seconds(repeat(f), count, device) / count for f in (update, base))
+            times.append((one, other))
         shares = {
             name: float(torch.stack([info[name] for info in algo.neighbors.shares]).mean())
             for name in ("uncertified", "self_match")

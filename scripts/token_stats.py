@@ -1,7 +1,6 @@
 """Memory and time of `token_stats` beside the naive form and a plain head.
 
-    python scripts/token_stats.py tokens=4096 naive_tokens=1024 \\
-        out=benchmarks/regularizers/token_stats.json
+    python scripts/token_stats.py tokens=4096 out=benchmarks/regularizers/token_stats.json
 
 Every form is a forward and backward pass from hidden states to the gradients of hidden states and
 weight: `plain` is cross-entropy of the logits; `naive` takes log-probability, entropy and the
@@ -9,8 +8,8 @@ entropy of the nucleus from log_softmax and a sort; `ours` takes the same three 
 sweep. Each pass runs in a fresh process, and the forms take turns. Memory is the largest resident
 size above that of inputs and gradients. The naive form takes 5.4 GiB per 1024 tokens of 151,936
 symbols, so 4096 need a machine with 22 GiB free: where memory is short, it is measured on as many
-tokens as fit, and that is said. Time is wall time, and CPU time beside it because machines are
-shared.
+tokens as fit, and that is said; what is swapped out meanwhile is not counted. Time is wall time,
+and CPU time beside it because machines are shared.
 """
 
 import json
@@ -122,9 +121,10 @@ def one_pass(o: Options) -> dict[str, float]:
 
 
 def free_memory() -> int:
-    """Bytes that a new process can have."""
-    line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in x)
-    return 1024 * int(line.split()[1])
+    """Bytes that a new process can have, swap included."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    found = [x for x in lines if x.startswith(("MemAvailable:", "SwapFree:"))]
+    return sum(1024 * int(line.split()[1]) for line in found)
 
 
 def naive_tokens(o: Options) -> int:

@@ -6,6 +6,7 @@ import pytest
 
 from offrl.cli import options
 from offrl.config import ConfigError
+from offrl.peers import plain
 from offrl.speed import PEERS, Options, measure_speed
 
 
@@ -64,6 +65,26 @@ def test_an_unknown_peer_names_the_nearest(data):
     words = [f"dataset={data}", "source=files", "algos=[bc]", "peers=[sb3-tf3]"]
     with pytest.raises(ConfigError, match="did you mean 'sb3-td3'"):
         measure_speed(options(Options, words))
+
+
+def test_peers_make_batches_as_large_as_ours(data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plain, "td3bc", lambda fields, batch, device: seen.append(batch) or list)
+    words = ["source=files", "warmup=2", "rounds=1", "updates=4", "algos=[td3bc]"]
+    words += [f"dataset={data}", "peers=[plain]", "set={td3bc.batch:32}"]
+    monkeypatch.setattr("offrl.speed.seconds", lambda run, count, device: 1.0)
+    measure_speed(options(Options, words))
+    assert seen == [32]
+
+
+def test_a_jax_block_that_does_not_fit_is_refused():
+    pytest.importorskip("jax")
+    from offrl.peers import in_jax
+
+    fields = {name: np.zeros((4, *shape), np.float32) for name, shape in
+              dict(obs=(3,), act=(2,), reward=(), next_obs=(3,), terminal=()).items()}  # fmt: skip
+    with pytest.raises(ValueError, match="blocks of 4, got 2"):
+        in_jax.td3bc(fields, 2, block=4)(2)
 
 
 @pytest.mark.slow

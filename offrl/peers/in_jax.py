@@ -108,6 +108,8 @@ def td3bc(fields: dict[str, np.ndarray], batch: int, block: int) -> Callable[[in
 
     def run(updates: int) -> None:
         nonlocal state
+        if updates % block:
+            raise ValueError(f"updates come in blocks of {block}, got {updates}")
         for _ in range(updates // block):
             state = step(state)
         jax.block_until_ready(state)

@@ -1,9 +1,8 @@
 """TD3+BC as torch code is commonly written: one module per layer, losses read at every update.
 
-Two critics in one module, `torch.optim.Adam` and a loop over parameters for the targets as they
-come, arrays of NumPy behind a buffer whose fields are drawn one by one, the actor's gradient taken
-through the critic's parameters too, and `.item()` of each loss. It computes what
-`offrl.algos.td3bc` computes.
+A module and an optimizer per network, fields that are gathered one by one, a loop over parameters
+for the targets, the actor's gradient taken through the critic's parameters too, and `.item()` of
+each loss. It computes what `offrl.algos.td3bc` computes.
 """
 
 from collections.abc import Callable

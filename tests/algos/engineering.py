@@ -159,8 +159,8 @@ class Counting(TorchDispatchMode):
 def operators_stay_within_budget(name, make, batches):
     """A cycle of updates calls no more operators, views included, than budget.json allows.
 
-    The number does not depend on the machine. It is what Python and the dispatcher cost an update,
-    and nearly what a GPU launches.
+    The number does not depend on how fast the machine is: each call costs Python and the dispatcher
+    its microseconds.
     """
     algo = make()
     inputs = [batches(step) for step in range(2 * algo.cycle)]

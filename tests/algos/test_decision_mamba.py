@@ -252,7 +252,7 @@ def test_each_task_has_its_published_targets():
         "walker2d-medium-replay": ([5000.0], 1000.0, True),
         "d4rl-antmaze-umaze-fixed": ([5.0], 1.0, True),
         "d4rl-antmaze-umaze-diverse": ([20.0], 1.0, True),
-        "d4rl-antmaze-large-play": ([], 1000.0, True),
+        "d4rl-antmaze-large-play": ([], 1.0, True),
     }
 
 

@@ -20,12 +20,12 @@ def pairs(params):
     return list(zip(params[::2], params[1::2], strict=True))
 
 
-def drawn(lead, rows, dims, dtype=torch.float32):
-    """x (*rows, 5, dims[0]) and weight, bias of each layer in turn."""
+def drawn(lead, rows, dims, dtype=torch.float32, batch=5):
+    """x (*rows, batch, dims[0]) and weight, bias of each layer in turn."""
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype, requires_grad=True)  # noqa: E731
     params = [draw(*lead, n, o) for i, o in pairwise(dims) for n in (i, 1)]
-    return draw(*rows, 5, dims[0]), params
+    return draw(*rows, batch, dims[0]), params
 
 
 @pytest.mark.parametrize("dims", [(4, 3), (4, 7, 3), (4, 7, 6, 1)])
@@ -40,6 +40,18 @@ def test_values_and_gradients_equal_the_plain_product(lead, rows, dims):
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert torch.equal(seed, kept)  # masking in place spares what the caller owns
+
+
+@pytest.mark.parametrize("width", [1, 2, 6, 15, 16])
+@pytest.mark.parametrize("batch", [63, 64])
+def test_narrow_products_equal_the_plain_ones(width, batch):
+    """Values, and the gradient of the last weight, on both sides of where they are transposed."""
+    x, params = drawn((2,), (1,), (9, batch, width), torch.float64, batch)
+    outs = chain(x, pairs(params)), plain(x, pairs(params))
+    torch.testing.assert_close(*outs)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), [x, *params]) for out in outs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("asked", [[0], [1], [3], [4], [0, 5], [2, 6]])

@@ -1,14 +1,9 @@
-import shutil
-import sys
-
 import pytest
 import torch
 
 from offrl.nets import fused_mixer
 from offrl.nets.mamba import Mixer
-
-GCC = sys.platform == "linux" and shutil.which("gcc") is not None  # one that fails is a failure
-needs_gcc = pytest.mark.skipif(not GCC, reason="no gcc")
+from tests.nets.gcc import needs_gcc
 
 
 @pytest.fixture(params=["operators", pytest.param("compiled", marks=needs_gcc)])

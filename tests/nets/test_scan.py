@@ -1,7 +1,6 @@
 """The forms of the selective scan equal its definition, and the definition its closed forms."""
 
 import logging
-import shutil
 import sys
 from types import ModuleType
 
@@ -9,12 +8,11 @@ import pytest
 import torch
 
 from offrl.nets import fused_mixer, fused_scan, scan
+from tests.nets.gcc import needs_gcc
 
-FORMS = [scan.recompute, scan.chunked, scan.chunked_again, fused_scan.fused]
+FORMS = [scan.recompute, scan.chunked, scan.chunked_again,
+         pytest.param(fused_scan.fused, marks=needs_gcc)]  # fmt: skip
 CPU = torch.device("cpu")
-
-GCC = sys.platform == "linux" and shutil.which("gcc") is not None  # one that fails is a failure
-needs_gcc = pytest.mark.skipif(not GCC, reason="no gcc")
 
 
 def inputs(length, batch=2, channels=5, states=16, step=0.5, dtype=torch.float64):
@@ -34,8 +32,6 @@ def gradients(form, x):
 
 @pytest.fixture(params=FORMS, ids=lambda form: form.__name__)
 def form(request):
-    if request.param is fused_scan.fused and not GCC:
-        pytest.skip("no gcc")
     return request.param
 
 
