@@ -43,7 +43,7 @@ class Options:
     forms=[plain,ours,naive]                ratios are to plain (time) and naive (memory)
     rounds=3 naive_rounds=1                 fresh processes of each form
     naive_tokens=None                       of the naive form; None: tokens, or what memory allows
-    chunk_tokens=1024 chunk_vocab=8192      size of a tile
+    chunk_tokens=512 chunk_vocab=8192       size of a tile
     spread=4                                standard deviation of the logits
     threads=1
     out=PATH                                write the table as JSON
@@ -57,7 +57,7 @@ class Options:
     rounds: int = 3
     naive_rounds: int = 1
     naive_tokens: int | None = None
-    chunk_tokens: int = 1024
+    chunk_tokens: int = 512
     chunk_vocab: int = 8192
     spread: float = 4.0
     threads: int = 1

@@ -57,7 +57,7 @@ def token_stats(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 512,
     chunk_vocab: int = 8192,
 ) -> dict[str, Tensor]:
     """Statistics of softmax(z) per token, z = softcap tanh(logit_scale logits / softcap) / T.
@@ -111,7 +111,7 @@ def token_stats_from_logits(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 512,
     chunk_vocab: int = 8192,
 ) -> dict[str, Tensor]:
     """`token_stats` of logits (*L, V) that are there already; they receive the gradient.
