@@ -43,6 +43,8 @@ class Settings:
     seeds: int = 1  # how many, counting up from `seed`
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1  # torch threads per process on a CPU
+    # how updates are made: captured if that is faster, as written, captured, by torch.compile
+    speed: Literal["auto", "eager", "graph", "compile"] = "auto"
     preset: str = "full"  # quick: minutes on two cores; full: the published protocol
     log_every: int = 1000  # updates between rows of metrics
     eval_every: int = 5000  # steps between points of the learning curve

@@ -276,6 +276,7 @@ def train_group(
             resolved.algo,
             resume,
             lambda told: report(group, told),
+            s.speed,
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from offrl.engine import checkpoint
+from offrl.engine.capture import Speed, Updates
 from offrl.engine.log import Diverged, Log, Meter
 from offrl.engine.stage import Algorithm, Stage
 
@@ -38,7 +39,11 @@ class Schedule:
 
 @dataclass
 class Progress:
-    """What the caller is told: shown on one line. A resumed run's first step is not 0."""
+    """What the caller is told: shown on one line. A resumed run's first step is not 0.
+
+    Attributes:
+        note: how this stage's updates are made, once that is decided; told once.
+    """
 
     stage: str
     first: int
@@ -46,6 +51,7 @@ class Progress:
     total: int
     per_second: float
     score: float | None
+    note: str | None = None
 
 
 class Interrupted(Exception):
@@ -74,6 +80,7 @@ def fit(
     label: str,
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
+    speed: Speed = "auto",
 ) -> Curve:
     """Run the stages to their end; returns the learning curve and the final evaluation.
 
@@ -88,6 +95,7 @@ def fit(
         label: name of the method, checked on resume.
         resume: continue from the checkpoint in `folder` if there is one.
         report: told the progress about twice a second.
+        speed: how updates are made; see `engine.capture.Updates`.
 
     Raises:
         Diverged: when a metric or parameter stopped being finite, or a metric exploded; the last
@@ -100,7 +108,7 @@ def fit(
     saved = checkpoint.load(path) if resume and path.exists() else None
     if saved is not None and saved["label"] != label:
         raise ValueError(f"{path} belongs to {saved['label']}, not to {label}")
-    runner = Runner(algo, stages, folder, evaluate, schedule, seeds, label, report, saved)
+    runner = Runner(algo, stages, folder, evaluate, schedule, seeds, label, report, saved, speed)
     try:
         return runner.run()
     finally:
@@ -121,10 +129,12 @@ class Runner:
         label: str,
         report: Callable[[Progress], None],
         saved: dict[str, Any] | None,
+        speed: Speed,
     ):
         self.algo, self.stages, self.folder = algo, stages, folder
         self.evaluate, self.schedule, self.report = evaluate, schedule, report
-        self.seeds, self.label = seeds, label
+        self.seeds, self.label, self.speed = seeds, label, speed
+        self.note: str | None = None  # how updates are made
         self.index = self.step = 0
         self.begun = False  # whether the current stage's `before` has run
         self.curve, self.meter = Curve(), Meter()
@@ -158,7 +168,7 @@ class Runner:
             if not self.begun and stage.before is not None:
                 stage.before()
             self.begun = True
-            sample = stage.start()
+            update = Updates(stage, stage.start(), self.algo.generator, self.speed, self.noted)
         while stage.steps is None or self.step < stage.steps:
             at_border = self.step % stage.cycle == 0
             if stage.steps is None and at_border and stage.stop is not None and stage.stop():
@@ -166,8 +176,7 @@ class Runner:
             for period, work in stage.between:
                 if self.step % period == 0:
                     work()
-            metrics = stage.update(sample(self.algo.generator), self.step)
-            self.meter.add(metrics, self.step)
+            self.meter.add(update(self.step), self.step)
             self.step += 1
             self.after_update(stage)
             if stopping.received:
@@ -205,6 +214,9 @@ class Runner:
         """The step that people see: updates, or environment steps of an online method."""
         return self.step + (self.stages[self.index].offset if self.index < len(self.stages) else 0)
 
+    def noted(self, text: str) -> None:
+        self.note = text
+
     def flush(self, stage: Stage) -> None:
         if self.meter.values:
             self.log.write(self.shown, stage.name, self.meter.flush())
@@ -220,7 +232,8 @@ class Runner:
         point = self.curve.points[-1] if self.curve.points else {}
         score = float(next(iter(point.values())).mean()) if point else None
         total = stage.offset + stage.steps if stage.steps else 0
-        self.report(Progress(stage.name, self.first, self.shown, total, speed, score))
+        note, self.note = self.note, None
+        self.report(Progress(stage.name, self.first, self.shown, total, speed, score, note))
 
     def save(self) -> None:
         state = self.algo.state()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from offrl.nets.fused_scan import compiled, pointer, sizes
+from offrl.opaque import opaque
 
 SOURCE = Path(__file__).with_suffix(".c")
 
@@ -34,9 +35,7 @@ def convolve(x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor) -> Te
         mask: (B, L), 0 at steps that are read as zeros; None for none.
         weight: (reach, E), that of the current step last. bias: (E,).
     """
-    u = torch.empty(x.shape)
-    call("convolve", u, [len(weight)], x, mask, weight, bias, u)
-    return u
+    return call("convolve", x.shape, [len(weight)], x, mask, weight, bias)
 
 
 @torch.compiler.disable
@@ -53,15 +52,22 @@ def scan(
         weight: (rank, E) and bias (E,): step sizes softplus(rates @ weight + bias).
         A: (E, N). D: (E,).
     """
-    y = torch.empty(z.shape)
     numbers = [A.shape[1], len(weight), z.shape[1]]
-    call("scan", u, numbers, u, z, selected, mask, weight, bias, A.mT, D, y)
-    return y
+    return call("scan", z.shape, numbers, u, z, selected, mask, weight, bias, A.mT, D)
 
 
-def call(name: str, u: Tensor, numbers: list[int], *parts: Tensor | None) -> None:
+def call(name: str, shape: torch.Size, numbers: list[int], *parts: Tensor | None) -> Tensor:
+    """A new tensor, filled by a compiled loop that takes the sizes of the first of `parts`."""
     loops = compiled(SOURCE)
     if loops is None:
         raise RuntimeError("the compiled mixer is not to be had here; call Mixer instead")
-    held = [part if part is None else part.float().contiguous() for part in parts]
-    getattr(loops, name)(*sizes(u), *map(ctypes.c_long, numbers), *map(pointer, held))
+
+    def run(*given: Tensor) -> tuple[Tensor]:
+        left = iter([part.float().contiguous() for part in given])
+        held = [part if part is None else next(left) for part in parts]
+        out = torch.empty(shape)
+        loop = getattr(loops, name)
+        loop(*sizes(given[0]), *map(ctypes.c_long, numbers), *map(pointer, (*held, out)))
+        return (out,)
+
+    return opaque(run, *(part for part in parts if part is not None))[0]

@@ -57,9 +57,7 @@ def chain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         return chain(x.flatten(0, -2), layers).unflatten(0, x.shape[:-1])
     if torch.is_grad_enabled():
         return Chain.apply(x, *[p for layer in layers for p in layer])
-    for i, (weight, bias) in enumerate(layers):
-        x = product(x, weight, bias, relu=i < len(layers) - 1)
-    return x
+    return hidden(x, layers)[-1]
 
 
 def plain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -70,12 +68,16 @@ def plain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return x
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    out = x.new_empty(*weight.shape[:-2], x.shape[-2], weight.shape[-1])
-    members = zip(matrices(x, weight), matrices(weight), matrices(bias), matrices(out), strict=True)
-    for x_m, weight_m, bias_m, out_m in members:
-        multiply(x_m, weight_m, out_m, bias_m)
-    return out.relu_() if relu else out
+def hidden(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """What every map returns, with ReLU but for the last; a member's maps follow each other."""
+    outs = [x.new_empty(*w.shape[:-2], x.shape[-2], w.shape[-1]) for w, _ in layers]
+    stacks = [[matrices(part) for part in (*layer, out)]
+              for layer, out in zip(layers, outs, strict=True)]  # fmt: skip
+    for m, x_m in enumerate(matrices(x, layers[0][0])):
+        for i, (weight, bias, out) in enumerate(stacks):
+            multiply(x_m, weight[m], out[m], bias[m])
+            x_m = out[m].relu_() if i < len(layers) - 1 else out[m]
+    return outs
 
 
 def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
@@ -110,33 +112,42 @@ class Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *params: Tensor) -> Tensor:
-        inputs, last = [x], len(params) - 2
-        for i in range(0, last, 2):
-            inputs.append(product(inputs[-1], params[i], params[i + 1], relu=True))
-        ctx.save_for_backward(*inputs, *params)
-        return product(inputs[-1], params[last], params[last + 1], relu=False)
+        outs = hidden(x, list(zip(params[::2], params[1::2], strict=True)))
+        ctx.save_for_backward(x, *outs[:-1], *params)
+        return outs[-1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         count = len(ctx.saved_tensors) // 3
         inputs, params = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        if torch.is_grad_enabled():  # differentiated twice: ordinary autograd operators
-            return again(ctx.needs_input_grad, inputs[0], params, grad)
         needs = ctx.needs_input_grad
-        out: list[Tensor | None] = [None] * (1 + 2 * count)
+        if torch.is_grad_enabled():  # differentiated twice: ordinary autograd operators
+            return again(needs, inputs[0], params, *grads)
+        weights = params[::2]
+        out = [torch.empty_like(p, memory_format=torch.contiguous_format) if need else None
+               for p, need in zip((inputs[0], *params), needs, strict=True)]  # fmt: skip
+        shared = inputs[0].shape[:-2] != weights[0].shape[:-2]  # members add to one input gradient
+        if shared and out[0] is not None:
+            out[0].zero_()
+        split = [None if o is None else matrices(o, like)
+                 for o, like in zip(out, (weights[0], *params), strict=True)]  # fmt: skip
+        x, w = ([matrices(part, like) for part, like in zip(parts, weights, strict=True)]
+                for parts in (inputs, weights))  # fmt: skip
         lowest = next(i for i in range(count) if any(needs[: 2 * i + 3]))
-        for i in reversed(range(lowest, count)):
-            weight, x = params[2 * i], inputs[i]
-            if needs[2 * i + 1]:
-                out[2 * i + 1] = grad_weight(grad, weight, x)
-            if needs[2 * i + 2]:
-                out[2 * i + 2] = grad.sum(-2, keepdim=True)
-            if i > lowest or needs[0]:
-                grad = grad_input(grad, weight, x)
-            if i > lowest:  # the gradient is this function's own: masked where it lies
-                torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
-        out[0] = grad if needs[0] else None
+        for m, grad in enumerate(matrices(grads[0])):
+            for i in reversed(range(lowest, count)):
+                if (of_weight := split[2 * i + 1]) is not None:
+                    multiply(x[i][m].mT, grad, of_weight[m])
+                if (of_bias := split[2 * i + 2]) is not None:
+                    torch.sum(grad, -2, keepdim=True, out=of_bias[m])
+                if i > lowest:
+                    grad = torch.mm(grad, w[i][m].mT)
+                    torch.ops.aten.threshold_backward.grad_input(grad, x[i][m], 0, grad_input=grad)
+                elif (of_input := split[0]) is not None:
+                    if shared:
+                        of_input[m].addmm_(grad, w[i][m].mT)
+                    else:
+                        torch.mm(grad, w[i][m].mT, out=of_input[m])
         return tuple(out)
 
 
@@ -150,23 +161,3 @@ def again(
     asked = [value for value, need in zip((x, *params), needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, asked, grad, create_graph=True))
     return tuple(next(found) if need else None for need in needs)
-
-
-def grad_input(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    if x.shape[:-2] == weight.shape[:-2]:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for g, w, o in zip(matrices(grad), matrices(weight), matrices(out), strict=True):
-            torch.mm(g, w.mT, out=o)
-        return out
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    targets = matrices(out, weight)  # broadcast members add into the same matrix
-    for g, w, o in zip(matrices(grad), matrices(weight), targets, strict=True):
-        o.addmm_(g, w.mT)
-    return out
-
-
-def grad_weight(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    out = torch.empty_like(weight)
-    for x_m, g, o in zip(matrices(x, weight), matrices(grad), matrices(out), strict=True):
-        multiply(x_m.mT, g, o)
-    return out

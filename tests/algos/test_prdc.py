@@ -121,10 +121,14 @@ def test_updates_on_cuda_with_a_budget_never_wait():
     engineering.on_cuda_updates_never_wait(lambda: make(table=table), lambda step: batch(seed=step))
 
 
-def test_operators_stay_within_budget():
+def test_captured_updates_equal_written_ones():
+    engineering.captured_equals_written(make, lambda step: batch(seed=step))
+
+
+def test_calls_stay_within_budget():
     """With a fixed number of full searches, which is what a graph would hold."""
     table = replace(TABLE, budget=16)
-    engineering.operators_stay_within_budget(
+    engineering.calls_stay_within_budget(
         "prdc", lambda: make(table=table), lambda step: batch(seed=step)
     )
 

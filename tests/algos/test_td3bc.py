@@ -110,8 +110,12 @@ def test_updates_on_cuda_never_wait():
     )
 
 
-def test_operators_stay_within_budget():
-    engineering.operators_stay_within_budget("td3bc", make, lambda step: batch(seed=step))
+def test_captured_updates_equal_written_ones():
+    engineering.captured_equals_written(make, lambda step: batch(seed=step))
+
+
+def test_calls_stay_within_budget():
+    engineering.calls_stay_within_budget("td3bc", make, lambda step: batch(seed=step))
 
 
 def test_same_seed_same_run():

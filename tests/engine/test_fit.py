@@ -69,10 +69,8 @@ def run(kind, folder, resume=False, pace=0.0):
     algo, stages = KINDS[kind]()
     report = lambda told: time.sleep(pace)  # noqa: E731
     if pace:
-        update = stages[0].update
-        object.__setattr__(
-            stages[0], "update", lambda batch, step: time.sleep(pace) or update(batch, step)
-        )
+        wait = (1, lambda: time.sleep(pace))
+        stages = [replace(stages[0], between=[*stages[0].between, wait])]
     curve = fit(algo, stages, Path(folder), evaluation(), SCHEDULE, [0], kind, resume, report)
     return algo, curve
 
@@ -139,7 +137,7 @@ def test_interrupted_between_two_rows_of_metrics_and_resumed_equals_uninterrupte
 
     object.__setattr__(stages[0], "update", interrupting)
     with pytest.raises(Interrupted, match="checkpoint written"):
-        fit(algo, stages, stopped, evaluation(), SCHEDULE, [0], "offline")
+        fit(algo, stages, stopped, evaluation(), SCHEDULE, [0], "offline", speed="eager")
     assert checkpoint.load(stopped / "checkpoint.pt")["step"] == 78
     run("offline", stopped, resume=True)
     assert_same_files(whole, stopped)
@@ -156,7 +154,7 @@ def test_divergence_names_the_first_bad_quantity_and_keeps_the_last_good_checkpo
 
     object.__setattr__(stages[0], "update", poisoned)
     with pytest.raises(Diverged, match=r"critics/loss .* at update 95"):
-        fit(algo, stages, tmp_path, evaluation(), SCHEDULE, [0], "offline")
+        fit(algo, stages, tmp_path, evaluation(), SCHEDULE, [0], "offline", speed="eager")
     kept = checkpoint.load(tmp_path / "checkpoint.pt")
     assert kept["step"] == 80
     assert all(v.isfinite().all() for v in kept["algo"]["actor"].values() if torch.is_tensor(v))
@@ -172,7 +170,7 @@ def test_metrics_are_means_over_the_updates_of_a_row(tmp_path):
         return metrics
 
     object.__setattr__(stages[0], "update", recording)
-    fit(algo, stages, tmp_path, None, SCHEDULE, [0], "offline")
+    fit(algo, stages, tmp_path, None, SCHEDULE, [0], "offline", speed="eager")
     with open(tmp_path / "metrics.csv") as file:
         rows = [r for r in csv.DictReader(file) if r["name"] == "critics/loss"]
     assert [int(r["step"]) for r in rows] == list(range(10, 201, 10))
@@ -231,8 +229,9 @@ def test_a_metric_that_explodes_stops_the_run_while_it_is_finite(tmp_path):
     algo, (stage,) = offline()
     huge = {"critics/q": torch.tensor(1e20)}
     update = lambda batch, step: huge if step == 57 else stage.update(batch, step)  # noqa: E731
+    stages = [replace(stage, update=update)]
     with pytest.raises(Diverged, match=r"critics/q became .* larger than 1e\+15 at update 57"):
-        fit(algo, [replace(stage, update=update)], tmp_path, None, SCHEDULE, [0], "toy")
+        fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", speed="eager")
 
 
 def test_an_interrupt_after_a_divergence_names_the_metric_that_went_wrong(tmp_path):
@@ -247,8 +246,9 @@ def test_an_interrupt_after_a_divergence_names_the_metric_that_went_wrong(tmp_pa
             return {"actor/loss": torch.tensor(torch.nan)}
         return metrics
 
+    stages = [replace(stage, update=update)]
     with pytest.raises(Diverged, match=r"actor/loss became NaN.* at update 3"):
-        fit(algo, [replace(stage, update=update)], tmp_path, None, SCHEDULE, [0], "toy")
+        fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", speed="eager")
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -261,8 +261,9 @@ def test_a_resumed_run_tells_where_it_began(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         return stage.update(batch, step)
 
+    stages = [replace(stage, update=update)]
     with pytest.raises(Interrupted):
-        fit(algo, [replace(stage, update=update)], tmp_path, None, SCHEDULE, [0], "toy")
+        fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", speed="eager")
     algo, stages = offline()
     fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", resume=True, report=told.append)
     assert (told[-1].first, told[-1].step) == (80, 200)
