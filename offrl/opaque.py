@@ -30,8 +30,12 @@ def opaque(function: Function, *inputs: Tensor) -> Sequence[Tensor]:
     """
     if not watchers:
         return function(*inputs)
-    with _disable_current_modes():
-        outputs = function(*inputs)
+    told, watchers[:] = list(watchers), []  # an opaque call within this one is part of it
+    try:
+        with _disable_current_modes():
+            outputs = function(*inputs)
+    finally:
+        watchers[:] = told
     for watcher in watchers:
         watcher.whole(function, inputs, outputs)
     return outputs

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -34,10 +35,11 @@ def test_the_table_tells_ratios_options_and_the_cost_of_uncertified_rows(data, t
     words += [f"dataset={data}", "set={prdc.alpha:3.0}", f"out={tmp_path / 'out.json'}"]
     found = measure_speed(options(Options, words))
     assert json.loads((tmp_path / "out.json").read_text()) == found
-    assert found["methods"]["td3bc"]["time_ratio"] == 1.0
-    assert found["methods"]["prdc"]["options"] == {"algo.alpha": 3.0}
-    assert 0 < found["methods"]["prdc"]["outside_products"] < 1
-    assert 0 <= found["methods"]["prdc"]["certified"] <= 1
+    assert set(found["methods"]) == {"td3bc graph", "td3bc eager", "prdc graph", "prdc eager"}
+    assert found["methods"]["td3bc graph"]["time_ratio"] == 1.0
+    assert found["methods"]["prdc eager"]["options"] == {"algo.alpha": 3.0}
+    assert found["methods"]["prdc eager"]["products"] > 0
+    assert 0 <= found["methods"]["prdc graph"]["certified"] <= 1
     shares = [row["certified"] for row in found["certificate"]]
     assert shares[0] > 0.99  # the data's own actions are their own neighbors
     assert found["certificate"][0]["self_match"] == 1.0
@@ -52,19 +54,37 @@ def test_options_of_methods_that_are_not_measured_are_refused(data):
 
 def test_online_methods_and_peers_stand_in_the_same_table(data, tmp_path):
     words = ["source=files", "warmup=2", "rounds=2", "updates=4", "algos=[td3bc,sac]"]
-    words += [f"dataset={data}", "peers=[plain]", f"out={tmp_path / 'out.json'}"]
+    words += [f"dataset={data}", "peers=[plain]", "speeds=[graph]", "seeds=[1,2]"]
+    words += [f"out={tmp_path / 'out.json'}"]
     before = os.sched_getaffinity(0)
     found = measure_speed(options(Options, words))
     assert os.sched_getaffinity(0) == before
-    assert set(found["methods"]) == {"td3bc", "sac", "plain"}
-    assert "outside_products" not in found["methods"]["plain"]
+    assert set(found["methods"]) == {"td3bc x1", "td3bc x2", "sac x1", "sac x2", "plain"}
+    assert "products" not in found["methods"]["plain"]
     assert (tmp_path / "out.png").stat().st_size > 5_000
+
+
+def test_an_unknown_speed_names_the_nearest(data):
+    words = [f"dataset={data}", "source=files", "algos=[bc]", "speeds=[graphs]"]
+    with pytest.raises(ConfigError, match="did you mean 'graph'"):
+        measure_speed(options(Options, words))
 
 
 def test_an_unknown_peer_names_the_nearest(data):
     words = [f"dataset={data}", "source=files", "algos=[bc]", "peers=[sb3-tf3]"]
     with pytest.raises(ConfigError, match="did you mean 'sb3-td3'"):
         measure_speed(options(Options, words))
+
+
+@pytest.mark.parametrize(("given", "told"), [
+    ([], "name a Python that has it"),
+    (["peer_python=/nowhere/python"], "/nowhere/python does not start"),
+    ([f"peer_python={sys.executable}"], "No module named 'd3rlpy'"),
+])  # fmt: skip
+def test_a_python_without_d3rlpy_is_told(data, given, told):
+    words = [f"dataset={data}", "source=files", "algos=[bc]", "warmup=2", "peers=[d3rlpy]"]
+    with pytest.raises((ConfigError, OSError), match=told):
+        measure_speed(options(Options, words + given))
 
 
 def test_peers_make_batches_as_large_as_ours(data, monkeypatch):
@@ -92,6 +112,8 @@ def test_every_peer_trains(data):
     for package in ("jax", "optax", "stable_baselines3"):
         pytest.importorskip(package)
     words = ["source=files", "warmup=2", "rounds=1", "updates=4", "algos=[td3bc]"]
-    found = measure_speed(options(Options, [*words, f"dataset={data}", f"peers={[*PEERS]}"]))
-    assert set(found["methods"]) == {"td3bc", *PEERS}
+    peers = [name for name in PEERS if name != "d3rlpy"]  # it needs a Python of its own
+    words += [f"dataset={data}", f"peers={peers}", "speeds=[graph]"]
+    found = measure_speed(options(Options, words))
+    assert set(found["methods"]) == {"td3bc", *peers}
     assert {"jax", "stable-baselines3"} <= set(found["peers"])
