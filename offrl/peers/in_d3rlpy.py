@@ -4,7 +4,7 @@ This file is run by that process's Python, which needs d3rlpy and nothing of thi
 is the sampling of a batch and the algorithm's `update`, without the loop of its `fit` around it.
 """
 
-import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,38 +25,41 @@ def td3bc(
     Raises:
         OSError: if it does not start, or d3rlpy fails there; the message has its last line.
     """
+    told = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the worker
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fields.npz"
         np.savez(path, **fields)  # type: ignore[arg-type]
         try:
             worker = subprocess.Popen(
                 [python, __file__, str(path), str(batch), device], text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=told,
             )  # fmt: skip
         except OSError as error:
             raise OSError(f"peer_python={python} does not start: {error.strerror}") from error
-        answer(worker, python)
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        orders, answers = worker.stdin, worker.stdout
+
+        def wait() -> None:
+            if not answers.readline():
+                told.seek(0)
+                last = (told.read().strip().splitlines() or ["no message"])[-1]
+                raise OSError(f"d3rlpy failed in {python}: {last}")
+
+        wait()
 
     def run(updates: int) -> None:
-        assert worker.stdin is not None
-        worker.stdin.write(f"{updates}\n")
-        worker.stdin.flush()
-        answer(worker, python)
+        orders.write(f"{updates}\n")
+        orders.flush()
+        wait()
 
     return run
 
 
-def answer(worker: "subprocess.Popen[str]", python: str) -> None:
-    """Wait for the worker's next line."""
-    assert worker.stdout is not None
-    assert worker.stderr is not None
-    if not worker.stdout.readline():
-        last = (worker.stderr.read().strip().splitlines() or ["no message"])[-1]
-        raise OSError(f"d3rlpy failed in {python}: {last}")
-
-
 def main(path: str, batch: int, device: str) -> None:
     """Make as many updates as every line of standard input says, and answer each with a line."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what d3rlpy prints is no answer
     import d3rlpy
     import torch
 
@@ -73,11 +76,11 @@ def main(path: str, batch: int, device: str) -> None:
     )
     algo = d3rlpy.algos.TD3PlusBCConfig(batch_size=batch).create(device=device)
     algo.build_with_dataset(dataset)
-    print(json.dumps({"d3rlpy": d3rlpy.__version__}), flush=True)
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         for _ in range(int(line)):
             algo.update(dataset.sample_transition_batch(batch))
-        print("done", flush=True)
+        print("done", file=answers, flush=True)
 
 
 if __name__ == "__main__":
