@@ -32,6 +32,8 @@ from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
 from offrl.engine.stage import Algorithm, Run, Spec, scenarios
 from offrl.envs.make import VERSIONS, env_id, factory
 from offrl.envs.vector import Vector
+from offrl.machine import cpu_name
+from offrl.nets import products
 from offrl.outcome import finish, provenance, write_json
 from offrl.parallel import Display, Failed, Group, spread
 from offrl.seeding import derive, generator
@@ -62,6 +64,9 @@ def train(
             "choose others with dataset=, source=d4rl|minari|files")  # fmt: skip
     folder = folder or new_folder(resolved)
     say(f"run directory: {folder} ({device})")
+    if device.type == "cpu":
+        process.prepare(resolved.settings.threads, resolved.settings.keep_memory)
+        say(products.choose(home(), cpu_name()))  # before workers ask: they find the choice
     with process.only_one(folder):
         if resume:
             check_unchanged(folder, data, device)
@@ -265,6 +270,8 @@ def train_group(
     )
     with process.only_one(place):  # a worker may outlive its parent for a moment
         data = data or load_data(resolved)
+        if pick_device(s.device).type == "cpu":
+            products.choose(home(), cpu_name())
         experiment = build(resolved, group, data, progress)
         return fit(
             experiment.algo,

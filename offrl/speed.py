@@ -31,14 +31,14 @@ from offrl.engine.recording import Recorder
 from offrl.engine.stage import Run, Sampler, Spec, Stage
 from offrl.experiment import pick_device
 from offrl.machine import cpu_name
-from offrl.nets import Standardize
+from offrl.nets import Standardize, products
 from offrl.opaque import opaque
 from offrl.results.plots import scores
 from offrl.seeding import generator
 
 FIELDS = ("obs", "act", "reward", "next_obs", "terminal")
 
-PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "mv"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "_linear_pointwise"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ def measure_speed(options: Options) -> dict[str, Any]:
         )
     process.prepare(options.threads, keep_memory=True)
     device = pick_device(options.device)
+    if device.type == "cpu":
+        print(products.choose(home(), cpu_name()))
     data = sources.load(options.source, options.env, options.dataset, options.rows)
     with held_to(options.threads if device.type == "cpu" else None):
         ours = [
@@ -245,9 +247,8 @@ class Method:
 
     def products(self) -> Callable[[int], None]:
         """The matrix products of a cycle and nothing else."""
-        calls = [c for c in self.recorded().calls if str(c.run).partition(".")[0] == "aten"
-                 and str(c.run).split(".")[1] in PRODUCTS]  # fmt: skip
-        parts = [(c.run, c.args, c.kwargs) for c in calls]
+        calls = self.recorded().calls
+        parts = [(c.run, c.args, c.kwargs) for c in calls if str(c.run).split(".")[1] in PRODUCTS]
         share = self.algo.cycle
 
         def run(count: int) -> None:

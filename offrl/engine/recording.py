@@ -8,7 +8,8 @@ bit-equal to the work's own.
 
 Left out of a replay: views, whose memory does not move, and operators whose inputs never change.
 Intermediate results take over the memory of those that are no longer needed, the latest first,
-because that is what the processor's cache still holds.
+because that is what the processor's cache still holds. Where an operator cannot write into given
+memory, its result's tensors are put on the new memory.
 
 The limits are a CUDA graph's: shapes are fixed, no value is read on the host, state is changed in
 place, and numbers of Python keep the value they had. A call of `offrl.opaque` is replayed whole.
@@ -32,6 +33,8 @@ WAITING = (
 )  # fmt: skip
 
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+# operators that ask a tensor for its shape only
+SHAPED = ("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full")
 # of an allocation; an operator that writes into given memory takes them from it
 PLACEMENT = {"dtype", "layout", "device", "pin_memory", "memory_format"}
 
@@ -147,7 +150,7 @@ class Recording:
             reason = "memory is filled by code that is no operator of torch (see offrl.opaque)"
             raise NotRecordable(reason, self.first)
         plan = Plan(calls, tensors(self.first))
-        self.steps = [step(c, plan.moved) for c in calls if plan.replayed(c)]
+        self.steps = [step(c, plan) for c in calls if plan.replayed(c)]
         self.result = tree_map(plan.moved, self.first)
         self.written = plan.written
 
@@ -166,8 +169,12 @@ def is_view(call: Call) -> bool:
     return bool(call.outs) and all(memory(x) in given for x in call.outs)
 
 
+def named(call: Call, names: tuple[str, ...]) -> bool:
+    return str(call.run).removeprefix("aten.").partition(".")[0] in names
+
+
 def allocates(call: Call) -> bool:
-    return str(call.run).removeprefix("aten.").partition(".")[0] in ALLOCATIONS
+    return named(call, ALLOCATIONS)
 
 
 def reads_unwritten(calls: list[Call]) -> bool:
@@ -218,20 +225,27 @@ class Plan:
                 last[memory(x)] = len(calls)
         self.place: dict[int, torch.UntypedStorage] = {}
         free: dict[int, list[torch.UntypedStorage]] = {}
-        for i in range(len(calls)):
+        own: set[int] = set()
+        for i, call in enumerate(calls):
             for key in [k for k, b in birth.items() if b == i and k not in self.constant]:
                 spare = free.get(size[key])
+                if new_memory(call):
+                    own.add(key)
+                    spare = None
                 self.place[key] = spare.pop() if spare else torch.UntypedStorage(size[key])
             for key in [k for k, end in last.items() if end == i and k in self.place]:
-                free.setdefault(size[key], []).append(self.place[key])
+                if key not in own:
+                    free.setdefault(size[key], []).append(self.place[key])
         self.tensors: dict[int, Tensor] = {}
+        self.families: dict[int, list[Tensor]] = {key: [] for key in birth}  # all on one memory
 
     @staticmethod
     def constants(calls: list[Call], birth: dict[int, int], changed: set[int]) -> set[int]:
         """Results that come out the same in every replay."""
         found: set[int] = set()
         for call in calls:
-            inputs = {memory(x) for x in tensors((call.args, call.kwargs))}
+            shaped = named(call, SHAPED)
+            inputs = set() if shaped else {memory(x) for x in tensors((call.args, call.kwargs))}
             made = {memory(x) for x in call.outs}
             if call.fixed and not call.writes and inputs <= found and not made & changed:
                 found |= made & birth.keys()
@@ -250,6 +264,7 @@ class Plan:
             new = torch.empty(0, dtype=x.dtype)
             new.set_(self.place[memory(x)], x.storage_offset(), x.shape, x.stride())
             self.tensors[id(x)] = new
+            self.families[memory(x)].append(new)
         return self.tensors[id(x)]
 
 
@@ -259,24 +274,44 @@ def everything(x: Tensor) -> Tensor:
     return whole.set_(x.untyped_storage(), 0, (x.untyped_storage().nbytes(),), (1,))
 
 
-def step(call: Call, moved: Callable[[Any], Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def step(call: Call, plan: Plan) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """What a replay does for a call: the same kernel, writing where the results live."""
-    run, args, kwargs = call.run, tree_map(moved, call.args), tree_map(moved, call.kwargs)
-    outs = [moved(x) for x in call.outs]
+    run, args, kwargs = call.run, tree_map(plan.moved, call.args), tree_map(plan.moved, call.kwargs)
+    outs = [plan.moved(x) for x in call.outs]
     if call.writes:
         return run, args, kwargs
-    found = out_variant(run) if isinstance(run, torch._ops.OpOverload) else None
+    if not isinstance(run, torch._ops.OpOverload):
+
+        def copying(*args: Any) -> None:
+            with torch.inference_mode(False), torch.no_grad():  # what it keeps is ordinary
+                for out, value in zip(outs, run(*args), strict=True):
+                    out.copy_(value)
+
+        return copying, args, kwargs
+    found = out_variant(run)
     if found is not None:
         operator, names = found
         taken = {name: value for name, value in kwargs.items() if name not in PLACEMENT}
         return operator, args, taken | dict(zip(names, outs, strict=True))
+    families = [plan.families[memory(x)] for x in call.outs]
 
-    def copying(*args: Any, **kwargs: Any) -> None:
-        with torch.inference_mode(False), torch.no_grad():  # what an opaque call keeps is ordinary
-            for out, value in zip(outs, tensors(run(*args, **kwargs)), strict=True):
-                out.copy_(value)
+    def adopting(*args: Any, **kwargs: Any) -> None:
+        for family, value in zip(families, tensors(run(*args, **kwargs)), strict=True):
+            storage = value.untyped_storage()
+            for x in family:
+                x.set_(storage, x.storage_offset(), x.shape, x.stride())
 
-    return copying, args, kwargs
+    return adopting, args, kwargs
+
+
+def new_memory(call: Call) -> bool:
+    """Whether the call's results come in memory of their own, as torch's operators return them."""
+    return (
+        isinstance(call.run, torch._ops.OpOverload)
+        and not call.writes
+        and not allocates(call)
+        and out_variant(call.run) is None
+    )
 
 
 def out_variant(operator: Any) -> tuple[Any, list[str]] | None:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from offrl.nets import products
+
 
 class Linear(nn.Module):
     """Affine map x @ weight + bias with optional leading axes for seeds and ensembles.
@@ -57,7 +59,7 @@ def chain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         return chain(x.flatten(0, -2), layers).unflatten(0, x.shape[:-1])
     if torch.is_grad_enabled():
         return Chain.apply(x, *[p for layer in layers for p in layer])
-    return hidden(x, layers)[-1]
+    return forward(x, layers)[0]
 
 
 def plain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -68,33 +70,21 @@ def plain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return x
 
 
-def hidden(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """What every map returns, with ReLU but for the last; a member's maps follow each other."""
-    outs = [x.new_empty(*w.shape[:-2], x.shape[-2], w.shape[-1]) for w, _ in layers]
-    stacks = [[matrices(part) for part in (*layer, out)]
-              for layer, out in zip(layers, outs, strict=True)]  # fmt: skip
-    for m, x_m in enumerate(matrices(x, layers[0][0])):
-        for i, (weight, bias, out) in enumerate(stacks):
-            multiply(x_m, weight[m], out[m], bias[m])
-            x_m = out[m].relu_() if i < len(layers) - 1 else out[m]
-    return outs
-
-
-def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """out <- x @ y + bias for matrices (n, k), (k, m), (n, m) and (1, m).
-
-    A narrow result, such as a policy's actions or the gradient of its last weight, is computed
-    transposed and copied: 256 x 256 times 256 x 6 takes 23 instead of 80 microseconds, its
-    transposed product 20 instead of 91 (torch 2.13 with MKL, AMD Zen 4); wider ones and few
-    rows gain nothing.
-    """
-    if 1 < out.shape[-1] < 16 and len(x) >= 64:
-        flat = torch.mm(y.T, x.T) if bias is None else torch.addmm(bias.T, y.T, x.T)
-        out.copy_(flat.T)
-    elif bias is None:
-        torch.mm(x, y, out=out)
-    else:
-        torch.addmm(bias, x, y, out=out)
+def forward(
+    x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """The chain's result, and what every member's maps but the last return, in turn."""
+    split = [[matrices(part) for part in layer] for layer in layers]
+    (weights, biases), lead = split[-1], layers[0][0].shape[:-2]
+    out = x.new_empty(*lead, x.shape[-2], layers[-1][0].shape[-1])
+    inner: list[list[Tensor]] = []
+    for m, (x_m, out_m) in enumerate(zip(matrices(x, layers[0][0]), matrices(out), strict=True)):
+        inner.append([])
+        for weight, bias in split[:-1]:
+            x_m = products.forward(x_m, weight[m], bias[m])
+            inner[-1].append(x_m)
+        products.multiply(x_m, weights[m], out_m, biases[m])
+    return out, inner
 
 
 def matrices(x: Tensor, like: Tensor | None = None) -> list[Tensor]:
@@ -112,43 +102,52 @@ class Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *params: Tensor) -> Tensor:
-        outs = hidden(x, list(zip(params[::2], params[1::2], strict=True)))
-        ctx.save_for_backward(x, *outs[:-1], *params)
-        return outs[-1]
+        out, inner = forward(x, list(zip(params[::2], params[1::2], strict=True)))
+        ctx.save_for_backward(x, *params, *[value for values in inner for value in values])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(ctx.saved_tensors) // 3
-        inputs, params = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         needs = ctx.needs_input_grad
+        count = len(needs) // 2  # of maps
+        x, params, inner = (ctx.saved_tensors[part] for part in
+                            (0, slice(1, 2 * count + 1), slice(2 * count + 1, None)))  # fmt: skip
         if torch.is_grad_enabled():  # differentiated twice: ordinary autograd operators
-            return again(needs, inputs[0], params, *grads)
+            return again(needs, x, params, *grads)
         weights = params[::2]
         out = [torch.empty_like(p, memory_format=torch.contiguous_format) if need else None
-               for p, need in zip((inputs[0], *params), needs, strict=True)]  # fmt: skip
-        shared = inputs[0].shape[:-2] != weights[0].shape[:-2]  # members add to one input gradient
+               for p, need in zip((x, *params), needs, strict=True)]  # fmt: skip
+        shared = x.shape[:-2] != weights[0].shape[:-2]  # members add to one gradient of x
         if shared and out[0] is not None:
             out[0].zero_()
-        split = [None if o is None else matrices(o, like)
-                 for o, like in zip(out, (weights[0], *params), strict=True)]  # fmt: skip
-        x, w = ([matrices(part, like) for part, like in zip(parts, weights, strict=True)]
-                for parts in (inputs, weights))  # fmt: skip
-        lowest = next(i for i in range(count) if any(needs[: 2 * i + 3]))
-        for m, grad in enumerate(matrices(grads[0])):
+        of = [None if o is None else matrices(o, like)
+              for o, like in zip(out, (weights[0], *params), strict=True)]  # fmt: skip
+        w, lowest = list(map(matrices, weights)), lowest_asked(needs)
+        for m, (x_m, grad) in enumerate(
+            zip(matrices(x, weights[0]), matrices(grads[0]), strict=True)
+        ):
+            values = [x_m, *inner[m * (count - 1) : (m + 1) * (count - 1)]]
             for i in reversed(range(lowest, count)):
-                if (of_weight := split[2 * i + 1]) is not None:
-                    multiply(x[i][m].mT, grad, of_weight[m])
-                if (of_bias := split[2 * i + 2]) is not None:
+                if (of_weight := of[2 * i + 1]) is not None:
+                    products.weight_gradient(values[i], grad, of_weight[m])
+                if (of_bias := of[2 * i + 2]) is not None:
                     torch.sum(grad, -2, keepdim=True, out=of_bias[m])
                 if i > lowest:
-                    grad = torch.mm(grad, w[i][m].mT)
-                    torch.ops.aten.threshold_backward.grad_input(grad, x[i][m], 0, grad_input=grad)
-                elif (of_input := split[0]) is not None:
+                    grad = products.input_gradient(grad, w[i][m])
+                    torch.ops.aten.threshold_backward.grad_input(
+                        grad, values[i], 0, grad_input=grad
+                    )
+                elif (of_input := of[0]) is not None:
                     if shared:
                         of_input[m].addmm_(grad, w[i][m].mT)
                     else:
-                        torch.mm(grad, w[i][m].mT, out=of_input[m])
+                        products.multiply(grad, w[i][m].mT, of_input[m])
         return tuple(out)
+
+
+def lowest_asked(needs: Sequence[bool]) -> int:
+    """The first map for which a gradient is wanted, of x or of its own parameters."""
+    return next(i for i in range(len(needs) // 2) if any(needs[: 2 * i + 3]))
 
 
 def again(

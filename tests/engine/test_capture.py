@@ -51,7 +51,7 @@ def test_gradients_and_the_optimizer_are_part_of_a_replay():
 
 def test_views_and_what_never_changes_are_left_out():
     x = torch.randn(4, 4)
-    replay = Recording(lambda: x.mT[1:] * (torch.ones(4) * 3).exp())
+    replay = Recording(lambda: x.mT[1:] * (torch.ones_like(x[0]) * 3).exp())
     assert [str(run) for run, _, _ in replay.steps] == ["aten.mul.out"]
     x.normal_()
     assert torch.equal(replay(), x.mT[1:] * (torch.ones(4) * 3).exp())
