@@ -7,6 +7,7 @@ fast the core was at that moment.
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
 import time
@@ -30,7 +31,7 @@ from offrl.engine.capture import Speed, Updates
 from offrl.engine.recording import Recorder
 from offrl.engine.stage import Run, Sampler, Spec, Stage
 from offrl.experiment import pick_device
-from offrl.machine import cpu_name
+from offrl.machine import cores, cpu_name
 from offrl.nets import Standardize, products
 from offrl.opaque import opaque
 from offrl.results.plots import scores
@@ -56,6 +57,8 @@ class Options:
     'set={prdc.alpha:2.5}'  options of methods
     warmup=1000             updates before the clock starts, so that the actor leaves its start
     rounds=9 updates=100    alternating rounds, and updates in each
+    processes=1             up to so many processes of the first row at once, a core each, as
+                            `train` runs seeds on a CPU
     device=auto threads=1
     out=PATH                write the table as JSON, and a picture beside it
     """
@@ -73,6 +76,7 @@ class Options:
     warmup: int = 1000
     rounds: int = 9
     updates: int = 100
+    processes: int = 1
     device: str = "auto"
     threads: int = 1
     out: str | None = None
@@ -82,13 +86,17 @@ def measure_speed(options: Options) -> dict[str, Any]:
     """Measure, print a table, and return it.
 
     Raises:
-        ConfigError: an unknown peer or speed, a peer that is not installed, or an odd number of
-            updates.
+        ConfigError: an unknown peer or speed, a peer that is not installed, an odd number of
+            updates beside jax, or more processes than cores.
     """
     if wrong := [name for name in options.speeds if name not in get_args(Speed)]:
         raise configuration.ConfigError(
             f"speeds are {', '.join(get_args(Speed))}, got {wrong[0]!r}"
             f"{configuration.nearest(wrong[0], get_args(Speed))}"
+        )
+    if options.processes > cores():
+        raise configuration.ConfigError(
+            f"processes={options.processes}, but this process may use {cores()} core(s)"
         )
     process.prepare(options.threads, keep_memory=True)
     device = pick_device(options.device)
@@ -102,7 +110,14 @@ def measure_speed(options: Options) -> dict[str, Any]:
         ]  # fmt: skip
         batch = ours[0].algo.config.batch
         others = {name: rival(name, options, data, batch, device) for name in options.peers}
-        return compared(options, data, device, ours, others)
+        found, rates = compared(options, data, device, ours, others)
+    if options.processes > 1:
+        found["processes"] = together(options)
+    if options.out:
+        Path(options.out).write_text(json.dumps(found, indent=1))
+        title = f"{found['hardware']}, {options.threads} thread(s)"
+        scores(Path(options.out).with_suffix(".png"), {title: rates}, "updates per second")
+    return found
 
 
 def compared(
@@ -111,8 +126,8 @@ def compared(
     device: torch.device,
     ours: list["Method"],
     others: dict[str, Callable[[int], None]],
-) -> dict[str, Any]:
-    """The rounds, and the table made of them."""
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The rounds: the table made of them, and each row's updates per second."""
     first = ours[0]
     products = {m.label: m.products() for m in ours if m.speed == options.speeds[0]}
     runs = {m.label: m.run for m in ours} | others
@@ -160,14 +175,9 @@ def compared(
             found["methods"][method.label]["certified"] = proved
             print(f"{method.label:<16} {proved:.2%} of its rows certified")
             found["certificate"] = by_share(method, first, options, device)
-    if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=1))
-        title = f"{found['hardware']}, {options.threads} thread(s)"
-        shown = {n: t for n, t in times.items() if not n.startswith("products of")}
-        rounds = {n: (counts[n].count if n in counts else 1) / np.array(t)
-                  for n, t in shown.items()}  # fmt: skip
-        scores(Path(options.out).with_suffix(".png"), {title: rounds}, "updates per second")
-    return found
+    shown = {n: t for n, t in times.items() if not n.startswith("products of")}
+    return found, {n: (counts[n].count if n in counts else 1) / np.array(t)
+                   for n, t in shown.items()}  # fmt: skip
 
 
 @dataclass
@@ -263,6 +273,42 @@ class Method:
         """Its options, and what the dispatcher is called for per update as written."""
         calls = len(self.recorded().calls) / self.algo.cycle
         return {"options": chosen(self.name, self.options), "calls": calls}
+
+
+def together(options: Options) -> dict[str, float]:
+    """Updates per second of 1, 2, ... processes of the first row at once, summed over them."""
+    places = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    places = places or list(range(options.processes))
+    context, found = multiprocessing.get_context("spawn"), {}
+    for count in range(1, options.processes + 1):
+        start, rates = context.Barrier(count), context.Queue()
+        workers = [context.Process(target=one_of, args=(options, place, start, rates))
+                   for place in places[-count:]]  # fmt: skip
+        for worker in workers:
+            worker.start()
+        rounds = [rates.get() for _ in workers]  # (rounds,) each
+        for worker in workers:
+            worker.join()
+        found[str(count)] = round(float(np.median(np.sum(rounds, 0))), 1)
+        print(f"{count} process(es): {found[str(count)]} updates/s, "
+              f"{found[str(count)] / found['1']:.2f} times one")  # fmt: skip
+    return found
+
+
+def one_of(options: Options, place: int, start: Any, rates: Any) -> None:
+    """Body of one of the processes: its updates per second of every round."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {place})
+    process.prepare(1, keep_memory=True)
+    device = torch.device("cpu")
+    products.choose(home(), cpu_name())
+    data = sources.load(options.source, options.env, options.dataset, options.rows)
+    method = Method.make(options.algos[0], options.speeds[0], 1, options, data, device)
+    found = []
+    for _ in range(options.rounds):
+        start.wait()
+        found.append(options.updates / seconds(method.run, options.updates, device))
+    rates.put(found)
 
 
 # what `peers` may name: the packages behind each

@@ -64,6 +64,17 @@ def test_online_methods_and_peers_stand_in_the_same_table(data, tmp_path):
     assert (tmp_path / "out.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
+def test_processes_at_once_are_told_beside_one(data):
+    words = [f"dataset={data}", "source=files", "algos=[bc]", "speeds=[graph]", "warmup=20"]
+    words += ["rounds=2", "updates=10"]
+    count = len(os.sched_getaffinity(0))
+    found = measure_speed(options(Options, [*words, f"processes={min(2, count)}"]))
+    assert set(found.get("processes", {"1": 0})) == {str(i + 1) for i in range(min(2, count))}
+    with pytest.raises(ConfigError, match=f"may use {count} core"):
+        measure_speed(options(Options, [*words, f"processes={count + 1}"]))
+
+
 def test_an_unknown_speed_names_the_nearest(data):
     words = [f"dataset={data}", "source=files", "algos=[bc]", "speeds=[graphs]"]
     with pytest.raises(ConfigError, match="did you mean 'graph'"):
