@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from offrl.engine import checkpoint
+from offrl.engine.beside import Beside
 from offrl.engine.capture import Speed, Updates
 from offrl.engine.log import Diverged, Log, Meter
 from offrl.engine.stage import Algorithm, Stage
@@ -81,6 +82,7 @@ def fit(
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     speed: Speed = "auto",
+    beside: Beside | None = None,
 ) -> Curve:
     """Run the stages to their end; returns the learning curve and the final evaluation.
 
@@ -96,6 +98,8 @@ def fit(
         resume: continue from the checkpoint in `folder` if there is one.
         report: told the progress about twice a second.
         speed: how updates are made; see `engine.capture.Updates`.
+        beside: plays the points of the curve but the last, in a process of its own; values and
+            files are those of `evaluate`, which then plays the last point and the final ones.
 
     Raises:
         Diverged: when a metric or parameter stopped being finite, or a metric exploded; the last
@@ -108,11 +112,15 @@ def fit(
     saved = checkpoint.load(path) if resume and path.exists() else None
     if saved is not None and saved["label"] != label:
         raise ValueError(f"{path} belongs to {saved['label']}, not to {label}")
-    runner = Runner(algo, stages, folder, evaluate, schedule, seeds, label, report, saved, speed)
+    runner = Runner(
+        algo, stages, folder, evaluate, schedule, seeds, label, report, saved, speed, beside
+    )
     try:
         return runner.run()
     finally:
         runner.log.close()
+        if beside is not None:
+            beside.close()
 
 
 class Runner:
@@ -130,11 +138,14 @@ class Runner:
         report: Callable[[Progress], None],
         saved: dict[str, Any] | None,
         speed: Speed,
+        beside: Beside | None,
     ):
         self.algo, self.stages, self.folder = algo, stages, folder
         self.evaluate, self.schedule, self.report = evaluate, schedule, report
         self.seeds, self.label, self.speed = seeds, label, speed
         self.note: str | None = None  # how updates are made
+        self.beside = beside
+        self.pending: int | None = None  # the step whose point is being played
         self.index = self.step = 0
         self.begun = False  # whether the current stage's `before` has run
         self.curve, self.meter = Curve(), Meter()
@@ -142,7 +153,7 @@ class Runner:
         keep = purge = None
         if saved is not None:
             self.index, self.step, self.begun = saved["stage"], saved["step"], saved["begun"]
-            self.curve = Curve(**saved["curve"])
+            self.curve, self.pending = Curve(**saved["curve"]), saved["pending"]
             algo.load(saved["algo"])
             self.meter.load(saved["meter"])
             for name, part in self.parts.items():
@@ -153,6 +164,8 @@ class Runner:
         self.told = self.told_step = 0.0
 
     def run(self) -> Curve:
+        if self.pending is not None:  # the checkpoint was written while its point was played
+            self.begin()
         with stop_requests() as stopping:
             while self.index < len(self.stages):
                 self.run_stage(self.stages[self.index], stopping)
@@ -192,14 +205,13 @@ class Runner:
         if self.shown % every.eval_every == 0 or last:
             if self.evaluate is not None:
                 self.flush(stage)
-                point = self.evaluate(self.algo, every.eval_episodes)
-                self.curve.steps.append(self.shown)
-                self.curve.points.append(point)
-                for name, values in point.items():
-                    means = values.double().mean(-1).reshape(-1).tolist()
-                    self.log.write(self.shown, "evaluation", {name: means})
+                self.pending = self.shown
+                if self.beside is None or last:
+                    self.collect(self.evaluate(self.algo, every.eval_episodes))
             if not last:
                 self.save()
+            if self.pending is not None:
+                self.begin()
         if every.snapshot_every and (self.shown % every.snapshot_every == 0 or last):
             snapshots = self.folder / "snapshots"
             snapshots.mkdir(exist_ok=True)
@@ -217,7 +229,30 @@ class Runner:
     def noted(self, text: str) -> None:
         self.note = text
 
+    def begin(self) -> None:
+        """Play the point of the checkpoint just written or loaded."""
+        if self.beside is not None:
+            self.beside.begin(self.folder / "checkpoint.pt")
+        elif self.evaluate is not None:
+            self.collect(self.evaluate(self.algo, self.schedule.eval_episodes))
+
+    def collect(self, point: dict[str, Tensor]) -> None:
+        """Put the pending point into the curve and the log."""
+        assert self.pending is not None
+        step, self.pending = self.pending, None
+        self.curve.steps.append(step)
+        self.curve.points.append(point)
+        for name, values in point.items():
+            means = values.double().mean(-1).reshape(-1).tolist()
+            self.log.write(step, "evaluation", {name: means})
+
+    def settle(self) -> None:
+        """Wait for the point that is being played beside."""
+        if self.pending is not None and self.beside is not None:
+            self.collect(self.beside.result())
+
     def flush(self, stage: Stage) -> None:
+        self.settle()
         if self.meter.values:
             self.log.write(self.shown, stage.name, self.meter.flush())
 
@@ -236,6 +271,8 @@ class Runner:
         self.report(Progress(stage.name, self.first, self.shown, total, speed, score, note))
 
     def save(self) -> None:
+        if self.pending != self.shown:
+            self.settle()
         state = self.algo.state()
         try:
             check_finite(state)
@@ -254,6 +291,7 @@ class Runner:
             "parts": {name: part.state() for name, part in self.parts.items()},
             "meter": self.meter.state(),
             "curve": self.curve.state(),
+            "pending": self.pending,
             "metrics_bytes": self.log.flush(),
         }
         checkpoint.save(self.folder / "checkpoint.pt", content)

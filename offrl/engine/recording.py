@@ -67,7 +67,8 @@ class Call:
     """One operator as it was called.
 
     Attributes:
-        writes: tensors among the arguments that it changes.
+        inputs: tensors among the arguments.
+        writes: those of them that it changes.
         outs: tensors that it returned.
         fixed: the same inputs give the same outputs.
     """
@@ -75,6 +76,7 @@ class Call:
     run: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    inputs: list[Tensor]
     outs: list[Tensor]
     writes: list[Tensor]
     fixed: bool
@@ -111,11 +113,12 @@ class Recorder(TorchDispatchMode):
             for t in tensors(named[a.name])
         ]  # fmt: skip
         fixed = torch.Tag.nondeterministic_seeded not in func.tags
-        self.calls.append(Call(func, args, kwargs, tensors(out), writes, fixed))
+        inputs = tensors((args, kwargs))
+        self.calls.append(Call(func, args, kwargs, inputs, tensors(out), writes, fixed))
         return out
 
     def whole(self, function: opaque.Function, inputs: Any, outputs: Any) -> None:
-        self.calls.append(Call(function, inputs, {}, list(outputs), [], False))
+        self.calls.append(Call(function, inputs, {}, list(inputs), list(outputs), [], False))
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -165,7 +168,7 @@ def is_view(call: Call) -> bool:
     """Whether it computes nothing: a new tensor on the memory of an argument."""
     if call.writes or not isinstance(call.run, torch._ops.OpOverload):
         return False
-    given = {memory(x) for x in tensors((call.args, call.kwargs))}
+    given = {memory(x) for x in call.inputs}
     return bool(call.outs) and all(memory(x) in given for x in call.outs)
 
 
@@ -185,7 +188,7 @@ def reads_unwritten(calls: list[Call]) -> bool:
             blank |= {memory(x) for x in call.outs}
             continue
         blank -= {memory(x) for x in call.writes}
-        if any(memory(x) in blank for x in tensors((call.args, call.kwargs))):
+        if any(memory(x) in blank for x in call.inputs):
             return True
     return False
 
@@ -205,12 +208,11 @@ class Plan:
         outside: dict[int, Tensor] = {}
         changed: dict[int, Tensor] = {}
         for i, call in enumerate(calls):
-            written = {memory(x) for x in call.writes}
-            for x in [*tensors((call.args, call.kwargs)), *call.outs]:
+            written, given = ({memory(x) for x in xs} for xs in (call.writes, call.inputs))
+            for x in [*call.inputs, *call.outs]:
                 key = memory(x)
-                given = any(key == memory(y) for y in tensors((call.args, call.kwargs)))
                 if key not in birth and key not in outside:
-                    if given:
+                    if key in given:
                         outside[key] = x
                     else:
                         birth[key], size[key] = i, x.untyped_storage().nbytes()
@@ -226,15 +228,18 @@ class Plan:
         self.place: dict[int, torch.UntypedStorage] = {}
         free: dict[int, list[torch.UntypedStorage]] = {}
         own: set[int] = set()
+        begin, end = by_time(birth), by_time(last)
         for i, call in enumerate(calls):
-            for key in [k for k, b in birth.items() if b == i and k not in self.constant]:
+            for key in begin.get(i, ()):
+                if key in self.constant:
+                    continue
                 spare = free.get(size[key])
                 if new_memory(call):
                     own.add(key)
                     spare = None
                 self.place[key] = spare.pop() if spare else torch.UntypedStorage(size[key])
-            for key in [k for k, end in last.items() if end == i and k in self.place]:
-                if key not in own:
+            for key in end.get(i, ()):
+                if key in self.place and key not in own:
                     free.setdefault(size[key], []).append(self.place[key])
         self.tensors: dict[int, Tensor] = {}
         self.families: dict[int, list[Tensor]] = {key: [] for key in birth}  # all on one memory
@@ -245,7 +250,7 @@ class Plan:
         found: set[int] = set()
         for call in calls:
             shaped = named(call, SHAPED)
-            inputs = set() if shaped else {memory(x) for x in tensors((call.args, call.kwargs))}
+            inputs = set() if shaped else {memory(x) for x in call.inputs}
             made = {memory(x) for x in call.outs}
             if call.fixed and not call.writes and inputs <= found and not made & changed:
                 found |= made & birth.keys()
@@ -266,6 +271,14 @@ class Plan:
             self.tensors[id(x)] = new
             self.families[memory(x)].append(new)
         return self.tensors[id(x)]
+
+
+def by_time(times: dict[int, int]) -> dict[int, list[int]]:
+    """The keys of each value."""
+    found: dict[int, list[int]] = {}
+    for key, time in times.items():
+        found.setdefault(time, []).append(key)
+    return found
 
 
 def everything(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from offrl.algos import decision_mamba, sac, td3bc
 from offrl.data import Dataset
 from offrl.data.collect import Collector
 from offrl.engine import checkpoint
+from offrl.engine.beside import Beside
 from offrl.engine.evaluate import Evaluator
 from offrl.engine.fit import Interrupted, Schedule, fit
 from offrl.engine.log import Diverged
@@ -141,6 +142,74 @@ def test_interrupted_between_two_rows_of_metrics_and_resumed_equals_uninterrupte
     assert checkpoint.load(stopped / "checkpoint.pt")["step"] == 78
     run("offline", stopped, resume=True)
     assert_same_files(whole, stopped)
+
+
+def toy_player():
+    """As `offrl.evaluation.player`, of the offline toy."""
+    algo, _ = offline()
+    play = evaluation()
+
+    def played(path):
+        algo.load(checkpoint.load(path)["algo"])
+        return play(algo, SCHEDULE.eval_episodes)
+
+    return played
+
+
+def deadly_player():
+    os._exit(3)
+
+
+def failing_player():
+    raise ValueError("no such robot")
+
+
+class Killed(Exception):
+    pass
+
+
+def beside(folder, player=toy_player, between=()):
+    folder.mkdir(exist_ok=True)
+    algo, (stage,) = offline()
+    return fit(algo, [replace(stage, between=between)], folder, evaluation(), SCHEDULE, [0],
+               "offline", beside=Beside(player))  # fmt: skip
+
+
+def test_points_played_beside_the_training_are_those_played_within_it(tmp_path):
+    inline = tmp_path / "inline"
+    inline.mkdir()
+    run("offline", inline)
+    curve = beside(tmp_path / "beside")
+    assert curve.steps == [40, 80, 120, 160, 200]
+    assert_same_files(inline, tmp_path / "beside")
+
+
+def test_a_run_that_dies_while_a_point_is_played_plays_it_again(tmp_path):
+    inline, died = tmp_path / "inline", tmp_path / "died"
+    inline.mkdir()
+    run("offline", inline)
+
+    steps = itertools.count()
+
+    def dies():
+        if next(steps) == 85:
+            raise Killed
+
+    with pytest.raises(Killed):
+        beside(died, between=[(1, dies)])
+    saved = checkpoint.load(died / "checkpoint.pt")
+    assert (saved["pending"], saved["curve"]["steps"]) == (80, [40])
+    run("offline", died, resume=True)
+    assert_same_files(inline, died)
+
+
+@pytest.mark.parametrize(("player", "error", "told"), [
+    (deadly_player, OSError, "exit code 3"), (failing_player, ValueError, "no such robot"),
+])  # fmt: skip
+def test_a_failure_of_the_process_that_evaluates_ends_the_run(tmp_path, player, error, told):
+    with pytest.raises(error, match=told):
+        beside(tmp_path, player)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["pending"] == 40
 
 
 def test_divergence_names_the_first_bad_quantity_and_keeps_the_last_good_checkpoint(tmp_path):
