@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from offrl.engine.recording import NotRecordable, Recording
+from offrl.engine.recording import NotRecordable, Recorder, Recording
 from offrl.engine.stage import Metrics, Sampler, Stage
 
 Speed = Literal["auto", "eager", "graph", "compile"]
@@ -82,7 +82,7 @@ class Updates:
                 step = yield self.checked(pieces[step % self.cycle], step)
         except NotRecordable as no:
             self.say(f"updates run as written: {no}")
-            step = yield self.written(step) if no.result is None else no.result
+            step = yield no.result
             yield from endless(self.written, step)
 
         def captured(step: int) -> Metrics:
@@ -163,7 +163,7 @@ class Captured:
         first: metrics of the update that was made here.
 
     Raises:
-        NotRecordable: after the update has been made, or with None as its result.
+        NotRecordable: after the update has been made.
     """
 
     def __init__(self, work: Callable[[], Metrics], generator: torch.Generator, pool: Any):
@@ -175,15 +175,18 @@ class Captured:
             return torch.cat([value.detach().reshape(-1) for value in metrics.values()])
 
         self.replay: Any
-        if generator.device.type == "cuda":
-            self.replay = CudaGraph(packed, generator, pool)
-            self.first = self()
-            return
         try:
-            self.replay = Recording(packed)
+            if generator.device.type == "cuda":
+                with Recorder() as recorder:
+                    first = packed()
+                recorder.check(first)
+                self.replay = CudaGraph(packed, generator, pool, first)
+            else:
+                self.replay = Recording(packed)
+                first = self.replay.first
         except NotRecordable as no:
-            raise NotRecordable(str(no), self.named(no.result)) from None
-        self.first = self.named(self.replay.first)
+            raise NotRecordable(str(no), self.named(no.result)) from no
+        self.first = self.named(first)
 
     def __call__(self) -> Metrics:
         return self.named(self.replay().clone())
@@ -197,18 +200,23 @@ class Captured:
 class CudaGraph:
     """Work captured as a CUDA graph, which does not run it.
 
+    Args:
+        first: the result of the work as it was last done, for the error.
+
     Raises:
-        NotRecordable: with None as the result.
+        NotRecordable: with that result.
     """
 
-    def __init__(self, work: Callable[[], Tensor], generator: torch.Generator, pool: Any):
+    def __init__(
+        self, work: Callable[[], Tensor], generator: torch.Generator, pool: Any, first: Tensor
+    ):
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(generator)
         try:
             with torch.cuda.graph(self.graph, pool=pool):
                 self.result = work()
         except RuntimeError as error:
-            raise NotRecordable(str(error).splitlines()[0], None) from error
+            raise NotRecordable(str(error).splitlines()[0], first) from error
 
     def __call__(self) -> Tensor:
         self.graph.replay()

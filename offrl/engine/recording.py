@@ -39,12 +39,16 @@ SHAPED = ("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_
 PLACEMENT = {"dtype", "layout", "device", "pin_memory", "memory_format"}
 
 
-def waits(operator: Any, args: tuple[Any, ...]) -> bool:
+def waits(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether an operator reads values on the host, or sizes its result by them."""
     name = str(operator).removeprefix("aten.")
     picks = args[1] if name.startswith(("index.", "index_put")) else []
+    home = [args[0].device, args[1].device] if name.startswith("copy_.") else []
+    home = [kwargs.get("device"), args[0].device] if name.startswith("_to_copy.") else home
+    moved = len({torch.device(device).type for device in home if device is not None}) > 1
     return (
-        name in WAITING
+        moved
+        or name in WAITING
         or name.partition(".")[0] in WAITING
         or any(pick is not None and pick.dtype == torch.bool for pick in picks)
     )
@@ -103,7 +107,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if waits(func, args):
+        if waits(func, args, kwargs):
             self.waiting.append(str(func))
         out = func(*args, **kwargs)
         named = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
@@ -116,6 +120,11 @@ class Recorder(TorchDispatchMode):
         inputs = tensors((args, kwargs))
         self.calls.append(Call(func, args, kwargs, inputs, tensors(out), writes, fixed))
         return out
+
+    def check(self, result: Any) -> None:
+        """Raises NotRecordable if the host had to wait."""
+        if self.waiting:
+            raise NotRecordable(f"{self.waiting[0]} makes the host wait for a value", result)
 
     def whole(self, function: opaque.Function, inputs: Any, outputs: Any) -> None:
         self.calls.append(Call(function, inputs, {}, list(inputs), list(outputs), [], False))
@@ -145,9 +154,7 @@ class Recording:
     def __init__(self, work: Callable[[], Any]):
         with Recorder() as recorder:
             self.first = work()
-        if recorder.waiting:
-            reason = f"{recorder.waiting[0]} makes the host wait for a value"
-            raise NotRecordable(reason, self.first)
+        recorder.check(self.first)
         calls = [c for c in recorder.calls if not is_view(c) and (c.outs or c.writes)]
         if reads_unwritten(calls):
             reason = "memory is filled by code that is no operator of torch (see offrl.opaque)"

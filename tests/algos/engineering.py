@@ -155,7 +155,7 @@ def targets_follow(algo, batch, pairs, tau):
 
 class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert not waits(func, args), str(func)
+        assert not waits(func, args, kwargs or {}), str(func)
         return func(*args, **(kwargs or {}))
 
 
