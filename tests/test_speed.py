@@ -4,9 +4,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
+from offrl.algos import td3bc
 from offrl.cli import options
 from offrl.config import ConfigError
+from offrl.engine.stage import Spec
 from offrl.peers import plain
 from offrl.speed import PEERS, Options, measure_speed
 
@@ -106,6 +109,46 @@ def test_peers_make_batches_as_large_as_ours(data, monkeypatch):
     monkeypatch.setattr("offrl.speed.seconds", lambda run, count, device: 1.0)
     measure_speed(options(Options, words))
     assert seen == [32]
+
+
+def test_the_common_style_computes_what_our_update_computes(monkeypatch):
+    """From equal weights, rows and noise, ten updates end in equal weights."""
+    g = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(64, *shape, generator=g)  # noqa: E731
+    fields = dict(obs=normal(3), act=normal(2).tanh(), reward=normal(), next_obs=normal(3),
+                  terminal=(normal() > 1).float())  # fmt: skip
+    peer = plain.TD3BC(fields, 32, torch.device("cpu"))
+    ours = td3bc.make(td3bc.Config(batch=32), Spec(3, 2), torch.Generator().manual_seed(1))
+
+    def layers(net):
+        return [layer for layer in net.net if isinstance(layer, torch.nn.Linear)]
+
+    def pairs(peer_net, net, member=None):
+        for theirs, (weight, bias) in zip(layers(peer_net), net.net.pairs(), strict=True):
+            picked = (weight, bias) if member is None else (weight[member], bias[member])
+            yield theirs.weight, picked[0].mT
+            yield theirs.bias, picked[1][0]
+
+    def everything():
+        for name in ("actor", "actor_target"):
+            yield from pairs(getattr(peer, name), getattr(ours, name))
+        for i, names in enumerate((("critic_1", "target_1"), ("critic_2", "target_2"))):
+            yield from pairs(getattr(peer, names[0]), ours.critics, i)
+            yield from pairs(getattr(peer, names[1]), ours.critics_target, i)
+
+    with torch.no_grad():
+        for theirs, mine in everything():
+            theirs.copy_(mine)
+    for step in range(10):
+        rows, noise = torch.randint(64, (32,), generator=g), torch.randn(32, 2, generator=g)
+        monkeypatch.setattr(torch, "randint", lambda *a, rows=rows, **k: rows)
+        monkeypatch.setattr(torch, "randn_like", lambda x, noise=noise: noise)
+        ours_noise = lambda x, mean, std, noise=noise, **k: x.copy_(std * noise)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, "normal_", ours_noise)
+        peer.update()
+        ours.update({name: value[rows] for name, value in fields.items()}, step)
+    for theirs, mine in everything():
+        torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-6)
 
 
 def test_a_jax_block_that_does_not_fit_is_refused():
