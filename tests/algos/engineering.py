@@ -2,6 +2,7 @@
 
 import json
 import operator
+import shutil
 from collections import Counter
 from copy import deepcopy
 from functools import partial
@@ -182,16 +183,22 @@ def stage_of(algo, batches):
     return Stage("train", None, lambda: sample, algo.update, algo.cycle), sample
 
 
-def captured_equals_written(make, batches, updates=200, tolerance=0.0):
+def compiled_follows_written(make, batches, tolerance=1e-3):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs g++ on a CPU")
+    captured_equals_written(make, batches, tolerance=tolerance, speed="compile")
+
+
+def captured_equals_written(make, batches, updates=200, tolerance=0.0, speed="graph"):
     """Eager and captured runs end in the same state, and report the same metrics.
 
     On a CPU in every bit; `make` builds on the device of its generator.
     """
     algos, found = (make(), make()), []
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
-    for algo, speed in zip(algos, ("eager", "graph"), strict=True):
+    for algo, way in zip(algos, ("eager", speed), strict=True):
         said, (stage, sample) = [], stage_of(algo, batches)
-        run = Updates(stage, sample, algo.generator, speed, said.append)
+        run = Updates(stage, sample, algo.generator, way, said.append)
         found.append([run(step) for step in range(updates)])
         assert not said, said
     close(*map(tensors, algos))

@@ -133,6 +133,11 @@ def test_captured_updates_equal_written_ones():
     engineering.captured_equals_written(make, lambda step: window(seed=step))
 
 
+@pytest.mark.slow
+def test_compiled_updates_follow_written_ones():
+    engineering.compiled_follows_written(make, lambda step: window(seed=step))
+
+
 def test_calls_stay_within_budget():
     engineering.calls_stay_within_budget(
         "decision_transformer", make, lambda step: window(seed=step)

@@ -137,6 +137,11 @@ def test_captured_updates_equal_written_ones():
     engineering.captured_equals_written(make, lambda step: batch(seed=step))
 
 
+@pytest.mark.slow
+def test_compiled_updates_follow_written_ones():
+    engineering.compiled_follows_written(make, lambda step: batch(seed=step))
+
+
 def test_calls_stay_within_budget():
     """With a fixed number of full searches, which is what a graph would hold."""
     table = replace(TABLE, budget=16)

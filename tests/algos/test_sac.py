@@ -113,6 +113,11 @@ def test_captured_updates_equal_written_ones():
     engineering.captured_equals_written(make, lambda step: batch(seed=step))
 
 
+@pytest.mark.slow
+def test_compiled_updates_follow_written_ones():
+    engineering.compiled_follows_written(make, lambda step: batch(seed=step))
+
+
 def test_calls_stay_within_budget():
     engineering.calls_stay_within_budget("sac", make, lambda step: batch(seed=step))
 
