@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from offrl.nets import fused_mixer, fused_scan, scan
+from offrl.nets import fused_backbone, fused_scan, scan
 from tests.nets.gcc import needs_gcc
 
 FORMS = [scan.recompute, scan.chunked, scan.chunked_again,
@@ -155,7 +155,7 @@ def test_without_a_compiler_the_scan_runs_and_says_why(monkeypatch, caplog):
         with caplog.at_level(logging.WARNING):
             assert scan.fastest(CPU, torch.float32, 16) is scan.recompute
             with torch.no_grad():
-                assert not fused_mixer.serves(torch.zeros(1))
+                assert not fused_backbone.serves(torch.zeros(1, 3, 16))
         assert "gcc" in caplog.text
         x = inputs(5, dtype=torch.float32)
         torch.testing.assert_close(scan.selective_scan(*x), scan.loop(*x))
