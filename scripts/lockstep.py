@@ -66,6 +66,7 @@ def main() -> None:
         "lockstep_ms_per_step": 1000 * together / given.steps / batch,
         "alone_ms_per_step": 1000 * alone / given.steps,
         "plain_ms_per_step": 1000 * plain / given.steps,
+        "windows_filled": filled(torch.stack([told["start"] for told in seen]), policy),
         "environment_ms_per_step": 1000 * envs_seconds / given.steps / batch,
         "times_faster_than_plain": plain * batch / together,
         "times_faster_than_alone": alone * batch / together,
@@ -129,6 +130,15 @@ def play(
         start = terminal + timeout
     envs.close()
     return seen, torch.stack(acts), playing, acting
+
+
+def filled(starts: torch.Tensor, policy: Any) -> float:
+    """Share of real steps in all windows, of starts (T, B); the rest is padding."""
+    length, steps, known = policy.config.context, torch.zeros(starts.shape[1]), 0.0
+    for start in starts:
+        steps = torch.where(start.bool(), 1, steps + 1)
+        known += float(steps.clamp(max=length).mean()) / length / len(starts)
+    return known
 
 
 def replay(policy: Policy, seen: list[Batch], row: slice) -> tuple[torch.Tensor, float]:

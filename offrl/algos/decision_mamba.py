@@ -265,20 +265,16 @@ class DecisionMamba:
         return act, {"past": past, "rest": rest, "step": step}
 
     def pads(self, obs: Tensor) -> dict[str, Tensor]:
-        """A window of pads for obs (B, o): tokens (B, 3K, d), mask (B, K), one pad (1, 3, d)."""
-        count, zero = len(obs), obs.new_zeros(1, 1)
+        """Windows of pads for obs (B, o): tokens (B, 3K, d), mask (B, K), pads (1, 3K, d)."""
+        zero = obs.new_zeros(1, self.config.context)
         fields = {
             "return_to_go": zero,
-            "obs": zero.expand(1, obs.shape[-1]).unsqueeze(1),
-            "act": zero.expand(1, self.act_dim).unsqueeze(1),
+            "obs": zero.unsqueeze(-1).expand(-1, -1, obs.shape[-1]),
+            "act": zero.unsqueeze(-1).expand(-1, -1, self.act_dim),
             "step_in_episode": zero.long(),
         }
-        pad, length = self.net.tokens(fields), self.config.context
-        return {
-            "tokens": pad.expand(count, length, -1, -1).flatten(1, 2),
-            "mask": obs.new_zeros(count, length),
-            "pad": pad.squeeze(0),
-        }
+        pads, count = self.net.tokens(fields).flatten(1, 2), len(obs)
+        return {"tokens": pads.expand(count, -1, -1), "mask": zero.expand(count, -1), "pads": pads}
 
     def observe(
         self, pair: Tensor, window: dict[str, Tensor], start: Tensor
@@ -287,10 +283,10 @@ class DecisionMamba:
 
         The place of the a-token stays empty, for no output that is read depends on it.
         """
-        steps = window["tokens"][:, 3:].unflatten(1, (-1, 3))
-        steps = torch.where(per_step(start, steps), window["pad"], steps).flatten(1, 2)
-        tokens = torch.cat([steps, pair, torch.zeros_like(pair[:, :1])], 1)
-        mask = torch.where(start.unsqueeze(-1), 0, window["mask"][:, 1:])
+        begins = start.unsqueeze(-1)
+        past = torch.where(begins.unsqueeze(-1), window["pads"][:, 3:], window["tokens"][:, 3:])
+        mask = torch.where(begins, 0, window["mask"][:, 1:])
+        tokens = torch.cat([past, pair, torch.zeros_like(pair[:, :1])], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         hidden = self.net.backbone(tokens, mask if self.config.mask_pads else None, kept=1)
         return hidden[:, 1], window | {"tokens": tokens, "mask": mask}

@@ -213,10 +213,10 @@ static void block(Sizes size, Block b, long steps, long kept, const float *real,
    mask (batch, steps) or NULL. Returns 1 where memory is short.
 
    Block after block, not window after window: the weights of one stay in cache, those of all might
-   not. */
+   not. Pads that a window begins with are passed over, for they change nothing. */
 int backbone(long batch, long steps, int threads, Sizes size, long layers, long kept, float *x,
              const float *mask, const Block *blocks, const float *norm, float *y) {
-  long tokens = 3 * steps, width = size.width, whole = tokens * width;
+  long tokens = 3 * steps, width = size.width, whole = tokens * width, asked = 3 * kept * width;
   long count = steps + tokens + 2 * whole + (1 + steps) * width + needs(size, tokens, tokens);
   int failed = 0;
 #pragma omp parallel num_threads(threads)
@@ -229,10 +229,12 @@ int backbone(long batch, long steps, int threads, Sizes size, long layers, long 
         if (!real) continue;
         for (long t = 0; t < tokens; t++)
           spread[t] = real[t / 3] = mask ? mask[b * steps + t / 3] : 1;
-        float *h = x + b * whole, *end = h + whole - 3 * kept * width;
-        block(size, blocks[i], steps, i < layers - 1 ? steps : kept, real, spread, room, h);
-        for (long t = 0; i == layers - 1 && t < 3 * kept; t++)
-          rms_norm(width, end + t * width, norm, 1, y + (3 * b * kept + t) * width);
+        long pads = 0, last = i == layers - 1;
+        while (pads < steps - kept && !real[pads]) pads++;
+        block(size, blocks[i], steps - pads, last ? kept : steps - pads, real + pads,
+              spread + 3 * pads, room, x + b * whole + 3 * pads * width);
+        for (long k = 0; last && k < asked; k += width)
+          rms_norm(width, x + (b + 1) * whole - asked + k, norm, 1, y + b * asked + k);
       }
     free(real);
   }

@@ -23,7 +23,7 @@ def draw(*shape, seed=1):
 
 
 def mask(batch, steps):
-    """Row i lacks i of its steps, but for the last one."""
+    """Row i lacks its first i steps, but for the last one."""
     return (torch.arange(steps) >= torch.arange(batch).clamp(max=steps - 1).unsqueeze(1)).float()
 
 
@@ -54,6 +54,12 @@ def test_it_equals_the_operators_in_any_width_of_whole_vectors(width):
 @pytest.mark.parametrize("kept", [1, 4])
 def test_it_equals_the_operators_where_only_the_last_steps_are_asked_for(kept):
     assert_equal_where_real(backbone(), draw(5, 21, 16), mask(5, 7), kept)
+
+
+def test_a_pad_amid_real_steps_is_left_out_too():
+    real = mask(3, 6)
+    real[0, 3] = 0
+    assert_equal_where_real(backbone(), draw(3, 18, 16), real, kept=1)
 
 
 def test_it_equals_the_operators_where_step_sizes_span_twenty_magnitudes():
