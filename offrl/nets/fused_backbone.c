@@ -219,14 +219,14 @@ int backbone(long batch, long steps, int threads, Sizes size, long layers, long 
   long tokens = 3 * steps, width = size.width, whole = tokens * width, asked = 3 * kept * width;
   long count = steps + tokens + 2 * whole + (1 + steps) * width + needs(size, tokens, tokens);
   int failed = 0;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) reduction(| : failed)
   {
     float *real = malloc(sizeof(float) * count), *spread = real + steps, *room = spread + tokens;
-    if (!real) failed = 1;
+    failed = real == NULL;
     for (long i = 0; i < layers; i++)
 #pragma omp for
       for (long b = 0; b < batch; b++) {
-        if (!real) continue;
+        if (failed) continue;
         for (long t = 0; t < tokens; t++)
           spread[t] = real[t / 3] = mask ? mask[b * steps + t / 3] : 1;
         long pads = 0, last = i == layers - 1;

@@ -159,10 +159,10 @@ class Backbone(nn.Module):
             for _ in range(layers)
         )
         self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
-        self.compiles = (fusion, grouping) == ("parallel", "causal")
+        self.fusible = (fusion, grouping) == ("parallel", "causal")
 
     def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
-        if self.compiles and fused_backbone.serves(x):
+        if self.fusible and fused_backbone.serves(x):
             return fused_backbone.forward(self, x, mask, kept or x.shape[1] // 3)
         *blocks, last = self.blocks
         for block in blocks:
