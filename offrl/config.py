@@ -43,10 +43,14 @@ class Settings:
     seeds: int = 1  # how many, counting up from `seed`
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1  # torch threads per process on a CPU
+    # how updates are made: captured if that is faster, as written, captured, by torch.compile
+    speed: Literal["auto", "eager", "graph", "compile"] = "auto"
     preset: str = "full"  # quick: minutes on two cores; full: the published protocol
     log_every: int = 1000  # updates between rows of metrics
     eval_every: int = 5000  # steps between points of the learning curve
     eval_episodes: int = 10  # per point
+    # where points but the last are played: beside on a GPU or a spare core, else inline
+    evaluation: Literal["auto", "beside", "inline"] = "auto"
     final_episodes: int = 100  # of the last checkpoint; their mean is the score
     snapshot_every: int | None = None  # steps between kept copies of the networks
     runs: str = "runs"  # folder of all runs

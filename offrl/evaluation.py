@@ -1,7 +1,9 @@
 """Scoring a finished or running training, and filming it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from tqdm import tqdm
 
 from offrl import config as configuration
 from offrl.config import ConfigError, Resolved
-from offrl.engine import checkpoint
+from offrl.engine import checkpoint, process
 from offrl.engine.evaluate import Episodes, Evaluator
 from offrl.engine.stage import Algorithm, Policy, Spec, scenarios
 from offrl.envs.make import env_id, factory
@@ -115,8 +117,10 @@ def checkpoints(place: Path) -> tuple[Path, list[Path]]:
     return place, files
 
 
-def load_algorithm(resolved: Resolved, file: Path) -> tuple[Algorithm, list[int]]:
-    """An algorithm with the weights of a checkpoint, on the CPU, and the seeds it holds.
+def load_algorithm(
+    resolved: Resolved, file: Path, device: torch.device | str = "cpu"
+) -> tuple[Algorithm, list[int]]:
+    """An algorithm with the weights of a checkpoint, and the seeds it holds.
 
     Raises:
         ConfigError: if the checkpoint is of another method.
@@ -134,12 +138,31 @@ def load_algorithm(resolved: Resolved, file: Path) -> tuple[Algorithm, list[int]
     )
     env.close()
     method = configuration.module(resolved.algo)
-    algo = method.make(resolved.config(), spec, generator(0, "evaluation"), axes)
+    algo = method.make(resolved.config(), spec, generator(0, "evaluation", device=device), axes)
     state = saved["algo"]
     if "generator" in state and state["generator"].shape != algo.generator.get_state().shape:
         state = state | {"generator": algo.generator.get_state()}  # trained on another device
     algo.load(state)
     return algo, group
+
+
+def player(folder: Path, device: torch.device) -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Plays checkpoints of a run as the run itself does at a point of its curve."""
+    resolved = configuration.from_yaml((folder / "config.yaml").read_text())
+    s = resolved.settings
+    process.prepare(s.threads, s.keep_memory)
+
+    @cache
+    def evaluator(axes: tuple[int, ...], names: tuple[str, ...]) -> Evaluator:
+        common = width(s.eval_episodes, s.final_episodes)
+        return Evaluator(make_env(resolved), axes, common, derive(0, "evaluator"), device, names)
+
+    def play(path: Path) -> dict[str, torch.Tensor]:
+        algo, group = load_algorithm(resolved, path, device)
+        axes = (len(group),) if len(group) > 1 else ()
+        return evaluator(axes, scenarios(algo))(algo, s.eval_episodes).named()
+
+    return play
 
 
 class Exploring:

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ from offrl.data import sources
 from offrl.data.collect import Collector
 from offrl.data.dataset import Dataset, check, check_fits, home
 from offrl.engine import process
+from offrl.engine.beside import Beside
 from offrl.engine.evaluate import Evaluator
 from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
 from offrl.engine.stage import Algorithm, Run, Spec, scenarios
 from offrl.envs.make import VERSIONS, env_id, factory
 from offrl.envs.vector import Vector
+from offrl.machine import cores, cpu_name
+from offrl.nets import products
 from offrl.outcome import finish, provenance, write_json
 from offrl.parallel import Display, Failed, Group, spread
 from offrl.seeding import derive, generator
@@ -62,6 +66,9 @@ def train(
             "choose others with dataset=, source=d4rl|minari|files")  # fmt: skip
     folder = folder or new_folder(resolved)
     say(f"run directory: {folder} ({device})")
+    if device.type == "cpu":
+        process.prepare(resolved.settings.threads, resolved.settings.keep_memory)
+        say(products.choose(home(), cpu_name()))  # before workers ask: they find the choice
     with process.only_one(folder):
         if resume:
             check_unchanged(folder, data, device)
@@ -255,6 +262,8 @@ def train_group(
     Args:
         data: of an offline method, where this process has loaded it.
     """
+    from offrl.evaluation import player  # which imports this module
+
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
     s = resolved.settings
     process.prepare(s.threads, s.keep_memory)
@@ -265,7 +274,11 @@ def train_group(
     )
     with process.only_one(place):  # a worker may outlive its parent for a moment
         data = data or load_data(resolved)
+        if pick_device(s.device).type == "cpu":
+            products.choose(home(), cpu_name())
         experiment = build(resolved, group, data, progress)
+        device = pick_device(s.device)
+        beside = Beside(partial(player, folder, device)) if has_room(resolved, device) else None
         return fit(
             experiment.algo,
             experiment.stages,
@@ -276,7 +289,20 @@ def train_group(
             resolved.algo,
             resume,
             lambda told: report(group, told),
+            s.speed,
+            beside,
         )
+
+
+def has_room(resolved: Resolved, device: torch.device) -> bool:
+    """Whether points of the curve are played in a process of their own."""
+    s = resolved.settings
+    if s.evaluation != "auto":
+        return s.evaluation == "beside"
+    if device.type == "cuda":
+        return True
+    at_once = min(len(layout(resolved, device)), max(1, cores() // s.threads))
+    return cores() - at_once * s.threads >= 1
 
 
 def group_folder(folder: Path, group: Group) -> Path:

@@ -97,7 +97,7 @@ class Display:
     """One progress line for all groups: steps, steps per second, time left, last score."""
 
     def __init__(self, resolved: Resolved, groups: list[Group]):
-        self.resolved = resolved
+        self.resolved, self.groups = resolved, groups
         self.steps: dict[int, int] = {}
         self.scores: dict[int, float] = {}
         total = resolved.options["steps"] * len(groups)
@@ -112,6 +112,8 @@ class Display:
 
     def tell(self, group: Group, told: Progress) -> None:
         key = group[0]
+        if told.note is not None and key == self.groups[0][0]:  # the other processes do the same
+            self.bar.write(told.note)
         if told.score is not None:
             self.scores[key] = told.score
             unit, value = scored(self.resolved, float(np.mean(list(self.scores.values()))))

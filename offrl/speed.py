@@ -7,6 +7,7 @@ fast the core was at that moment.
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
 import time
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -26,16 +27,19 @@ from offrl.data import Dataset, prepare, sources
 from offrl.data.dataset import home
 from offrl.data.replay import Replay
 from offrl.engine import process
-from offrl.engine.stage import Run, Spec
+from offrl.engine.capture import Speed, Updates
+from offrl.engine.recording import Recorder
+from offrl.engine.stage import Run, Sampler, Spec, Stage
 from offrl.experiment import pick_device
-from offrl.machine import cpu_name
-from offrl.nets import Standardize
+from offrl.machine import cores, cpu_name
+from offrl.nets import Standardize, products
+from offrl.opaque import opaque
 from offrl.results.plots import scores
 from offrl.seeding import generator
 
 FIELDS = ("obs", "act", "reward", "next_obs", "terminal")
 
-PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mv"}
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "_linear_pointwise"}
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,17 @@ class Options:
 
     env=halfcheetah dataset=medium rows=None source=auto     the data that updates draw from
     algos=[td3bc,prdc,bc]   methods; ratios are to the first. td3 and sac draw from a full replay
-    peers=[plain,jax]       the same work elsewhere (offrl/peers): plain and jax make updates of
-                            td3bc, sb3-td3 and sb3-sac those of td3 and sac; the last three need
-                            the extra `peers`. Batch as the first of algos has it
+    speeds=[graph,eager]    how updates are made, see engine/capture.py; each is a row of its own
+    seeds=[1]               stacked seeds, each number a row; a row tells seed-updates per second
+    peers=[plain,jax]       the same work elsewhere (offrl/peers): plain, jax and d3rlpy make
+                            updates of td3bc, sb3-td3 and sb3-sac those of td3 and sac. All but
+                            plain need the extra `peers`. Batch as the first of algos has it
+    peer_python=PATH        a Python that has d3rlpy, which cannot be installed beside the rest
     'set={prdc.alpha:2.5}'  options of methods
     warmup=1000             updates before the clock starts, so that the actor leaves its start
     rounds=9 updates=100    alternating rounds, and updates in each
+    processes=1             up to so many processes of the first row at once, a core each, as
+                            `train` runs seeds on a CPU
     device=auto threads=1
     out=PATH                write the table as JSON, and a picture beside it
     """
@@ -59,11 +68,15 @@ class Options:
     source: str = "auto"
     rows: int | None = None
     algos: tuple[str, ...] = ("td3bc", "prdc", "bc")
+    speeds: tuple[str, ...] = ("graph", "eager")
+    seeds: tuple[int, ...] = (1,)
     peers: tuple[str, ...] = ()
+    peer_python: str | None = None
     set: dict[str, Any] = field(default_factory=dict)
     warmup: int = 1000
     rounds: int = 9
     updates: int = 100
+    processes: int = 1
     device: str = "auto"
     threads: int = 1
     out: str | None = None
@@ -73,35 +86,59 @@ def measure_speed(options: Options) -> dict[str, Any]:
     """Measure, print a table, and return it.
 
     Raises:
-        ConfigError: an unknown peer, a peer that is not installed, or an odd number of updates.
+        ConfigError: an unknown peer or speed, a peer that is not installed, an odd number of
+            updates beside jax, or more processes than cores.
     """
+    if wrong := [name for name in options.speeds if name not in get_args(Speed)]:
+        raise configuration.ConfigError(
+            f"speeds are {', '.join(get_args(Speed))}, got {wrong[0]!r}"
+            f"{configuration.nearest(wrong[0], get_args(Speed))}"
+        )
+    if options.processes > cores():
+        raise configuration.ConfigError(
+            f"processes={options.processes}, but this process may use {cores()} core(s)"
+        )
     process.prepare(options.threads, keep_memory=True)
     device = pick_device(options.device)
+    if device.type == "cpu":
+        print(products.choose(home(), cpu_name()))
     data = sources.load(options.source, options.env, options.dataset, options.rows)
     with held_to(options.threads if device.type == "cpu" else None):
-        ours = {name: updater(name, options, data, device) for name in options.algos}
-        batch = ours[options.algos[0]][0].config.batch
+        ours = [
+            Method.make(name, speed, count, options, data, device)
+            for name in options.algos for speed in options.speeds for count in options.seeds
+        ]  # fmt: skip
+        batch = ours[0].algo.config.batch
         others = {name: rival(name, options, data, batch, device) for name in options.peers}
-        runs = {name: repeat(update) for name, (_, update) in ours.items()} | others
-        return compared(options, data, device, ours, runs)
+        found, rates = compared(options, data, device, ours, others)
+    if options.processes > 1:
+        found["processes"] = together(options)
+    if options.out:
+        Path(options.out).write_text(json.dumps(found, indent=1))
+        title = f"{found['hardware']}, {options.threads} thread(s)"
+        scores(Path(options.out).with_suffix(".png"), {title: rates}, "updates per second")
+    return found
 
 
 def compared(
     options: Options,
     data: Dataset,
     device: torch.device,
-    ours: dict[str, tuple[Any, Callable[[], None]]],
-    runs: dict[str, Callable[[int], None]],
-) -> dict[str, Any]:
-    """The rounds, and the table made of them."""
+    ours: list["Method"],
+    others: dict[str, Callable[[int], None]],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The rounds: the table made of them, and each row's updates per second."""
+    first = ours[0]
+    products = {m.label: m.products() for m in ours if m.speed == options.speeds[0]}
+    runs = {m.label: m.run for m in ours} | others
+    runs |= {f"products of {label}": run for label, run in products.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     calibration = []
     for _ in tqdm(range(options.rounds), desc="rounds", leave=False):
         calibration.append(product_rate(device))
         for name, run in runs.items():
             times[name].append(seconds(run, options.updates, device) / options.updates)
-    first = options.algos[0]
-    base = statistics.median(times[first])
+    base = statistics.median(times[first.label])
     found: dict[str, Any] = {
         "data": data.name, "transitions": len(data), "device": device.type,
         "hardware": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
@@ -112,31 +149,166 @@ def compared(
     speed = f"{min(calibration):.0f} to {max(calibration):.0f} GFLOP/s"
     print(f"{data.name}: {len(data)} transitions")
     print(f"{found['hardware']}, {options.threads} thread(s), 256-cubed product {speed}")
-    print(f"{'method':<10} {'updates/s':>9} {'range':>13} {'time':>7} {'outside products':>17}")
-    for name in runs:
-        rates = sorted(1 / t for t in times[name])
+    print(f"{'method':<16} {'updates/s':>9} {'range':>13} {'time':>7} {'products':>9} {'calls':>6}")
+    counts = {m.label: m for m in ours}
+    for name in [*counts, *others]:
+        many = counts[name].count if name in counts else 1
+        rates = sorted(many / t for t in times[name])
         row = found["methods"][name] = {
-            "updates_per_second": round(1 / statistics.median(times[name]), 1),
+            "updates_per_second": round(many / statistics.median(times[name]), 1),
             "range": [round(rates[0], 1), round(rates[-1], 1)],
             "time_ratio": round(statistics.median(times[name]) / base, 3),
         }
-        if name in ours:
-            row["options"] = chosen(name, options)
-            row["outside_products"] = round(outside_products(ours[name][1]), 3)
-        share = f"{row['outside_products']:.0%}" if name in ours else ""
-        print(f"{name:<10} {row['updates_per_second']:>9} {rates[0]:>6.0f}-{rates[-1]:<6.0f} "
-              f"{row['time_ratio']:>7} {share:>17}")  # fmt: skip
-    for name, (algo, update) in ours.items():
-        if hasattr(algo, "neighbors"):
-            proved = found["methods"][name]["certified"] = round(certified(algo, update, device), 4)
-            print(f"{name:<10} {proved:.2%} of its rows certified")
-            found["certificate"] = by_share(algo, update, ours[first][1], options, device)
-    if options.out:
-        Path(options.out).write_text(json.dumps(found, indent=1))
-        title = f"{found['hardware']}, {options.threads} thread(s)"
-        rounds = {name: 1 / np.array(values) for name, values in times.items()}
-        scores(Path(options.out).with_suffix(".png"), {title: rounds}, "updates per second")
+        share = calls = ""
+        if name in counts:
+            row |= counts[name].about()
+            calls = f"{row['calls']:.0f}"
+            alone = f"products of {counts[name].beside(options.speeds[0])}"
+            row["products"] = round(statistics.median(times[alone])
+                                    / statistics.median(times[name]), 3)  # fmt: skip
+            share = f"{row['products']:.0%}"
+        print(f"{name:<16} {row['updates_per_second']:>9} {rates[0]:>6.0f}-{rates[-1]:<6.0f} "
+              f"{row['time_ratio']:>7} {share:>9} {calls:>6}")  # fmt: skip
+    for method in ours:
+        if hasattr(method.algo, "neighbors") and method.speed == options.speeds[0]:
+            proved = round(certified(method, device), 4)
+            found["methods"][method.label]["certified"] = proved
+            print(f"{method.label:<16} {proved:.2%} of its rows certified")
+            found["certificate"] = by_share(method, first, options, device)
+    shown = {n: t for n, t in times.items() if not n.startswith("products of")}
+    return found, {n: (counts[n].count if n in counts else 1) / np.array(t)
+                   for n, t in shown.items()}  # fmt: skip
+
+
+@dataclass
+class Method:
+    """One of our methods with its sampler, made one way.
+
+    Attributes:
+        count: stacked seeds.
+        run: makes n updates of every seed.
+    """
+
+    name: str
+    speed: Speed
+    count: int
+    options: Options
+    algo: Any
+    stage: Stage
+    sample: Sampler
+    step: int = 0
+    run: Callable[[int], None] = field(init=False)
+
+    @classmethod
+    def make(
+        cls, name: str, speed: str, count: int, options: Options, data: Dataset,
+        device: torch.device,
+    ) -> "Method":  # fmt: skip
+        """The method after its warm-up."""
+        given = {"env": options.env, "dataset": options.dataset, "source": options.source}
+        values = configuration.resolve(
+            name, given | chosen(name, options), configuration.shipped(name).get("tasks")
+        )
+        method, seeds = configuration.module(name), (count,) if count > 1 else ()
+        algo = method.make(
+            values.config(), Spec(data.obs_dim, data.act_dim, *data.statistics()),
+            generator(0, "speed", values.task, device=device), seeds,
+        )  # fmt: skip
+        if configuration.online(name):
+            replay = replayed(data, seeds, device)
+            stage = Stage("train", None, lambda: replay.sampler(algo.config.batch), algo.update,
+                          algo.cycle)  # fmt: skip
+        else:
+            (stage,) = method.stages(algo, data, Run(1, seeds, device, str(home())))
+        made = cls(name, cast(Speed, speed), count, options, algo, stage, stage.start())
+        made.run = made.runner()
+        seconds(made.run, options.warmup, device)
+        return made
+
+    @property
+    def label(self) -> str:
+        return self.beside(self.speed)
+
+    def beside(self, speed: str) -> str:
+        """The name of the row that differs from this one in how updates are made."""
+        parts = [self.name]
+        parts += [speed] if len(self.options.speeds) > 1 else []
+        parts += [f"x{self.count}"] if len(self.options.seeds) > 1 else []
+        return " ".join(parts)
+
+    def runner(self) -> Callable[[int], None]:
+        """Updates from here on, captured anew where they are captured."""
+        update = Updates(self.stage, self.sample, self.algo.generator, self.speed)
+
+        def run(count: int) -> None:
+            for _ in range(count):
+                update(self.step)
+                self.step += 1
+
+        return run
+
+    def recorded(self) -> Recorder:
+        """The operators of one cycle as written."""
+        with Recorder() as recorder:
+            for _ in range(self.algo.cycle):
+                self.stage.update(self.sample(self.algo.generator), self.step)
+                self.step += 1
+        return recorder
+
+    def products(self) -> Callable[[int], None]:
+        """The matrix products of a cycle and nothing else."""
+        calls = self.recorded().calls
+        parts = [(c.run, c.args, c.kwargs) for c in calls if str(c.run).split(".")[1] in PRODUCTS]
+        share = self.algo.cycle
+
+        def run(count: int) -> None:
+            with torch.inference_mode():
+                for _ in range(count // share):
+                    for product, args, kwargs in parts:
+                        product(*args, **kwargs)
+
+        return run
+
+    def about(self) -> dict[str, Any]:
+        """Its options, and what the dispatcher is called for per update as written."""
+        calls = len(self.recorded().calls) / self.algo.cycle
+        return {"options": chosen(self.name, self.options), "calls": calls}
+
+
+def together(options: Options) -> dict[str, float]:
+    """Updates per second of 1, 2, ... processes of the first row at once, summed over them."""
+    places = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    places = places or list(range(options.processes))
+    context, found = multiprocessing.get_context("spawn"), {}
+    for count in range(1, options.processes + 1):
+        start, rates = context.Barrier(count), context.Queue()
+        workers = [context.Process(target=one_of, args=(options, place, start, rates))
+                   for place in places[-count:]]  # fmt: skip
+        for worker in workers:
+            worker.start()
+        rounds = [rates.get() for _ in workers]  # (rounds,) each
+        for worker in workers:
+            worker.join()
+        found[str(count)] = round(float(np.median(np.sum(rounds, 0))), 1)
+        print(f"{count} process(es): {found[str(count)]} updates/s, "
+              f"{found[str(count)] / found['1']:.2f} times one")  # fmt: skip
     return found
+
+
+def one_of(options: Options, place: int, start: Any, rates: Any) -> None:
+    """Body of one of the processes: its updates per second of every round."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {place})
+    process.prepare(1, keep_memory=True)
+    device = torch.device("cpu")
+    products.choose(home(), cpu_name())
+    data = sources.load(options.source, options.env, options.dataset, options.rows)
+    method = Method.make(options.algos[0], options.speeds[0], 1, options, data, device)
+    found = []
+    for _ in range(options.rounds):
+        start.wait()
+        found.append(options.updates / seconds(method.run, options.updates, device))
+    rates.put(found)
 
 
 # what `peers` may name: the packages behind each
@@ -145,6 +317,7 @@ PEERS = {
     "jax": ("jax", "optax"),
     "sb3-td3": ("stable-baselines3",),
     "sb3-sac": ("stable-baselines3",),
+    "d3rlpy": (),  # lives in `peer_python`
 }
 
 
@@ -174,7 +347,16 @@ def rival(
         run = sb3.filled(name.removeprefix("sb3-").upper(), arrays, batch, device)
     else:
         fields = prepare(Standardize(data.obs_dim, *data.statistics()))(fields)
-        if name == "plain":
+        arrays = {key: value.numpy() for key, value in fields.items()}
+        if name == "d3rlpy":
+            from offrl.peers import in_d3rlpy
+
+            if options.peer_python is None:
+                raise configuration.ConfigError(
+                    "d3rlpy pins another gymnasium: name a Python that has it, peer_python=PATH"
+                )
+            run = in_d3rlpy.td3bc(arrays, batch, str(device), options.peer_python)
+        elif name == "plain":
             from offrl.peers import plain
 
             run = plain.td3bc(fields, batch, device)
@@ -183,7 +365,6 @@ def rival(
                 raise configuration.ConfigError("jax takes pairs of updates: updates must be even")
             from offrl.peers import in_jax
 
-            arrays = {key: value.numpy() for key, value in fields.items()}
             run = in_jax.td3bc(arrays, batch, options.updates)
     seconds(run, options.updates, device)
     return run
@@ -211,38 +392,12 @@ def repeat(update: Callable[[], object]) -> Callable[[int], None]:
     return run
 
 
-def updater(
-    name: str, options: Options, data: Dataset, device: torch.device
-) -> tuple[Any, Callable[[], None]]:
-    """The algorithm after its warm-up, and a function that makes one complete update."""
-    method = configuration.module(name)
-    given = {"env": options.env, "dataset": options.dataset, "source": options.source}
-    values = configuration.resolve(
-        name, given | chosen(name, options), configuration.shipped(name).get("tasks")
-    )
-    algo = method.make(
-        values.config(), Spec(data.obs_dim, data.act_dim, *data.statistics()),
-        generator(0, "speed", values.task, device=device),
-    )  # fmt: skip
-    if configuration.online(name):
-        sample, step = replayed(data, device).sampler(algo.config.batch), algo.update
-    else:
-        (stage,) = method.stages(algo, data, Run(1, device=device, cache=str(home())))
-        sample, step = stage.start(), stage.update
-    count = iter(range(10**12))
-
-    def update() -> None:
-        step(sample(algo.generator), next(count))
-
-    seconds(repeat(update), options.warmup, device)
-    return algo, update
-
-
-def replayed(data: Dataset, device: torch.device) -> Replay:
-    """A replay that holds the whole data set."""
+def replayed(data: Dataset, seeds: tuple[int, ...], device: torch.device) -> Replay:
+    """A replay that holds the whole data set, for every seed."""
     fields = {name: (tuple(data[name].shape[1:]), torch.float32) for name in FIELDS}
-    replay = Replay(len(data), fields, device=device)
-    replay.add({name: data[name].to(device) for name in FIELDS})
+    replay = Replay(len(data), fields, seeds, device)
+    rows = {name: data[name].to(device) for name in FIELDS}
+    replay.add({name: value.expand(*seeds, *value.shape) for name, value in rows.items()})
     return replay
 
 
@@ -281,18 +436,6 @@ def product_rate(device: torch.device) -> float:
     return 300 * 2 * 256**3 / seconds(repeat(lambda: torch.mm(x, y)), 300, device) / 1e9
 
 
-def outside_products(update: Callable[[], None]) -> float:
-    """Share of an update's time that is not spent in matrix products, by torch's profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        for _ in range(40):
-            update()
-    events = seen.key_averages()
-    total = sum(e.self_cpu_time_total for e in events)
-    return 1 - sum(e.self_cpu_time_total for e in events if e.key in PRODUCTS) / total
-
-
 @dataclass
 class Watched:
     """A neighbor search whose shares are kept, asked for the data's actions with noise if given.
@@ -314,31 +457,33 @@ class Watched:
         return self.table.act
 
     def nearest(self, index: torch.Tensor, pi: torch.Tensor, beta: float) -> Any:
-        if self.noise is not None:
-            own = self.act[index]
-            away = torch.empty_like(own).normal_(0, self.noise, generator=self.generator)
-            pi = (own + away).clamp(-1, 1)
-        row, info = self.table.nearest(index, pi, beta)
-        self.shares.append(info)
-        return row, info
+        names: list[str] = []
+
+        def find(index: torch.Tensor, pi: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            if self.noise is not None:
+                own = self.act[index]
+                away = torch.empty_like(own).normal_(0, self.noise, generator=self.generator)
+                pi = (own + away).clamp(-1, 1)
+            row, info = self.table.nearest(index, pi, beta)
+            self.shares.append(info)
+            names[:] = info
+            return row, *info.values()
+
+        row, *values = opaque(find, index, pi)
+        return row, dict(zip(names, values, strict=True))
 
 
-def certified(algo: Any, update: Callable[[], None], device: torch.device) -> float:
+def certified(method: Method, device: torch.device) -> float:
     """Share of the actor's own queries that the lists certify, over forty updates."""
-    search = algo.neighbors
-    algo.neighbors = Watched(search, None, generator(0, "noise", device=device))
-    for _ in range(40):
-        update()
-    shares, algo.neighbors = algo.neighbors.shares, search
+    search = method.algo.neighbors
+    method.algo.neighbors = Watched(search, None, generator(0, "noise", device=device))
+    method.runner()(40)
+    shares, method.algo.neighbors = method.algo.neighbors.shares, search
     return 1 - float(torch.stack([info["uncertified"] for info in shares]).mean())
 
 
 def by_share(
-    algo: Any,
-    update: Callable[[], None],
-    base: Callable[[], None],
-    options: Options,
-    device: torch.device,
+    method: Method, base: Method, options: Options, device: torch.device
 ) -> list[dict[str, float]]:
     """Time of whole updates over the first method's, against the share that the lists certify.
 
@@ -347,17 +492,18 @@ def by_share(
     """
     heads = ("noise", "certified", "self match", "ms", "ms, first", "ratio")
     print(" ".join(f"{head:>10}" for head in heads))
-    table, search = [], algo.neighbors
+    table, search = [], method.algo.neighbors
     for noise in (0.0, 0.2, 0.3, 0.35, 0.4, 0.5):
-        algo.neighbors = Watched(search, noise, generator(0, "noise", device=device))
-        seconds(repeat(update), 2, device)  # a first uncertified row may build a tree
+        method.algo.neighbors = Watched(search, noise, generator(0, "noise", device=device))
+        run = method.runner()
+        run(6 * method.algo.cycle)  # captured; a first uncertified row may build a tree
         times: list[tuple[float, float]] = []
         for _ in range(max(3, options.rounds // 2)):
             count = max(2, options.updates // 4)
-            one, other = (seconds(repeat(f), count, device) / count for f in (update, base))
+            one, other = (seconds(f, count, device) / count for f in (run, base.run))
             times.append((one, other))
         shares = {
-            name: float(torch.stack([info[name] for info in algo.neighbors.shares]).mean())
+            name: float(torch.stack([info[name] for info in method.algo.neighbors.shares]).mean())
             for name in ("uncertified", "self_match")
         }
         mine, first = (statistics.median(column) for column in zip(*times, strict=True))
@@ -371,5 +517,5 @@ def by_share(
         }
         table.append(row)
         print(" ".join(f"{value:>10.3f}" for value in row.values()))
-    algo.neighbors = search
+    method.algo.neighbors = search
     return table

@@ -14,10 +14,10 @@ ALLOWED = {
     "algos": {"nets", "regularizers", "data", "engine.stage", "engine.optim"},
     "regularizers": {"regularizers"},
     "integrations": {"integrations", "regularizers"},
-    "nets": {"nets"},
-    "data": {"data", "engine.stage", "seeding", "envs", "nets", "machine"},
+    "nets": {"nets", "opaque"},
+    "data": {"data", "engine.stage", "seeding", "envs", "nets", "machine", "opaque"},
     "envs": {"envs", "seeding"},
-    "engine": {"engine", "data", "envs", "seeding"},
+    "engine": {"engine", "data", "envs", "seeding", "opaque"},
     "results": {"results", "data", "envs"},
 }
 

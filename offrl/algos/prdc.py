@@ -29,7 +29,7 @@ Differences from the authors' code and paper:
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,8 @@ def stages(algo: PRDC, data: Dataset, run: Run) -> list[Stage]:
             device=run.device,
             progress=run.progress,
         )
+        if run.device.type == "cuda":  # every query in full, so that no update waits for the host
+            algo.neighbors = replace(algo.neighbors, budget=c.batch)
         ready = prepare(algo.standardize, c.reward_scale, c.reward_shift)
         return transitions(data, c.batch, run.seeds, run.device, names=FIELDS, transform=ready)
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from offrl.data.dataset import DataError, once, store, write
+from offrl.opaque import opaque
 
 VERSION = 1  # of the stored lists
 GROUP = 32  # rows whose smallest float32 value decides whether they are compared in float64
@@ -140,8 +141,21 @@ class StateNeighbors:
                 and `self_match`, rows that are their own neighbor. With a `budget` also `overflow`,
                 undecided queries beyond it: they get the best row of their list.
         """
-        query, pi = index.reshape(-1, index.shape[-1]), pi.nan_to_num()  # (S, B)
-        pi = pi.reshape(*query.shape, -1)
+        names = ("uncertified", "self_match", *(() if self.budget is None else ("overflow",)))
+
+        def find(index: Tensor, pi: Tensor) -> tuple[Tensor, ...]:
+            row, info = self.find(index.reshape(-1, index.shape[-1]), pi, beta)
+            return row.view(index.shape), *(info[name].view(index.shape[:-1]) for name in names)
+
+        if self.budget is None:  # looks at values: how many queries stay open
+            row, *shares = opaque(find, index, pi)
+        else:
+            row, *shares = find(index, pi)
+        return row, dict(zip(names, shares, strict=True))
+
+    def find(self, query: Tensor, pi: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """`nearest` for query (S, B)."""
+        pi = pi.nan_to_num().reshape(*query.shape, -1)
         listed = take(self.rows, query).long()  # (S, B, K)
         cost = (pi.unsqueeze(-2).double() - take(self.act, listed)).square().sum(-1)
         row, least = lowest(cost + beta**2 * take(self.square, query), listed)  # (S, B)
@@ -161,8 +175,7 @@ class StateNeighbors:
             row.scatter_(-1, at, torch.where(settled, found, row.gather(-1, at)))
             info["overflow"] = ((gap <= 0).sum(-1) - settled.sum(-1)) / gap.shape[-1]
         info["self_match"] = (row == query).float().mean(-1)
-        lead = index.shape[:-1]
-        return row.view(index.shape), {name: value.view(lead) for name, value in info.items()}
+        return row, info
 
     def search(self, index: Tensor, pi: Tensor, beta: float, least: Tensor) -> Tensor:
         """Full search: index (n,), pi (n, a), a cost within reach (n,) -> (n,) int64."""

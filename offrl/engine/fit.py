@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from offrl.engine import checkpoint
+from offrl.engine.beside import Beside
+from offrl.engine.capture import Speed, Updates
 from offrl.engine.log import Diverged, Log, Meter
 from offrl.engine.stage import Algorithm, Stage
 
@@ -38,7 +40,11 @@ class Schedule:
 
 @dataclass
 class Progress:
-    """What the caller is told: shown on one line. A resumed run's first step is not 0."""
+    """What the caller is told: shown on one line. A resumed run's first step is not 0.
+
+    Attributes:
+        note: how this stage's updates are made, once that is decided; told once.
+    """
 
     stage: str
     first: int
@@ -46,6 +52,7 @@ class Progress:
     total: int
     per_second: float
     score: float | None
+    note: str | None = None
 
 
 class Interrupted(Exception):
@@ -74,6 +81,8 @@ def fit(
     label: str,
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
+    speed: Speed = "auto",
+    beside: Beside | None = None,
 ) -> Curve:
     """Run the stages to their end; returns the learning curve and the final evaluation.
 
@@ -88,6 +97,9 @@ def fit(
         label: name of the method, checked on resume.
         resume: continue from the checkpoint in `folder` if there is one.
         report: told the progress about twice a second.
+        speed: how updates are made; see `engine.capture.Updates`.
+        beside: plays the points of the curve but the last, in a process of its own; values and
+            files are those of `evaluate`, which then plays the last point and the final ones.
 
     Raises:
         Diverged: when a metric or parameter stopped being finite, or a metric exploded; the last
@@ -100,11 +112,15 @@ def fit(
     saved = checkpoint.load(path) if resume and path.exists() else None
     if saved is not None and saved["label"] != label:
         raise ValueError(f"{path} belongs to {saved['label']}, not to {label}")
-    runner = Runner(algo, stages, folder, evaluate, schedule, seeds, label, report, saved)
+    runner = Runner(
+        algo, stages, folder, evaluate, schedule, seeds, label, report, saved, speed, beside
+    )
     try:
         return runner.run()
     finally:
         runner.log.close()
+        if beside is not None:
+            beside.close()
 
 
 class Runner:
@@ -121,10 +137,15 @@ class Runner:
         label: str,
         report: Callable[[Progress], None],
         saved: dict[str, Any] | None,
+        speed: Speed,
+        beside: Beside | None,
     ):
         self.algo, self.stages, self.folder = algo, stages, folder
         self.evaluate, self.schedule, self.report = evaluate, schedule, report
-        self.seeds, self.label = seeds, label
+        self.seeds, self.label, self.speed = seeds, label, speed
+        self.note: str | None = None  # how updates are made
+        self.beside = beside
+        self.pending: int | None = None  # the step whose point is being played
         self.index = self.step = 0
         self.begun = False  # whether the current stage's `before` has run
         self.curve, self.meter = Curve(), Meter()
@@ -132,7 +153,7 @@ class Runner:
         keep = purge = None
         if saved is not None:
             self.index, self.step, self.begun = saved["stage"], saved["step"], saved["begun"]
-            self.curve = Curve(**saved["curve"])
+            self.curve, self.pending = Curve(**saved["curve"]), saved["pending"]
             algo.load(saved["algo"])
             self.meter.load(saved["meter"])
             for name, part in self.parts.items():
@@ -143,6 +164,8 @@ class Runner:
         self.told = self.told_step = 0.0
 
     def run(self) -> Curve:
+        if self.pending is not None:  # the checkpoint was written while its point was played
+            self.begin()
         with stop_requests() as stopping:
             while self.index < len(self.stages):
                 self.run_stage(self.stages[self.index], stopping)
@@ -158,7 +181,7 @@ class Runner:
             if not self.begun and stage.before is not None:
                 stage.before()
             self.begun = True
-            sample = stage.start()
+            update = Updates(stage, stage.start(), self.algo.generator, self.speed, self.noted)
         while stage.steps is None or self.step < stage.steps:
             at_border = self.step % stage.cycle == 0
             if stage.steps is None and at_border and stage.stop is not None and stage.stop():
@@ -166,8 +189,7 @@ class Runner:
             for period, work in stage.between:
                 if self.step % period == 0:
                     work()
-            metrics = stage.update(sample(self.algo.generator), self.step)
-            self.meter.add(metrics, self.step)
+            self.meter.add(update(self.step), self.step)
             self.step += 1
             self.after_update(stage)
             if stopping.received:
@@ -183,14 +205,13 @@ class Runner:
         if self.shown % every.eval_every == 0 or last:
             if self.evaluate is not None:
                 self.flush(stage)
-                point = self.evaluate(self.algo, every.eval_episodes)
-                self.curve.steps.append(self.shown)
-                self.curve.points.append(point)
-                for name, values in point.items():
-                    means = values.double().mean(-1).reshape(-1).tolist()
-                    self.log.write(self.shown, "evaluation", {name: means})
+                self.pending = self.shown
+                if self.beside is None or last:
+                    self.collect(self.evaluate(self.algo, every.eval_episodes))
             if not last:
                 self.save()
+            if self.pending is not None:
+                self.begin()
         if every.snapshot_every and (self.shown % every.snapshot_every == 0 or last):
             snapshots = self.folder / "snapshots"
             snapshots.mkdir(exist_ok=True)
@@ -205,7 +226,33 @@ class Runner:
         """The step that people see: updates, or environment steps of an online method."""
         return self.step + (self.stages[self.index].offset if self.index < len(self.stages) else 0)
 
+    def noted(self, text: str) -> None:
+        self.note = text
+
+    def begin(self) -> None:
+        """Play the point of the checkpoint just written or loaded."""
+        if self.beside is not None:
+            self.beside.begin(self.folder / "checkpoint.pt")
+        elif self.evaluate is not None:
+            self.collect(self.evaluate(self.algo, self.schedule.eval_episodes))
+
+    def collect(self, point: dict[str, Tensor]) -> None:
+        """Put the pending point into the curve and the log."""
+        assert self.pending is not None
+        step, self.pending = self.pending, None
+        self.curve.steps.append(step)
+        self.curve.points.append(point)
+        for name, values in point.items():
+            means = values.double().mean(-1).reshape(-1).tolist()
+            self.log.write(step, "evaluation", {name: means})
+
+    def settle(self) -> None:
+        """Wait for the point that is being played beside."""
+        if self.pending is not None and self.beside is not None:
+            self.collect(self.beside.result())
+
     def flush(self, stage: Stage) -> None:
+        self.settle()
         if self.meter.values:
             self.log.write(self.shown, stage.name, self.meter.flush())
 
@@ -220,9 +267,12 @@ class Runner:
         point = self.curve.points[-1] if self.curve.points else {}
         score = float(next(iter(point.values())).mean()) if point else None
         total = stage.offset + stage.steps if stage.steps else 0
-        self.report(Progress(stage.name, self.first, self.shown, total, speed, score))
+        note, self.note = self.note, None
+        self.report(Progress(stage.name, self.first, self.shown, total, speed, score, note))
 
     def save(self) -> None:
+        if self.pending != self.shown:
+            self.settle()
         state = self.algo.state()
         try:
             check_finite(state)
@@ -241,6 +291,7 @@ class Runner:
             "parts": {name: part.state() for name, part in self.parts.items()},
             "meter": self.meter.state(),
             "curve": self.curve.state(),
+            "pending": self.pending,
             "metrics_bytes": self.log.flush(),
         }
         checkpoint.save(self.folder / "checkpoint.pt", content)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offrl.nets.fused_scan import compiled, pointer
 from offrl.nets.mamba import STATES, Mixer
+from offrl.opaque import opaque
 
 if TYPE_CHECKING:
     from offrl.nets.multigrained import Backbone, Block
@@ -48,22 +49,31 @@ def forward(backbone: "Backbone", x: Tensor, mask: Tensor | None, kept: int) -> 
         raise RuntimeError("the compiled blocks are not to be had here; call Backbone instead")
     batch, tokens, width = x.shape
     time = backbone.blocks[0].coarse.time
-    parts = [part for block in backbone.blocks for part in weights(block)]
-    x = x.clone(memory_format=torch.contiguous_format)
+    sizes = Sizes(width, len(time.D), time.sizes[0], len(time.conv))
     mask = None if mask is None else mask.float().contiguous()
-    y = x.new_empty(batch, 3 * kept, width)
-    failed = loops.backbone(
-        *map(ctypes.c_long, (batch, tokens // 3)),
-        ctypes.c_int(torch.get_num_threads()),
-        Sizes(width, len(time.D), time.sizes[0], len(time.conv)),
-        *map(ctypes.c_long, (len(backbone.blocks), kept)),
-        *map(pointer, (x, mask)),
-        (ctypes.c_void_p * len(parts))(*map(pointer, parts)),
-        *map(pointer, (backbone.norm.weight, y)),
-    )
-    if failed:
-        raise MemoryError(f"no memory for one window of {tokens} tokens of width {width}")
-    return y
+    parts = [part for block in backbone.blocks for part in weights(block)]
+    inputs = [x, mask, backbone.norm.weight, *parts]
+    there = [part is not None for part in inputs]
+
+    def run(*given: Tensor) -> tuple[Tensor]:
+        left = iter(given)
+        held = [next(left) if one else None for one in there]
+        x, (mask, norm, *parts) = given[0].clone(memory_format=torch.contiguous_format), held[1:]
+        y = x.new_empty(batch, 3 * kept, width)
+        failed = loops.backbone(
+            *map(ctypes.c_long, (batch, tokens // 3)),
+            ctypes.c_int(torch.get_num_threads()),
+            sizes,
+            *map(ctypes.c_long, (len(backbone.blocks), kept)),
+            *map(pointer, (x, mask)),
+            (ctypes.c_void_p * len(parts))(*map(pointer, parts)),
+            *map(pointer, (norm, y)),
+        )
+        if failed:
+            raise MemoryError(f"no memory for one window of {tokens} tokens of width {width}")
+        return (y,)
+
+    return opaque(run, *(part for part in inputs if part is not None))[0]
 
 
 def weights(block: "Block") -> list[Tensor | None]:

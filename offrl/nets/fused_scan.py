@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from offrl.opaque import opaque
+
 SOURCE = Path(__file__).with_suffix(".c")
 TYPES = {torch.float32: ("float", "expf"), torch.float64: ("double", "exp")}
 # Sums may be reordered, which vectors need; infinities and NaN keep their meaning. -ffast-math
@@ -63,22 +65,29 @@ class FusedScan(torch.autograd.Function):
         inputs = tuple(x.contiguous() for x in inputs)
         ctx.save_for_backward(*inputs)
         ctx.loops = loops
-        u = inputs[0]
-        y = torch.empty_like(u)
-        loops.forward(*sizes(u), *map(pointer, (*inputs, y)))
+
+        def run(u: Tensor, *rest: Tensor) -> tuple[Tensor]:
+            y = torch.empty_like(u)
+            loops.forward(*sizes(u), *map(pointer, (u, *rest, y)))
+            return (y,)
+
+        (y,) = opaque(run, *inputs)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        def run(*given: Tensor) -> tuple[Tensor, ...]:
+            u, delta, A, B, C, D, _ = given
+            dA, dD = u.new_empty(len(u), *A.shape), u.new_empty(len(u), *D.shape)
+            du, ddelta, dB, dC = map(torch.empty_like, (u, delta, B, C))
+            outputs = du, ddelta, dA, dB, dC, dD
+            if ctx.loops.backward(*sizes(u), *map(pointer, (*given, *outputs))):
+                raise MemoryError(f"no memory for the states of {u.shape[1]} steps of one channel")
+            return outputs
+
         dy = dy.contiguous()  # a name of its own: the loops see an address only
-        inputs = ctx.saved_tensors
-        u, delta, A, B, C, D = inputs
-        dA, dD = u.new_empty(len(u), *A.shape), u.new_empty(len(u), *D.shape)
-        du, ddelta, dB, dC = map(torch.empty_like, (u, delta, B, C))
-        outputs = du, ddelta, dA, dB, dC, dD
-        if ctx.loops.backward(*sizes(u), *map(pointer, (*inputs, dy, *outputs))):
-            raise MemoryError(f"no memory for the states of {u.shape[1]} steps of one channel")
+        du, ddelta, dA, dB, dC, dD = opaque(run, *ctx.saved_tensors, dy)
         return None, du, ddelta, dA.sum(0), dB, dC, dD.sum(0)
 
 

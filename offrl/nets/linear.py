@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from offrl.nets import products
+
 
 class Linear(nn.Module):
     """Affine map x @ weight + bias with optional leading axes for seeds and ensembles.
@@ -57,9 +59,7 @@ def chain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         return chain(x.flatten(0, -2), layers).unflatten(0, x.shape[:-1])
     if torch.is_grad_enabled():
         return Chain.apply(x, *[p for layer in layers for p in layer])
-    for i, (weight, bias) in enumerate(layers):
-        x = product(x, weight, bias, relu=i < len(layers) - 1)
-    return x
+    return forward(x, layers)[0]
 
 
 def plain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -70,29 +70,21 @@ def plain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return x
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    out = x.new_empty(*weight.shape[:-2], x.shape[-2], weight.shape[-1])
-    members = zip(matrices(x, weight), matrices(weight), matrices(bias), matrices(out), strict=True)
-    for x_m, weight_m, bias_m, out_m in members:
-        multiply(x_m, weight_m, out_m, bias_m)
-    return out.relu_() if relu else out
-
-
-def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
-    """out <- x @ y + bias for matrices (n, k), (k, m), (n, m) and (1, m).
-
-    A narrow result, such as a policy's actions or the gradient of its last weight, is computed
-    transposed and copied: 256 x 256 times 256 x 6 takes 23 instead of 80 microseconds, its
-    transposed product 20 instead of 91 (torch 2.13 with MKL, AMD Zen 4); wider ones and few
-    rows gain nothing.
-    """
-    if 1 < out.shape[-1] < 16 and len(x) >= 64:
-        flat = torch.mm(y.T, x.T) if bias is None else torch.addmm(bias.T, y.T, x.T)
-        out.copy_(flat.T)
-    elif bias is None:
-        torch.mm(x, y, out=out)
-    else:
-        torch.addmm(bias, x, y, out=out)
+def forward(
+    x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """The chain's result, and what every member's maps but the last return, in turn."""
+    split = [[matrices(part) for part in layer] for layer in layers]
+    (weights, biases), lead = split[-1], layers[0][0].shape[:-2]
+    out = x.new_empty(*lead, x.shape[-2], layers[-1][0].shape[-1])
+    inner: list[list[Tensor]] = []
+    for m, (x_m, out_m) in enumerate(zip(matrices(x, layers[0][0]), matrices(out), strict=True)):
+        inner.append([])
+        for weight, bias in split[:-1]:
+            x_m = products.forward(x_m, weight[m], bias[m])
+            inner[-1].append(x_m)
+        products.multiply(x_m, weights[m], out_m, biases[m])
+    return out, inner
 
 
 def matrices(x: Tensor, like: Tensor | None = None) -> list[Tensor]:
@@ -110,34 +102,52 @@ class Chain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *params: Tensor) -> Tensor:
-        inputs, last = [x], len(params) - 2
-        for i in range(0, last, 2):
-            inputs.append(product(inputs[-1], params[i], params[i + 1], relu=True))
-        ctx.save_for_backward(*inputs, *params)
-        return product(inputs[-1], params[last], params[last + 1], relu=False)
+        out, inner = forward(x, list(zip(params[::2], params[1::2], strict=True)))
+        ctx.save_for_backward(x, *params, *[value for values in inner for value in values])
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        count = len(ctx.saved_tensors) // 3
-        inputs, params = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        if torch.is_grad_enabled():  # differentiated twice: ordinary autograd operators
-            return again(ctx.needs_input_grad, inputs[0], params, grad)
         needs = ctx.needs_input_grad
-        out: list[Tensor | None] = [None] * (1 + 2 * count)
-        lowest = next(i for i in range(count) if any(needs[: 2 * i + 3]))
-        for i in reversed(range(lowest, count)):
-            weight, x = params[2 * i], inputs[i]
-            if needs[2 * i + 1]:
-                out[2 * i + 1] = grad_weight(grad, weight, x)
-            if needs[2 * i + 2]:
-                out[2 * i + 2] = grad.sum(-2, keepdim=True)
-            if i > lowest or needs[0]:
-                grad = grad_input(grad, weight, x)
-            if i > lowest:  # the gradient is this function's own: masked where it lies
-                torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
-        out[0] = grad if needs[0] else None
+        count = len(needs) // 2  # of maps
+        x, params, inner = (ctx.saved_tensors[part] for part in
+                            (0, slice(1, 2 * count + 1), slice(2 * count + 1, None)))  # fmt: skip
+        if torch.is_grad_enabled():  # differentiated twice: ordinary autograd operators
+            return again(needs, x, params, *grads)
+        weights = params[::2]
+        out = [torch.empty_like(p, memory_format=torch.contiguous_format) if need else None
+               for p, need in zip((x, *params), needs, strict=True)]  # fmt: skip
+        shared = x.shape[:-2] != weights[0].shape[:-2]  # members add to one gradient of x
+        if shared and out[0] is not None:
+            out[0].zero_()
+        of = [None if o is None else matrices(o, like)
+              for o, like in zip(out, (weights[0], *params), strict=True)]  # fmt: skip
+        w, lowest = list(map(matrices, weights)), lowest_asked(needs)
+        for m, (x_m, grad) in enumerate(
+            zip(matrices(x, weights[0]), matrices(grads[0]), strict=True)
+        ):
+            values = [x_m, *inner[m * (count - 1) : (m + 1) * (count - 1)]]
+            for i in reversed(range(lowest, count)):
+                if (of_weight := of[2 * i + 1]) is not None:
+                    products.weight_gradient(values[i], grad, of_weight[m])
+                if (of_bias := of[2 * i + 2]) is not None:
+                    torch.sum(grad, -2, keepdim=True, out=of_bias[m])
+                if i > lowest:
+                    grad = products.input_gradient(grad, w[i][m])
+                    torch.ops.aten.threshold_backward.grad_input(
+                        grad, values[i], 0, grad_input=grad
+                    )
+                elif (of_input := of[0]) is not None:
+                    if shared:
+                        of_input[m].addmm_(grad, w[i][m].mT)
+                    else:
+                        products.multiply(grad, w[i][m].mT, of_input[m])
         return tuple(out)
+
+
+def lowest_asked(needs: Sequence[bool]) -> int:
+    """The first map for which a gradient is wanted, of x or of its own parameters."""
+    return next(i for i in range(len(needs) // 2) if any(needs[: 2 * i + 3]))
 
 
 def again(
@@ -150,23 +160,3 @@ def again(
     asked = [value for value, need in zip((x, *params), needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, asked, grad, create_graph=True))
     return tuple(next(found) if need else None for need in needs)
-
-
-def grad_input(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    if x.shape[:-2] == weight.shape[:-2]:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for g, w, o in zip(matrices(grad), matrices(weight), matrices(out), strict=True):
-            torch.mm(g, w.mT, out=o)
-        return out
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    targets = matrices(out, weight)  # broadcast members add into the same matrix
-    for g, w, o in zip(matrices(grad), matrices(weight), targets, strict=True):
-        o.addmm_(g, w.mT)
-    return out
-
-
-def grad_weight(grad: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    out = torch.empty_like(weight)
-    for x_m, g, o in zip(matrices(x, weight), matrices(grad), matrices(out), strict=True):
-        multiply(x_m.mT, g, o)
-    return out

@@ -1,13 +1,19 @@
 """Engineering tests that every algorithm must pass, called from each test_<name>.py."""
 
 import json
+import operator
 from collections import Counter
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from offrl.engine.capture import Updates
+from offrl.engine.recording import Recorder, Recording, waits
+from offrl.engine.stage import Stage
 
 
 def run(algo, batches, start=0, stop=30):
@@ -106,6 +112,35 @@ def stacked_equals_single(make_stacked, batches, loss):
                 torch.testing.assert_close(g[i], h, rtol=1e-4, atol=1e-6)
 
 
+def stacked_run_equals_single_runs(make, batches, monkeypatch, updates=200, seeds=3):
+    """Given weights, batches and noise, every seed of a stacked run ends where its own run does.
+
+    Noise is the same in both: the n-th draw of a run depends on n and the last two axes only.
+    """
+    drawn = Counter()
+
+    def normal_(self, mean=0.0, std=1.0, *, generator=None):
+        drawn[id(generator)] += 1
+        g = torch.Generator().manual_seed(drawn[id(generator)])
+        return self.copy_(mean + std * torch.randn(self.shape[-2:], generator=g))
+
+    stacked, singles = make(seeds=(seeds,)), [make(seeds=()) for _ in range(seeds)]
+    for i, single in enumerate(singles):
+        copy_seed(stacked, single, i)
+    monkeypatch.setattr(torch.Tensor, "normal_", normal_)
+    for step in range(updates):
+        batch = batches((seeds,), seed=step)
+        stacked.update(batch, step)
+        for i, single in enumerate(singles):
+            single.update({name: value[i] for name, value in batch.items()}, step)
+    for i, single in enumerate(singles):
+        for name in single.NAMES:
+            if isinstance(module := getattr(single, name), torch.nn.Module):
+                both = zip(module.parameters(), getattr(stacked, name).parameters(), strict=True)
+                for p, q in both:
+                    torch.testing.assert_close(q[i], p, rtol=0, atol=1e-6, msg=name)
+
+
 def targets_follow(algo, batch, pairs, tau):
     """After an update at a step that moves targets: target = (1 - tau) old + tau online."""
     before = {t: deepcopy(getattr(algo, t).state_dict()) for t, _ in pairs}
@@ -118,20 +153,9 @@ def targets_follow(algo, batch, pairs, tau):
             )
 
 
-# operators that read a tensor's values on the host, or whose result's shape depends on them
-WAITING = (
-    "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim",
-    "equal", "repeat_interleave.Tensor",
-)  # fmt: skip
-
-
 class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func).removeprefix("aten.")
-        assert name not in WAITING, name
-        assert name.partition(".")[0] not in WAITING, name
-        picks = args[1] if name.startswith(("index.", "index_put")) else []
-        assert not any(pick is not None and pick.dtype == torch.bool for pick in picks), name
+        assert not waits(func, args, kwargs or {}), str(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -146,34 +170,58 @@ def updates_never_wait_for_the_device(make, batches):
         float(torch.ones(1))
 
 
-class Counting(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
+def stage_of(algo, batches):
+    """A stage whose sampler draws rows of `batches(0)`."""
+    fields = {name: value.to(algo.generator.device) for name, value in batches(0).items()}
+    size = len(fields["act"])
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[str(func)] += 1
-        return func(*args, **(kwargs or {}))
+    def sample(generator):
+        rows = torch.randint(size, (size,), generator=generator, device=generator.device)
+        return {name: value.index_select(0, rows) for name, value in fields.items()}
+
+    return Stage("train", None, lambda: sample, algo.update, algo.cycle), sample
 
 
-def operators_stay_within_budget(name, make, batches):
-    """A cycle of updates calls no more operators, views included, than budget.json allows.
+def captured_equals_written(make, batches, updates=200, tolerance=0.0):
+    """Eager and captured runs end in the same state, and report the same metrics.
 
-    The number does not depend on how fast the machine is: each call costs Python and the dispatcher
-    its microseconds.
+    On a CPU in every bit; `make` builds on the device of its generator.
+    """
+    algos, found = (make(), make()), []
+    close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+    for algo, speed in zip(algos, ("eager", "graph"), strict=True):
+        said, (stage, sample) = [], stage_of(algo, batches)
+        run = Updates(stage, sample, algo.generator, speed, said.append)
+        found.append([run(step) for step in range(updates)])
+        assert not said, said
+    close(*map(tensors, algos))
+    for one, other in zip(*found, strict=True):
+        close(one, other)
+
+
+def calls_stay_within_budget(name, make, batches):
+    """A cycle of updates takes no more calls than budget.json allows: [as written, captured].
+
+    As written these are operators, views included; captured, what a replay calls. The numbers do
+    not depend on how fast the machine is: each call costs its microseconds.
     """
     algo = make()
-    inputs = [batches(step) for step in range(2 * algo.cycle)]
-    for step in range(algo.cycle):  # the first cycle makes the optimizer's state
-        algo.update(inputs[step], step)
-    with Counting() as counting:
-        for step in range(algo.cycle, 2 * algo.cycle):
-            algo.update(inputs[step], step)
+    _, sample = stage_of(algo, batches)
+    for step in range(2 * algo.cycle):  # the first cycles make the optimizer's state
+        algo.update(sample(algo.generator), step)
+    written = captured = 0
+    for step in range(2 * algo.cycle, 3 * algo.cycle):
+        work = lambda step=step: algo.update(sample(algo.generator), step)  # noqa: E731
+        with Recorder() as recorder:
+            work()
+        written += len(recorder.calls)
+    for step in range(3 * algo.cycle, 4 * algo.cycle):
+        work = lambda step=step: algo.update(sample(algo.generator), step)  # noqa: E731
+        captured += len(Recording(work).steps)
     allowed = json.loads(Path(__file__).with_name("budget.json").read_text())[name]
-    total = counting.calls.total()
-    assert total <= allowed, (
-        f"{name}: {total} operator calls per cycle of {algo.cycle}, the budget is {allowed}; "
-        f"most frequent: {counting.calls.most_common(8)}"
+    found = [written, captured]
+    assert all(map(operator.le, found, allowed)), (
+        f"{name}: {found} calls per cycle of {algo.cycle}, allowed are {allowed}"
     )
 
 

@@ -443,8 +443,12 @@ def test_updates_never_wait_for_the_device():
     engineering.updates_never_wait_for_the_device(make, lambda step: window(seed=step))
 
 
-def test_operators_stay_within_budget():
-    engineering.operators_stay_within_budget("decision_mamba", make, lambda step: window(seed=step))
+def test_captured_updates_equal_written_ones():
+    engineering.captured_equals_written(make, lambda step: window(seed=step))
+
+
+def test_calls_stay_within_budget():
+    engineering.calls_stay_within_budget("decision_mamba", make, lambda step: window(seed=step))
 
 
 def test_same_seed_same_run():

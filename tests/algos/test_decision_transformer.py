@@ -129,8 +129,12 @@ def test_updates_never_wait_for_the_device():
     engineering.updates_never_wait_for_the_device(make, lambda step: window(seed=step))
 
 
-def test_operators_stay_within_budget():
-    engineering.operators_stay_within_budget(
+def test_captured_updates_equal_written_ones():
+    engineering.captured_equals_written(make, lambda step: window(seed=step))
+
+
+def test_calls_stay_within_budget():
+    engineering.calls_stay_within_budget(
         "decision_transformer", make, lambda step: window(seed=step)
     )
 

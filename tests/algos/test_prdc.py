@@ -121,10 +121,26 @@ def test_updates_on_cuda_with_a_budget_never_wait():
     engineering.on_cuda_updates_never_wait(lambda: make(table=table), lambda step: batch(seed=step))
 
 
-def test_operators_stay_within_budget():
+@pytest.mark.gpu
+def test_captured_updates_on_cuda_follow_written_ones():
+    table = replace(StateNeighbors.build(OBS, ACT, "toy", k=8, device="cuda"), budget=16)
+    engineering.captured_equals_written(
+        lambda: make(table=table), lambda step: batch(seed=step), tolerance=1e-4
+    )
+
+
+def test_every_seed_of_a_stacked_run_ends_where_its_own_run_does(monkeypatch):
+    engineering.stacked_run_equals_single_runs(make, batch, monkeypatch)
+
+
+def test_captured_updates_equal_written_ones():
+    engineering.captured_equals_written(make, lambda step: batch(seed=step))
+
+
+def test_calls_stay_within_budget():
     """With a fixed number of full searches, which is what a graph would hold."""
     table = replace(TABLE, budget=16)
-    engineering.operators_stay_within_budget(
+    engineering.calls_stay_within_budget(
         "prdc", lambda: make(table=table), lambda step: batch(seed=step)
     )
 

@@ -79,8 +79,23 @@ def test_updates_on_cuda_never_wait():
     )
 
 
-def test_operators_stay_within_budget():
-    engineering.operators_stay_within_budget("td3", make, lambda step: batch(seed=step))
+@pytest.mark.gpu
+def test_captured_updates_on_cuda_follow_written_ones():
+    engineering.captured_equals_written(
+        lambda: make(device="cuda"), lambda step: batch(seed=step), tolerance=1e-4
+    )
+
+
+def test_every_seed_of_a_stacked_run_ends_where_its_own_run_does(monkeypatch):
+    engineering.stacked_run_equals_single_runs(make, batch, monkeypatch)
+
+
+def test_captured_updates_equal_written_ones():
+    engineering.captured_equals_written(make, lambda step: batch(seed=step))
+
+
+def test_calls_stay_within_budget():
+    engineering.calls_stay_within_budget("td3", make, lambda step: batch(seed=step))
 
 
 def test_same_seed_same_run():

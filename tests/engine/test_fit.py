@@ -17,6 +17,7 @@ from offrl.algos import decision_mamba, sac, td3bc
 from offrl.data import Dataset
 from offrl.data.collect import Collector
 from offrl.engine import checkpoint
+from offrl.engine.beside import Beside
 from offrl.engine.evaluate import Evaluator
 from offrl.engine.fit import Interrupted, Schedule, fit
 from offrl.engine.log import Diverged
@@ -69,10 +70,8 @@ def run(kind, folder, resume=False, pace=0.0):
     algo, stages = KINDS[kind]()
     report = lambda told: time.sleep(pace)  # noqa: E731
     if pace:
-        update = stages[0].update
-        object.__setattr__(
-            stages[0], "update", lambda batch, step: time.sleep(pace) or update(batch, step)
-        )
+        wait = (1, lambda: time.sleep(pace))
+        stages = [replace(stages[0], between=[*stages[0].between, wait])]
     curve = fit(algo, stages, Path(folder), evaluation(), SCHEDULE, [0], kind, resume, report)
     return algo, curve
 
@@ -139,10 +138,78 @@ def test_interrupted_between_two_rows_of_metrics_and_resumed_equals_uninterrupte
 
     object.__setattr__(stages[0], "update", interrupting)
     with pytest.raises(Interrupted, match="checkpoint written"):
-        fit(algo, stages, stopped, evaluation(), SCHEDULE, [0], "offline")
+        fit(algo, stages, stopped, evaluation(), SCHEDULE, [0], "offline", speed="eager")
     assert checkpoint.load(stopped / "checkpoint.pt")["step"] == 78
     run("offline", stopped, resume=True)
     assert_same_files(whole, stopped)
+
+
+def toy_player():
+    """As `offrl.evaluation.player`, of the offline toy."""
+    algo, _ = offline()
+    play = evaluation()
+
+    def played(path):
+        algo.load(checkpoint.load(path)["algo"])
+        return play(algo, SCHEDULE.eval_episodes)
+
+    return played
+
+
+def deadly_player():
+    os._exit(3)
+
+
+def failing_player():
+    raise ValueError("no such robot")
+
+
+class Killed(Exception):
+    pass
+
+
+def beside(folder, player=toy_player, between=()):
+    folder.mkdir(exist_ok=True)
+    algo, (stage,) = offline()
+    return fit(algo, [replace(stage, between=between)], folder, evaluation(), SCHEDULE, [0],
+               "offline", beside=Beside(player))  # fmt: skip
+
+
+def test_points_played_beside_the_training_are_those_played_within_it(tmp_path):
+    inline = tmp_path / "inline"
+    inline.mkdir()
+    run("offline", inline)
+    curve = beside(tmp_path / "beside")
+    assert curve.steps == [40, 80, 120, 160, 200]
+    assert_same_files(inline, tmp_path / "beside")
+
+
+def test_a_run_that_dies_while_a_point_is_played_plays_it_again(tmp_path):
+    inline, died = tmp_path / "inline", tmp_path / "died"
+    inline.mkdir()
+    run("offline", inline)
+
+    steps = itertools.count()
+
+    def dies():
+        if next(steps) == 85:
+            raise Killed
+
+    with pytest.raises(Killed):
+        beside(died, between=[(1, dies)])
+    saved = checkpoint.load(died / "checkpoint.pt")
+    assert (saved["pending"], saved["curve"]["steps"]) == (80, [40])
+    run("offline", died, resume=True)
+    assert_same_files(inline, died)
+
+
+@pytest.mark.parametrize(("player", "error", "told"), [
+    (deadly_player, OSError, "exit code 3"), (failing_player, ValueError, "no such robot"),
+])  # fmt: skip
+def test_a_failure_of_the_process_that_evaluates_ends_the_run(tmp_path, player, error, told):
+    with pytest.raises(error, match=told):
+        beside(tmp_path, player)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["pending"] == 40
 
 
 def test_divergence_names_the_first_bad_quantity_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -156,7 +223,7 @@ def test_divergence_names_the_first_bad_quantity_and_keeps_the_last_good_checkpo
 
     object.__setattr__(stages[0], "update", poisoned)
     with pytest.raises(Diverged, match=r"critics/loss .* at update 95"):
-        fit(algo, stages, tmp_path, evaluation(), SCHEDULE, [0], "offline")
+        fit(algo, stages, tmp_path, evaluation(), SCHEDULE, [0], "offline", speed="eager")
     kept = checkpoint.load(tmp_path / "checkpoint.pt")
     assert kept["step"] == 80
     assert all(v.isfinite().all() for v in kept["algo"]["actor"].values() if torch.is_tensor(v))
@@ -172,7 +239,7 @@ def test_metrics_are_means_over_the_updates_of_a_row(tmp_path):
         return metrics
 
     object.__setattr__(stages[0], "update", recording)
-    fit(algo, stages, tmp_path, None, SCHEDULE, [0], "offline")
+    fit(algo, stages, tmp_path, None, SCHEDULE, [0], "offline", speed="eager")
     with open(tmp_path / "metrics.csv") as file:
         rows = [r for r in csv.DictReader(file) if r["name"] == "critics/loss"]
     assert [int(r["step"]) for r in rows] == list(range(10, 201, 10))
@@ -231,8 +298,9 @@ def test_a_metric_that_explodes_stops_the_run_while_it_is_finite(tmp_path):
     algo, (stage,) = offline()
     huge = {"critics/q": torch.tensor(1e20)}
     update = lambda batch, step: huge if step == 57 else stage.update(batch, step)  # noqa: E731
+    stages = [replace(stage, update=update)]
     with pytest.raises(Diverged, match=r"critics/q became .* larger than 1e\+15 at update 57"):
-        fit(algo, [replace(stage, update=update)], tmp_path, None, SCHEDULE, [0], "toy")
+        fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", speed="eager")
 
 
 def test_an_interrupt_after_a_divergence_names_the_metric_that_went_wrong(tmp_path):
@@ -247,8 +315,9 @@ def test_an_interrupt_after_a_divergence_names_the_metric_that_went_wrong(tmp_pa
             return {"actor/loss": torch.tensor(torch.nan)}
         return metrics
 
+    stages = [replace(stage, update=update)]
     with pytest.raises(Diverged, match=r"actor/loss became NaN.* at update 3"):
-        fit(algo, [replace(stage, update=update)], tmp_path, None, SCHEDULE, [0], "toy")
+        fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", speed="eager")
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -261,8 +330,9 @@ def test_a_resumed_run_tells_where_it_began(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         return stage.update(batch, step)
 
+    stages = [replace(stage, update=update)]
     with pytest.raises(Interrupted):
-        fit(algo, [replace(stage, update=update)], tmp_path, None, SCHEDULE, [0], "toy")
+        fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", speed="eager")
     algo, stages = offline()
     fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", resume=True, report=told.append)
     assert (told[-1].first, told[-1].step) == (80, 200)

@@ -1,0 +1,253 @@
+"""Captured updates: what a recording leaves out, what it refuses, and how a way is chosen."""
+
+import shutil
+
+import pytest
+import torch
+
+from offrl.engine.capture import ROUNDS, WARM_UP, Updates
+from offrl.engine.recording import NotRecordable, Recording
+from offrl.engine.stage import Stage
+from offrl.opaque import opaque
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_replay_repeats_the_work_with_new_values_and_new_random_numbers():
+    x, g = torch.ones(3), generator()
+    replay = Recording(lambda: (x * 2 + torch.rand(3, generator=g)).sum())
+    first = replay.first.clone()
+    x.fill_(5)
+    again = replay().clone()
+    h = generator()
+    draws = [torch.rand(3, generator=h) for _ in range(2)]
+    assert torch.equal(first, (torch.ones(3) * 2 + draws[0]).sum())
+    assert torch.equal(again, (x * 2 + draws[1]).sum())
+
+
+def test_gradients_and_the_optimizer_are_part_of_a_replay():
+    def made():
+        p = torch.nn.Parameter(torch.arange(4.0))
+        opt = torch.optim.Adam([p], lr=0.1, fused=True)
+
+        def work():
+            loss = (p * p.detach().cos()).square().sum()
+            (p.grad,) = torch.autograd.grad(loss, [p])
+            opt.step()
+            return loss.detach()
+
+        return p, work
+
+    (p, work), (q, same) = made(), made()
+    work(), same()  # makes the optimizer's state
+    replay = Recording(work)
+    same()
+    for _ in range(20):
+        assert torch.equal(replay(), same())
+    assert torch.equal(p, q)
+
+
+def test_views_and_what_never_changes_are_left_out():
+    x = torch.randn(4, 4)
+    replay = Recording(lambda: x.mT[1:] * (torch.ones_like(x[0]) * 3).exp())
+    assert [str(run) for run, _, _ in replay.steps] == ["aten.mul.out"]
+    x.normal_()
+    assert torch.equal(replay(), x.mT[1:] * (torch.ones(4) * 3).exp())
+
+
+def test_zeros_that_are_added_to_start_from_zero_in_every_replay():
+    x = torch.ones(3)
+
+    def work():
+        total = torch.zeros(3)
+        total += x
+        return total * 1
+
+    replay = Recording(work)
+    replay()
+    assert torch.equal(replay(), x)
+
+
+def test_results_that_are_done_with_lend_their_memory():
+    x = torch.randn(1000)
+
+    def work():
+        y = x
+        for _ in range(10):
+            y = y.sin() + 1
+        return y
+
+    replay = Recording(work)
+    storages = {out.untyped_storage().data_ptr() for _, _, k in replay.steps for out in k.values()
+                if isinstance(out, torch.Tensor)}  # fmt: skip
+    assert len(replay.steps) == 20
+    assert len(storages) == 2
+    assert torch.equal(replay(), work())
+
+
+def test_what_is_changed_from_outside_is_known():
+    x, y, z = torch.zeros(3), torch.zeros(4), torch.zeros(5)
+    replay = Recording(lambda: (x.add_(1).sum() + y.sum(), z.view(5).mul_(2)))
+    assert {t.data_ptr() for t in replay.written} == {x.data_ptr(), z.data_ptr()}
+
+
+def test_several_results_and_operators_without_a_form_for_given_memory():
+    x = torch.randn(3, 8)
+
+    def work():
+        values, index = x.sort(-1)
+        parts = torch._foreach_add([values, x], 1.0)
+        return values, index, parts[0], torch.nn.functional.layer_norm(x, (8,))
+
+    replay = Recording(work)
+    x.normal_()
+    for one, other in zip(replay(), work(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("work", [
+    lambda x: x * x.sum().item(), lambda x: x[x > 0].sum(), lambda x: x.nonzero().sum(),
+    lambda x: x * 2 if bool((x > 0).any()) else x,
+])  # fmt: skip
+def test_work_that_waits_for_a_value_is_refused_after_it_was_done(work):
+    x = torch.ones(3)
+    with pytest.raises(NotRecordable, match="makes the host wait") as refused:
+        Recording(lambda: work(x))
+    assert torch.equal(refused.value.result, work(x))
+
+
+def test_memory_filled_behind_torchs_back_is_refused():
+    def fill(x):
+        out = torch.empty(3)
+        out.numpy()[:] = x.numpy() * 2
+        return out
+
+    x = torch.ones(3)
+    with pytest.raises(NotRecordable, match="no operator of torch"):
+        Recording(lambda: fill(x) + 1)
+    replay = Recording(lambda: opaque(lambda x: (fill(x),), x)[0] + 1)
+    x.fill_(4)
+    assert torch.equal(replay(), torch.full((3,), 9.0))
+
+
+def test_an_opaque_call_may_look_at_values():
+    x = torch.tensor([1.0, -1.0])
+    pick = lambda x: (x if x.sum() > 0 else -x,)  # noqa: E731
+    replay = Recording(lambda: opaque(pick, x * 1)[0].clone())
+    x.copy_(torch.tensor([1.0, 1.0]))
+    assert torch.equal(replay(), x)
+
+
+# --- the choice ----------------------------------------------------------------------------------
+
+
+def toy(update=None, cycle=2):
+    """A running sum of random numbers; every second update doubles them."""
+    total, g = torch.zeros(3), generator()
+
+    def plain(batch, step):
+        total.add_(batch["x"], alpha=1 + step % 2)
+        return {"x": batch["x"].sum(), "twice": 2 * batch["x"][:1]}
+
+    sample = lambda g: {"x": torch.rand(3, generator=g)}  # noqa: E731
+    return Stage("toy", None, lambda: sample, update or plain, cycle), sample, g, total
+
+
+def course(speed, steps, start=0, **kwargs):
+    stage, sample, g, total = toy(**kwargs)
+    said = []
+    run = Updates(stage, sample, g, speed, said.append)
+    metrics = [run(step) for step in range(start, steps)]
+    return total, metrics, said
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("speed", ["graph", "auto"])
+def test_every_way_gives_the_same_run(speed, start):
+    total, metrics, _ = course(speed, 200, start)
+    expected, theirs, said = course("eager", 200, start)
+    assert torch.equal(total, expected)
+    assert not said
+    for one, other in zip(metrics, theirs, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[k], other[k]) and one[k].shape == other[k].shape for k in one)
+
+
+def test_metrics_stay_what_they_were_while_later_updates_run():
+    _, metrics, _ = course("graph", 100)
+    assert len({float(m["x"]) for m in metrics}) == 100
+
+
+def test_auto_measures_and_says_what_it_found():
+    _, _, said = course("auto", 2 * (WARM_UP + 2 + 2 * ROUNDS) + 4)
+    (text,) = said
+    assert text.startswith("an update takes ")
+    assert "as written, " in text
+    assert text.endswith(" ms captured")
+
+
+def test_updates_that_cannot_be_captured_run_as_written_and_say_why():
+    seen = []
+
+    def waiting(batch, step):
+        seen.append(step)
+        return {"x": batch["x"] * float(batch["x"].sum())}
+
+    _, metrics, said = course("auto", 40, update=waiting)
+    assert seen == list(range(40))  # each made once
+    assert said == ["updates run as written: aten._local_scalar_dense.default makes the host wait "
+                    "for a value"]  # fmt: skip
+    assert len({float(m["x"][0]) for m in metrics}) == 40
+
+
+def test_a_replay_that_differs_from_the_update_is_not_used():
+    """Numbers of Python are fixed in a replay; the update as written stands, made once."""
+    seen, total = [], torch.zeros(1)
+
+    def counting(batch, step):
+        seen.append(step)
+        total.add_(step)
+        return {"x": total.clone()}
+
+    _, metrics, said = course("graph", 40, update=counting)
+    assert said == ["updates run as written: a replay does not give what the update gives"]
+    assert seen == list(range(40))
+    assert [float(m["x"]) for m in metrics] == [sum(range(i + 1)) for i in range(40)]
+
+
+def test_without_a_compiler_updates_run_as_written(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    total, _, said = course("compile", 20)
+    assert "torch.compile needs" in said[0]
+    assert torch.equal(total, course("eager", 20)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")
+def test_compiled_updates_agree_with_written_ones():
+    from offrl.algos import td3bc
+    from offrl.engine.stage import Spec
+
+    def run(speed):
+        algo = td3bc.make(td3bc.Config(hidden=(32, 32)), Spec(3, 2), generator())
+        g = generator(1)
+        normal = lambda *shape: torch.randn(64, *shape, generator=g)  # noqa: E731
+        fields = dict(obs=normal(3), act=normal(2).tanh(), reward=normal(), next_obs=normal(3),
+                      terminal=torch.zeros(64))  # fmt: skip
+
+        def sample(g):
+            rows = torch.randint(64, (32,), generator=g)
+            return {name: value[rows] for name, value in fields.items()}
+
+        stage = Stage("train", None, lambda: sample, algo.update, algo.cycle)
+        updates = Updates(stage, sample, algo.generator, speed)
+        for step in range(200):
+            updates(step)
+        return algo
+
+    for p, q in zip(
+        run("compile").actor.parameters(), run("eager").actor.parameters(), strict=True
+    ):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
