@@ -210,33 +210,33 @@ static void block(Sizes size, Block b, long steps, long kept, const float *real,
 }
 
 /* y (batch, 3 kept, width) = the last outputs for x (batch, 3 steps, width), which is overwritten;
-   mask (batch, steps) or NULL. Returns 1 where memory is short.
+   mask (batch, steps). Returns 1 where memory is short.
 
    Block after block, not window after window: the weights of one stay in cache, those of all might
    not. Pads that a window begins with are passed over, for they change nothing. */
 int backbone(long batch, long steps, int threads, Sizes size, long layers, long kept, float *x,
              const float *mask, const Block *blocks, const float *norm, float *y) {
   long tokens = 3 * steps, width = size.width, whole = tokens * width, asked = 3 * kept * width;
-  long count = steps + tokens + 2 * whole + (1 + steps) * width + needs(size, tokens, tokens);
+  long count = tokens + 2 * whole + (1 + steps) * width + needs(size, tokens, tokens);
   int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
   {
-    float *real = malloc(sizeof(float) * count), *spread = real + steps, *room = spread + tokens;
-    failed = real == NULL;
+    float *spread = malloc(sizeof(float) * count), *room = spread + tokens;
+    failed = spread == NULL;
     for (long i = 0; i < layers; i++)
 #pragma omp for
       for (long b = 0; b < batch; b++) {
         if (failed) continue;
-        for (long t = 0; t < tokens; t++)
-          spread[t] = real[t / 3] = mask ? mask[b * steps + t / 3] : 1;
+        const float *real = mask + b * steps;
         long pads = 0, last = i == layers - 1;
+        for (long t = 0; t < tokens; t++) spread[t] = real[t / 3];
         while (pads < steps - kept && !real[pads]) pads++;
         block(size, blocks[i], steps - pads, last ? kept : steps - pads, real + pads,
               spread + 3 * pads, room, x + b * whole + 3 * pads * width);
         for (long k = 0; last && k < asked; k += width)
           rms_norm(width, x + (b + 1) * whole - asked + k, norm, 1, y + b * asked + k);
       }
-    free(real);
+    free(spread);
   }
   return failed;
 }

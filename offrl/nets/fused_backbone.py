@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SOURCE = Path(__file__).with_suffix(".c")
 WIDTH = 16  # widths are multiples of it: of a vector
+WEIGHTS = 23  # pointers in the C file's Block
 
 
 class Sizes(ctypes.Structure):
@@ -48,40 +49,42 @@ def forward(backbone: "Backbone", x: Tensor, mask: Tensor | None, kept: int) -> 
     if loops is None:
         raise RuntimeError("the compiled blocks are not to be had here; call Backbone instead")
     batch, tokens, width = x.shape
-    time = backbone.blocks[0].coarse.time
+    layers, time = len(backbone.blocks), backbone.blocks[0].coarse.time
     sizes = Sizes(width, len(time.D), time.sizes[0], len(time.conv))
-    mask = None if mask is None else mask.float().contiguous()
+    mask = x.new_ones(batch, tokens // 3) if mask is None else mask.float().contiguous()
     parts = [part for block in backbone.blocks for part in weights(block)]
-    inputs = [x, mask, backbone.norm.weight, *parts]
-    there = [part is not None for part in inputs]
+    each = len(parts) // layers
 
-    def run(*given: Tensor) -> tuple[Tensor]:
-        left = iter(given)
-        held = [next(left) if one else None for one in there]
-        x, (mask, norm, *parts) = given[0].clone(memory_format=torch.contiguous_format), held[1:]
+    def run(x: Tensor, mask: Tensor, norm: Tensor, *parts: Tensor) -> tuple[Tensor]:
+        x = x.clone(memory_format=torch.contiguous_format)
         y = x.new_empty(batch, 3 * kept, width)
+        addresses = (ctypes.c_void_p * (layers * WEIGHTS))()  # null where a block has none
+        for i, part in enumerate(parts):
+            addresses[i // each * WEIGHTS + i % each] = part.data_ptr()
         failed = loops.backbone(
             *map(ctypes.c_long, (batch, tokens // 3)),
             ctypes.c_int(torch.get_num_threads()),
             sizes,
-            *map(ctypes.c_long, (len(backbone.blocks), kept)),
+            *map(ctypes.c_long, (layers, kept)),
             *map(pointer, (x, mask)),
-            (ctypes.c_void_p * len(parts))(*map(pointer, parts)),
+            addresses,
             *map(pointer, (norm, y)),
         )
         if failed:
             raise MemoryError(f"no memory for one window of {tokens} tokens of width {width}")
         return (y,)
 
-    return opaque(run, *(part for part in inputs if part is not None))[0]
+    return opaque(run, x, mask, backbone.norm.weight, *parts)[0]
 
 
-def weights(block: "Block") -> list[Tensor | None]:
-    """Of a block, in the order of the C file."""
-    if not block.has_fine:
-        return [block.norm.weight, *mixer(block.coarse), *13 * [None]]
-    last = [block.group.weight, block.group.bias, block.fine_norm.weight, block.fine_norm.bias]
-    return [block.norm.weight, *mixer(block.coarse), *mixer(block.fine), *last]
+def weights(block: "Block") -> list[Tensor]:
+    """Of a block, in the order of the C file, where those of the fine path come last."""
+    found = [block.norm.weight, *mixer(block.coarse)]
+    if block.has_fine:
+        found += mixer(block.fine)
+        found += [block.group.weight, block.group.bias]
+        found += [block.fine_norm.weight, block.fine_norm.bias]
+    return found
 
 
 def mixer(m: Mixer) -> list[Tensor]:
