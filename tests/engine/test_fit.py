@@ -65,14 +65,16 @@ def evaluation():
     return lambda algo, episodes: {"return": player(algo, episodes).returns}
 
 
-def run(kind, folder, resume=False, pace=0.0):
+def run(kind, folder, resume=False, pace=0.0, speed="auto"):
     torch.set_num_threads(1)
     algo, stages = KINDS[kind]()
     report = lambda told: time.sleep(pace)  # noqa: E731
     if pace:
         wait = (1, lambda: time.sleep(pace))
         stages = [replace(stages[0], between=[*stages[0].between, wait])]
-    curve = fit(algo, stages, Path(folder), evaluation(), SCHEDULE, [0], kind, resume, report)
+    curve = fit(
+        algo, stages, Path(folder), evaluation(), SCHEDULE, [0], kind, resume, report, speed
+    )
     return algo, curve
 
 
@@ -122,6 +124,15 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, m
     assert worker.exitcode == -signal.SIGKILL
     run(kind, killed, resume=True)
     assert_same_files(whole, killed)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_captured_runs_write_the_files_of_runs_as_written(tmp_path, kind):
+    """A replay that grows and wraps, and a teacher that is refreshed, are seen by replays."""
+    for speed in ("eager", "graph"):
+        (tmp_path / speed).mkdir()
+        run(kind, tmp_path / speed, speed=speed)
+    assert_same_files(tmp_path / "eager", tmp_path / "graph")
 
 
 def test_interrupted_between_two_rows_of_metrics_and_resumed_equals_uninterrupted(tmp_path):
