@@ -1,42 +1,42 @@
-"""Evaluation in lock-step against one episode at a time: time per step, and the same actions.
+"""Decision Mamba's evaluation in lock-step against one episode at a time: time, and same actions.
 
-    python scripts/lockstep.py --algo decision_mamba --env hopper --episodes 20
+    python scripts/lockstep.py --env hopper --episodes 20
 
 All episodes of all targets are played as one batch, by a policy with its first weights; then some
 rows are played again on the observations that they met, each alone, and the actions compared: once
-by the same code (`alone`), once as training computes a window (`plain`: in the operators of torch
-that gradients need, all outputs, the scan compiled). Times are of the policy; the environments' own
-time, the same either way, stands beside them. On a CPU `products` says what of the batch's time its
-matrix products take, and at what rate.
+by the same code (`alone`), once as training computes a window (`plain`: all outputs of the whole
+window from its raw fields, in torch's operators, only the scan compiled). Times are of the policy;
+the environments' own time, the same either way, stands beside them.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from offrl import config
+from offrl.data.windows import act_taken, extend
 from offrl.engine import process
 from offrl.engine.stage import Batch, Policy, Spec, scenarios
 from offrl.envs.make import factory
 from offrl.envs.vector import Vector
 from offrl.experiment import pick_device
 from offrl.machine import cpu_name
-from offrl.nets import fused_mixer
+from offrl.nets import fused_backbone
 from offrl.seeding import derive, generator
+
+ALGO = "decision_mamba"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--algo", default="decision_mamba")
     parser.add_argument("--env", default="hopper")
     parser.add_argument("--size", default="tiny")
-    parser.add_argument("--eval_mode", help="of decision_mamba; of the batch, never of the rows")
+    parser.add_argument("--eval_mode", help="of the batch, never of the rows")
     parser.add_argument("--episodes", type=int, default=20, help="per target")
     parser.add_argument("--steps", type=int, default=100, help="of every episode")
     parser.add_argument("--alone", type=int, default=3, help="rows that are played alone")
@@ -47,13 +47,13 @@ def main() -> None:
     process.prepare(given.threads, keep_memory=True)
     device = pick_device(given.device)
     policy, window = make(given, given.eval_mode, device), make(given, None, device)
-    seen, acts, memory, envs_seconds, together = play(policy, given, device)
+    seen, acts, envs_seconds, together = play(policy, given, device)
     rows = torch.linspace(0, acts.shape[1] - 1, given.alone).long().tolist()
     alone, plain, worst = 0.0, 0.0, torch.zeros(len(acts))
     for row in rows:
         own, seconds = replay(window, seen, slice(row, row + 1))
-        with as_in_training(window):
-            whole, whole_seconds = replay(window, seen, slice(row, row + 1))
+        with patch.object(fused_backbone, "serves", lambda x: False):
+            whole, whole_seconds = replay(Plain(window), seen, slice(row, row + 1))
         alone, plain = alone + seconds / len(rows), plain + whole_seconds / len(rows)
         for one in (own, whole):
             worst = torch.maximum(worst, (one[:, 0] - acts[:, row]).abs().amax(-1))
@@ -66,8 +66,8 @@ def main() -> None:
         "lockstep_ms_per_step": 1000 * together / given.steps / batch,
         "alone_ms_per_step": 1000 * alone / given.steps,
         "plain_ms_per_step": 1000 * plain / given.steps,
+        "windows_filled": filled(torch.stack([told["start"] for told in seen]), policy),
         "environment_ms_per_step": 1000 * envs_seconds / given.steps / batch,
-        "products": products(policy, seen[-1], memory) if device.type == "cpu" else None,
         "times_faster_than_plain": plain * batch / together,
         "times_faster_than_alone": alone * batch / together,
         "times_faster_than_plain_with_environments": (plain * batch + envs_seconds)
@@ -84,29 +84,32 @@ def main() -> None:
 def make(given: argparse.Namespace, mode: str | None, device: torch.device) -> Any:
     """The method with its first weights, the same in every call."""
     own = {"env": given.env, "algo.size": given.size} | ({"algo.eval_mode": mode} if mode else {})
-    options = config.resolve(given.algo, own, config.shipped(given.algo).get("tasks")).config()
+    options = config.resolve(ALGO, own, config.shipped(ALGO).get("tasks")).config()
     example = Vector([factory(given.env)], [0])
     spec = Spec(example.obs_dim, example.act_dim)
     example.close()
-    return config.module(given.algo).make(options, spec, generator(0, "lockstep", device=device))
+    return config.module(ALGO).make(options, spec, generator(0, "lockstep", device=device))
 
 
-@contextmanager
-def as_in_training(policy: Any) -> Iterator[None]:
-    """The policy's network gives all outputs of a window, by operators that autograd can follow."""
-    forward, serves = policy.net.forward, fused_mixer.serves
-    policy.net.forward = lambda window, **_: forward(window)
-    fused_mixer.serves = lambda x: False
-    try:
-        yield
-    finally:
-        policy.net.forward, fused_mixer.serves = forward, serves
+class Plain:
+    """A policy that computes all outputs of every window from its raw fields, as training does."""
+
+    def __init__(self, algo: Any):
+        self.algo = algo
+
+    @torch.no_grad()
+    def act(self, now: Batch, memory: Any = None) -> tuple[torch.Tensor, Any]:
+        algo, c = self.algo, self.algo.config
+        now, goal = now | {"obs": algo.standardize(now["obs"])}, algo.targets[now["scenario"]]
+        window = extend(memory, now, goal, c.scale, c.context, algo.act_dim)
+        act = algo.net.action(algo.net(window)[:, -1, 1]).clamp(-1, 1)
+        return act, act_taken(window, act)
 
 
 def play(
     policy: Any, given: argparse.Namespace, device: torch.device
-) -> tuple[list[Batch], torch.Tensor, Any, float, float]:
-    """Everything in one batch: what the policy was told, its actions and memory, both times."""
+) -> tuple[list[Batch], torch.Tensor, float, float]:
+    """Everything in one batch: what the policy was told, its actions, both times."""
     targets = len(scenarios(policy))
     starts = [derive(0, "lockstep", i) for i in range(given.episodes)]
     envs = Vector([factory(given.env)] * (given.episodes * targets), starts * targets)
@@ -126,23 +129,16 @@ def play(
         acting, playing = acting + acted - began, playing + time.perf_counter() - acted
         start = terminal + timeout
     envs.close()
-    return seen, torch.stack(acts), memory, playing, acting
+    return seen, torch.stack(acts), playing, acting
 
 
-def products(policy: Policy, told: Batch, memory: Any, times: int = 20) -> dict[str, float]:
-    """What the matrix products of a step of the batch cost, per row."""
-    with torch.profiler.profile(with_flops=True) as profile:
-        for _ in range(times):
-            policy.act(told, memory)
-    found = [event for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm")]
-    seconds = sum(event.self_cpu_time_total for event in found) / 1e6
-    flops = sum(event.flops for event in found)
-    rows = times * len(told["obs"])
-    return {
-        "mflop_per_step": flops / 1e6 / rows,
-        "ms_per_step": 1000 * seconds / rows,
-        "gflop_per_second": flops / 1e9 / seconds,
-    }
+def filled(starts: torch.Tensor, policy: Any) -> float:
+    """Share of real steps in all windows, of starts (T, B); the rest is padding."""
+    length, steps, known = policy.config.context, torch.zeros(starts.shape[1]), 0.0
+    for start in starts:
+        steps = torch.where(start.bool(), 1, steps + 1)
+        known += float(steps.clamp(max=length).mean()) / length / len(starts)
+    return known
 
 
 def replay(policy: Policy, seen: list[Batch], row: slice) -> tuple[torch.Tensor, float]:

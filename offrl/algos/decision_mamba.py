@@ -47,7 +47,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from offrl.data import Dataset, prepare
-from offrl.data.windows import act_taken, extend, per_step, windows
+from offrl.data.windows import per_step, windows
 from offrl.engine.optim import adamw, descend, frozen, warm_up
 from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import Linear, Standardize
@@ -123,16 +123,19 @@ class Net(nn.Module):
         self.head_obs = Linear(width, spec.obs_dim, generator=generator)
         self.head_return = Linear(width, 1, generator=generator)
 
-    def forward(self, window: Batch, kept: int | None = None) -> Tensor:
-        """Outputs (B, kept, 3, d) at the tokens R, s, a of the last `kept` steps; None for all."""
+    def forward(self, window: Batch) -> Tensor:
+        """Outputs (B, K, 3, d) at the tokens R, s, a of every step."""
+        mask = window["mask"] if self.mask_pads else None
+        return self.backbone(self.tokens(window).flatten(1, 2), mask).unflatten(1, (-1, 3))
+
+    def tokens(self, window: Batch) -> Tensor:
+        """The embedded window (B, K, 3, d): tokens R, s, a of every step."""
         parts = [
             self.embed_return(window["return_to_go"].unsqueeze(-1)),
             self.embed_obs(window["obs"]),
             self.embed_act(window["act"]),
         ]
-        tokens = self.placed(torch.stack(parts, 2), window["step_in_episode"])  # (B, K, 3, d)
-        mask = window["mask"] if self.mask_pads else None
-        return self.backbone(tokens.flatten(1, 2), mask, kept).unflatten(1, (-1, 3))
+        return self.placed(torch.stack(parts, 2), window["step_in_episode"])
 
     def placed(self, content: Tensor, step: Tensor) -> Tensor:
         """Embedded tokens (*L, n, d) of the step in the episode `step` (*L)."""
@@ -233,37 +236,60 @@ class DecisionMamba:
         explore: bool = False,
         generator: Generator | None = None,
     ) -> tuple[Tensor, Any]:
-        c, goal = self.config, self.targets[now["scenario"]]
-        now = now | {"obs": self.standardize(now["obs"])}
-        if c.eval_mode == "recurrent":
-            return self.act_recurrent(now, memory, goal)
-        window = extend(memory, now, goal, c.scale, c.context, self.act_dim)
-        act = self.net.action(self.net(window, kept=1)[:, -1, 1]).clamp(-1, 1)
-        return act, act_taken(window, act)
+        """The action given the last `context` steps, whose embedded tokens are remembered.
 
-    def act_recurrent(self, now: Batch, memory: Any, goal: Tensor) -> tuple[Tensor, Any]:
-        """The same policy on the whole episode so far, at a cost that does not grow.
-
-        It equals the windowed one while an episode is shorter than a window; from there on it
-        remembers more than the network was trained with.
+        `eval_mode=recurrent` is the same policy on the whole episode so far, at a cost that does
+        not grow. It equals the windowed one while an episode is shorter than a window; from there
+        on it remembers more than the network was trained with.
         """
-        net, blocks = self.net, self.net.backbone.blocks
+        c, net, goal = self.config, self.net, self.targets[now["scenario"]]
+        obs, start = self.standardize(now["obs"]), now["start"].bool()
+        window = c.eval_mode == "window"
         if memory is None:
-            layers = [block.start(len(goal)) for block in blocks]
-            memory = {"layers": layers, "rest": goal, "step": torch.zeros_like(goal).long()}
-        start = now["start"].bool()
-        rest = torch.where(start, goal, memory["rest"] - now["reward"] / self.config.scale)
+            past: Any = self.pads(obs) if window else net.backbone.start(len(goal))
+            memory = {"past": past, "rest": goal, "step": torch.zeros_like(goal).long()}
+        rest = torch.where(start, goal, memory["rest"] - now["reward"] / c.scale)
         step = torch.where(start, 0, memory["step"] + 1)
-        layers = renewed(memory["layers"], start)
-        content = [net.embed_return(rest.unsqueeze(-1)), net.embed_obs(now["obs"])]
-        pair = net.placed(torch.stack(content, 1), step)
-        for i, block in enumerate(blocks):
-            pair, layers[i] = block.observe(pair, layers[i])
-        act = net.action(net.backbone.norm(pair[:, 1])).clamp(-1, 1)
+        content = [net.embed_return(rest.unsqueeze(-1)), net.embed_obs(obs)]
+        pair = net.placed(torch.stack(content, 1), step)  # (B, 2, d)
+        if window:
+            hidden, past = self.observe(pair, memory["past"], start)
+        else:
+            hidden, past = net.backbone.observe(pair, renewed(memory["past"], start))
+        act = net.action(hidden).clamp(-1, 1)
         token = net.placed(net.embed_act(act).unsqueeze(1), step).squeeze(1)
-        for i, block in enumerate(blocks):
-            token, layers[i] = block.decide(token, layers[i])
-        return act, {"layers": layers, "rest": rest, "step": step}
+        if window:
+            past["tokens"][:, -1] = token
+        else:
+            past = net.backbone.decide(token, past)
+        return act, {"past": past, "rest": rest, "step": step}
+
+    def pads(self, obs: Tensor) -> dict[str, Tensor]:
+        """Windows of pads for obs (B, o): tokens (B, 3K, d), mask (B, K), pads (1, 3K, d)."""
+        zero = obs.new_zeros(1, self.config.context)
+        fields = {
+            "return_to_go": zero,
+            "obs": zero.unsqueeze(-1).expand(-1, -1, obs.shape[-1]),
+            "act": zero.unsqueeze(-1).expand(-1, -1, self.act_dim),
+            "step_in_episode": zero.long(),
+        }
+        pads, count = self.net.tokens(fields).flatten(1, 2), len(obs)
+        return {"tokens": pads.expand(count, -1, -1), "mask": zero.expand(count, -1), "pads": pads}
+
+    def observe(
+        self, pair: Tensor, window: dict[str, Tensor], start: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Move on by the R- and s-token (B, 2, d): the output (B, d) at the s-token, the window.
+
+        The place of the a-token stays empty, for no output that is read depends on it.
+        """
+        begins = start.unsqueeze(-1)
+        past = torch.where(begins.unsqueeze(-1), window["pads"][:, 3:], window["tokens"][:, 3:])
+        mask = torch.where(begins, 0, window["mask"][:, 1:])
+        tokens = torch.cat([past, pair, torch.zeros_like(pair[:, :1])], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        hidden = self.net.backbone(tokens, mask if self.config.mask_pads else None, kept=1)
+        return hidden[:, 1], window | {"tokens": tokens, "mask": mask}
 
     def state(self) -> dict[str, Any]:
         return modules_state(self, self.NAMES)

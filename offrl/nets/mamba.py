@@ -18,7 +18,6 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from offrl.nets import fused_mixer
 from offrl.nets.scan import selective_scan, selective_step
 
 STATES = 16  # N, of every channel
@@ -69,13 +68,6 @@ class Selective(nn.Module):
             delta = delta * mask[:, steps]
         return selective_scan(u, delta, -self.A_log.exp(), B, C, self.D)
 
-    def gated(self, u: Tensor, z: Tensor, mask: Tensor | None) -> Tensor:
-        """`forward` times SiLU(z) at the last steps, those of z (B, k, E), without gradients."""
-        u = fused_mixer.convolve(u, mask, self.conv, self.conv_bias)
-        selected, A = u @ self.weight_x, -self.A_log.exp()
-        steps = self.weight_delta, self.delta_bias
-        return fused_mixer.scan(u, z, selected, mask, *steps, A, self.D)
-
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes, input and output vectors of the scan, all chosen by its input."""
         rates, B, C = (u @ self.weight_x).split(self.sizes, -1)
@@ -124,9 +116,6 @@ class Mixer(nn.Module):
                 for all.
         """
         kept = kept or x.shape[1]
-        if fused_mixer.serves(x):
-            into, gate = self.weight_in.chunk(2, -1)
-            return self.time.gated(x @ into, x[:, -kept:] @ gate, mask) @ self.weight_out
         u, z = (x @ self.weight_in).chunk(2, -1)  # (B, L, E)
         y = self.time(u, mask) * functional.silu(z)
         return y[:, -kept:] @ self.weight_out

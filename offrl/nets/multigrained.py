@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from offrl.nets import fused_backbone
 from offrl.nets.linear import Linear
 from offrl.nets.mamba import Mixer, Selective, uniform
 
@@ -158,9 +159,34 @@ class Backbone(nn.Module):
             for _ in range(layers)
         )
         self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
+        self.fusible = (fusion, grouping) == ("parallel", "causal")
 
     def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
+        if self.fusible and fused_backbone.serves(x):
+            return fused_backbone.forward(self, x, mask, kept or x.shape[1] // 3)
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, mask)
         return self.norm(last(x, mask, kept))
+
+    # Step by step, as the blocks.
+
+    def start(self, batch: int) -> list[dict[str, Any]]:
+        """Memory before the first step."""
+        return [block.start(batch) for block in self.blocks]
+
+    def observe(self, pair: Tensor, memory: list[dict[str, Any]]) -> tuple[Tensor, Any]:
+        """R- and s-token together (B, 2, d) -> the output (B, d) at the s-token, and memory."""
+        after = []
+        for block, own in zip(self.blocks, memory, strict=True):
+            pair, own = block.observe(pair, own)
+            after.append(own)
+        return self.norm(pair[:, 1]), after
+
+    def decide(self, token: Tensor, memory: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The a-token (B, d) of the step that was observed -> memory for the next."""
+        after = []
+        for block, own in zip(self.blocks, memory, strict=True):
+            token, own = block.decide(token, own)
+            after.append(own)
+        return after

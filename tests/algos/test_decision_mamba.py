@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from offrl import config as settings
 from offrl.algos import decision_mamba
 from offrl.algos.decision_mamba import Config, DecisionMamba
+from offrl.data.windows import act_taken, extend
 from offrl.engine.optim import warm_up
 from offrl.engine.stage import Run
 from offrl.nets import scan
@@ -197,8 +198,11 @@ def test_hoppers_embedding_is_linear_and_its_head_ends_in_tanh():
 )
 def test_only_the_last_steps_can_be_asked_for(config):
     algo, b = make(config), window()
+    tokens = algo.net.tokens(b).flatten(1, 2)
+    whole = algo.net.backbone(tokens, b["mask"])
     for kept in (1, 4):
-        torch.testing.assert_close(algo.net(b, kept), algo.net(b)[:, -kept:])
+        last = algo.net.backbone(tokens, b["mask"], kept)
+        torch.testing.assert_close(last, whole[:, -3 * kept :])
 
 
 # --- acting --------------------------------------------------------------------------------------
@@ -218,6 +222,24 @@ def test_step_by_step_it_equals_the_window_until_the_window_is_full(config):
     torch.testing.assert_close(one[:, 1], other[:, 1], rtol=0, atol=1e-5)  # 2 + 6 steps in all
     if config.fine and config.fusion == "parallel":
         assert (one[6:, 0] - other[6:, 0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("config", [SMALL, SHARED, RELEASE], ids=["parallel", "shared", "release"])
+def test_acting_equals_the_network_on_raw_windows(config):
+    algo = make(config)
+    g = torch.Generator().manual_seed(3)
+    obs, reward = torch.randn(9, 3, 2, generator=g), torch.randn(9, 3, generator=g)
+    starts = torch.zeros(9, 3)
+    starts[0], starts[2, 1], starts[7, 2] = 1, 1, 1  # mid-window, and with a full window behind
+    scenario = torch.tensor([0, 1, 0])
+    found = played(algo, obs, reward, starts, scenario)
+    window, goal, last = None, algo.targets[scenario], torch.zeros(3)
+    for t in range(9):
+        now = {"obs": algo.standardize(obs[t]), "start": starts[t], "reward": last}
+        window = extend(window, now, goal, config.scale, config.context, 2)
+        wanted = algo.net.action(algo.net(window)[:, -1, 1]).clamp(-1, 1).detach()
+        torch.testing.assert_close(found[t], wanted, rtol=0, atol=1e-5)
+        window, last = act_taken(window, found[t]), reward[t]
 
 
 @pytest.mark.parametrize("mode", ["window", "recurrent"])

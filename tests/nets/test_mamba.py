@@ -1,20 +1,7 @@
 import pytest
 import torch
 
-from offrl.nets import fused_mixer
 from offrl.nets.mamba import Mixer
-from tests.nets.gcc import needs_gcc
-
-
-@pytest.fixture(params=["operators", pytest.param("compiled", marks=needs_gcc)])
-def form(request):
-    """The two forms of `forward`: for gradients, and without."""
-    with torch.set_grad_enabled(request.param == "operators"):
-        assert fused_mixer.serves(torch.zeros(1)) == (request.param == "compiled")
-        yield request.param
-
-
-either_form = pytest.mark.usefixtures("form")
 
 
 def mixer(width=8):
@@ -43,7 +30,6 @@ def test_same_generator_seed_same_weights():
         assert torch.equal(p, q)
 
 
-@either_form
 @pytest.mark.parametrize("changed", [0, 3, 6])
 def test_later_inputs_do_not_change_earlier_outputs(changed):
     m, x = mixer(), draw(2, 7, 8)
@@ -54,7 +40,6 @@ def test_later_inputs_do_not_change_earlier_outputs(changed):
     assert not torch.isclose(before[:, changed], after[:, changed]).all()
 
 
-@either_form
 def test_left_padded_windows_give_the_outputs_of_unpadded_ones():
     m, x = mixer(), draw(2, 5, 8)
     padded = torch.cat([draw(2, 6, 8, seed=2), x], 1)
@@ -63,7 +48,6 @@ def test_left_padded_windows_give_the_outputs_of_unpadded_ones():
     assert (m(padded)[:, 6:] - m(x)).abs().max() > 1e-3  # without the mask, pads leave a trace
 
 
-@either_form
 def test_what_lies_in_the_pads_does_not_matter():
     m, x = mixer(), draw(2, 7, 8)
     mask = torch.arange(7).expand(2, 7) >= 3
@@ -71,7 +55,6 @@ def test_what_lies_in_the_pads_does_not_matter():
     assert torch.equal(m(x, mask)[:, 3:], m(other, mask)[:, 3:])
 
 
-@either_form
 def test_steps_equal_the_whole_window():
     m, x = mixer(), draw(3, 9, 8)
     memory, outs = m.start(3), []
@@ -81,50 +64,10 @@ def test_steps_equal_the_whole_window():
     torch.testing.assert_close(torch.stack(outs, 1), m(x), rtol=0, atol=1e-5)
 
 
-@either_form
 @pytest.mark.parametrize("kept", [1, 4, 7])
 def test_only_the_last_outputs_can_be_asked_for(kept):
     m, x = mixer(), draw(2, 7, 8)
     torch.testing.assert_close(m(x, kept=kept), m(x)[:, -kept:])
-
-
-@needs_gcc
-@pytest.mark.parametrize("size", [1.0, 30.0])  # 30: step sizes from 1e-13 to 60, decays to 0
-@pytest.mark.parametrize("length", [1, 3, 60])
-@pytest.mark.parametrize("masked", [True, False])
-def test_the_compiled_form_equals_the_operators(size, length, masked):
-    m, x = mixer(width=10), size * draw(3, length, 10)  # 20 channels: no whole number of vectors
-    mask = torch.arange(length).expand(3, length) >= length // 3 if masked else None
-    real = slice(length // 3, None)
-    with torch.no_grad():
-        m.time.weight_delta.mul_(size)
-        compiled = m(x, mask)[:, real]
-    wanted = m.double()(x.double(), mask)[:, real]
-    assert (compiled - wanted).abs().max() < 1e-6 * wanted.abs().max()
-
-
-@needs_gcc
-def test_the_compiled_form_gives_the_same_bits_on_any_number_of_threads():
-    m, x = mixer(), draw(7, 20, 8)
-    with torch.no_grad():
-        one = m(x)
-        torch.set_num_threads(2)
-        try:
-            two = m(x)
-        finally:
-            torch.set_num_threads(1)
-    assert torch.equal(one, two)
-
-
-@needs_gcc
-def test_the_compiled_form_lets_nan_through():
-    m, x = mixer(), draw(2, 9, 8)
-    x[0, 4, 2] = torch.nan
-    with torch.no_grad():
-        y = m(x)
-    assert y[0, 4:].isnan().all()
-    assert y[0, :4].isfinite().all()
-    assert y[1].isfinite().all()
 
 
 def test_autocast_keeps_the_state_in_float32():
