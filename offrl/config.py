@@ -22,6 +22,7 @@ import yaml
 
 import offrl.algos
 from offrl.data import sources
+from offrl.envs import ogbench
 
 
 class ConfigError(ValueError):
@@ -33,8 +34,9 @@ class Settings:
     """Everything of a run that is not the method's own."""
 
     env: str = "halfcheetah"  # environment; see README, "Environments"
-    dataset: str = "medium"  # name within the source, or a path to an HDF5 or npz file
-    source: Literal["auto", "generated", "d4rl", "minari", "files"] = "auto"
+    # name within the source, or a path to an HDF5 or npz file; navigate or play for OGBench's tasks
+    dataset: str = "medium"
+    source: Literal["auto", "generated", "d4rl", "minari", "ogbench", "files"] = "auto"
     rows: int | None = None  # transitions to generate; None: the recipe's own number
     # auto: what a Gymnasium id says, else v4 for source=d4rl and v5 for the rest
     env_version: Literal["auto", "v4", "v5"] = "auto"
@@ -270,6 +272,8 @@ def resolve(
 
     for key, value in overrides.items():  # first pass: env, dataset and preset decide the rest
         put(key, value, "command line")
+    if ogbench.known(values["env"]) and "dataset" not in overrides:
+        put("dataset", ogbench.default_dataset(values["env"]), f"env {values['env']}")
     preset = values["preset"]
     if preset not in presets:
         raise ConfigError(

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from offrl import config as configuration
 from offrl.config import ConfigError, Resolved
 from offrl.engine import checkpoint, process
 from offrl.engine.evaluate import Episodes, Evaluator
-from offrl.engine.stage import Algorithm, Policy, Spec, scenarios
-from offrl.envs.make import env_id, factory
-from offrl.experiment import make_env, version, width
-from offrl.outcome import rows, scored, summary
+from offrl.engine.stage import Algorithm, Policy, Spec
+from offrl.envs.make import env_id, factory, tasks
+from offrl.envs.vector import flat
+from offrl.experiment import evaluator_of, make_env, version
+from offrl.outcome import UNITS, rows, scored, summary
 from offrl.parallel import Failed
 from offrl.seeding import derive, generator
 
@@ -53,10 +53,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     for file in files:
         algo, group = load_algorithm(resolved, file)
         axes = (len(group),) if len(group) > 1 else ()
-        player = Evaluator(
-            make_env(resolved), axes, width(options.episodes), derive(options.seed, "evaluator"),
-            scenarios=scenarios(algo),
-        )  # fmt: skip
+        player = evaluator_of(algo, make_env(resolved), axes, (options.episodes,), options.seed)
         shown: Policy = Exploring(algo) if options.explore else algo
         played.append(player(shown, options.episodes))
         seeds += group
@@ -74,7 +71,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         "seeds": seeds,
         "episodes": options.episodes,
         "explore": options.explore,
-        "unit": "D4RL-normalized score" if unit == "score" else "return",
+        "unit": UNITS[unit],
         "score": summary(values.mean(-1)),
         "returns": returns.tolist(),
     }
@@ -152,15 +149,15 @@ def player(folder: Path, device: torch.device) -> Callable[[Path], dict[str, tor
     s = resolved.settings
     process.prepare(s.threads, s.keep_memory)
 
-    @cache
-    def evaluator(axes: tuple[int, ...], names: tuple[str, ...]) -> Evaluator:
-        common = width(s.eval_episodes, s.final_episodes)
-        return Evaluator(make_env(resolved), axes, common, derive(0, "evaluator"), device, names)
+    made: dict[tuple[int, ...], Evaluator] = {}
 
     def play(path: Path) -> dict[str, torch.Tensor]:
         algo, group = load_algorithm(resolved, path, device)
         axes = (len(group),) if len(group) > 1 else ()
-        return evaluator(axes, scenarios(algo))(algo, s.eval_episodes).named()
+        if axes not in made:
+            counts = (s.eval_episodes, s.final_episodes)
+            made[axes] = evaluator_of(algo, make_env(resolved), axes, counts, 0, device)
+        return made[axes](algo, s.eval_episodes).named()
 
     return play
 
@@ -176,7 +173,7 @@ class Exploring:
 
 
 def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> list[Any]:
-    """RGB frames of one episode of the first seed, in the first scenario.
+    """RGB frames of one episode of the first seed, in the first scenario or task.
 
     Raises:
         Failed: if the machine cannot render.
@@ -185,7 +182,8 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
     s = resolved.settings
     env = factory(s.env, version(resolved), s.legacy_mass, render=True)()
     stream = generator(seed, "film")
-    obs, _ = env.reset(seed=derive(seed, "film"))
+    obs, info = env.reset(seed=derive(seed, "film"), options=next(iter(tasks(env)), None))
+    goal = None if "goal" not in info else flat([info["goal"]])
     frames: list[Any] = []
     lead = (len(group), 1) if len(group) > 1 else (1,)
     memory, over, start, reward = None, False, 1.0, 0.0
@@ -199,11 +197,13 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
                     f"cannot render here ({error}); on a machine without a screen set "
                     "MUJOCO_GL=egl or MUJOCO_GL=osmesa"
                 ) from error
-            row = torch.as_tensor(obs, dtype=torch.float32).expand(*lead, -1)
+            row = flat([obs]).expand(*lead, -1)
             now = {
                 "obs": row, "start": torch.full(lead, start),
                 "reward": torch.full(lead, reward), "scenario": torch.zeros(lead).long(),
             }  # fmt: skip
+            if goal is not None:
+                now["goal"] = goal.expand(*lead, -1)
             act, memory = algo.act(now, memory, generator=stream)
             obs, gained, terminal, timeout, _ = env.step(act.reshape(-1, act.shape[-1])[0].numpy())
             over, start, reward = terminal or timeout, 0.0, float(gained)

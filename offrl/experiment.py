@@ -13,7 +13,7 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from offrl.engine.beside import Beside
 from offrl.engine.evaluate import Evaluator
 from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
 from offrl.engine.stage import Algorithm, Run, Spec, scenarios
-from offrl.envs.make import VERSIONS, env_id, factory
+from offrl.envs.make import VERSIONS, env_id, factory, tasks
 from offrl.envs.vector import Vector
 from offrl.machine import cores, cpu_name
 from offrl.nets import products
@@ -228,10 +228,7 @@ def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool
         spec = Spec(data.obs_dim, data.act_dim, mean, std, data.discrete)
         algo = method.make(options, spec, stream, axes)
         stages = method.stages(algo, data, run)
-    evaluator = Evaluator(
-        make, axes, width(s.eval_episodes, s.final_episodes), derive(0, "evaluator"), device,
-        scenarios(algo),
-    )  # fmt: skip
+    evaluator = evaluator_of(algo, make, axes, (s.eval_episodes, s.final_episodes), 0, device)
 
     def evaluate(algo: Algorithm, episodes: int) -> dict[str, torch.Tensor]:
         if not progress or episodes <= s.eval_episodes:
@@ -241,6 +238,29 @@ def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool
             return evaluator(algo, episodes, tick=bar.update).named()
 
     return Experiment(algo, stages, evaluate)
+
+
+def evaluator_of(
+    algo: Algorithm,
+    make: Callable[[], Any],
+    axes: tuple[int, ...],
+    episodes: Sequence[int],
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Evaluator:
+    """The evaluator of a method's scenarios, or of the environment's tasks where it has none.
+
+    Args:
+        episodes: the numbers of episodes per scenario that it will be asked for.
+    """
+    names = scenarios(algo)
+    env = make()
+    options = () if names else tasks(env)
+    env.close()
+    names = names or tuple(f"task-{option['task_id']}" for option in options)
+    return Evaluator(
+        make, axes, width(*episodes), derive(seed, "evaluator"), device, names, options
+    )
 
 
 def width(*episodes: int) -> int:

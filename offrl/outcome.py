@@ -16,15 +16,23 @@ from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.data.dataset import Dataset
 from offrl.engine.fit import Curve
-from offrl.envs import scores
+from offrl.envs import ogbench, scores
 from offrl.machine import cores, cpu_name
 from offrl.results import stats
 
 PACKAGES = ("offrl", "torch", "numpy", "scipy", "gymnasium", "mujoco", "minari", "hydra-core")
 
 
+UNITS = {"score": "D4RL-normalized", "success": "success rate (%)", "return": "undiscounted return"}
+
+
 def scored(resolved: Resolved, returns: Any) -> tuple[str, Any]:
-    """D4RL-normalized where the environment has reference returns, the plain return elsewhere."""
+    """D4RL-normalized where the environment has reference returns, the plain return elsewhere.
+
+    OGBench pays 1 at the goal: there the mean return is the share of successes.
+    """
+    if ogbench.known(resolved.settings.env):
+        return "success", 100 * returns
     if scores.reference(resolved.settings.env, resolved.settings.dataset) is None:
         return "return", returns
     value = scores.score(returns, resolved.settings.env, resolved.settings.dataset)
@@ -51,7 +59,6 @@ def finish(
     _, curve_scores = scored(resolved, points.mean(-1))
     per_seed = final_scores.mean(-1)
     plot_curve(resolved, folder, np.array(steps), curve_scores, unit)
-    kinds = {"score": "D4RL-normalized", "return": "undiscounted return"}
     stored = json.loads((folder / "run.json").read_text())
     result = {
         "algo": resolved.algo,
@@ -61,10 +68,11 @@ def finish(
         "steps": resolved.options["steps"],
         "seeds": seeds,
         "layout": "one process per seed" if len(groups) == len(seeds) else "stacked in one process",
-        "unit": kinds[unit],
+        "unit": UNITS[unit],
         "checkpoint": "last",
         "score": summary(per_seed),
         "last10": summary(curve_scores[:, -10:].mean(-1)),
+        "last3": summary(curve_scores[:, -3:].mean(-1)),
         "best": summary(curve_scores.max(-1)),
         "final_returns": final.tolist(),
         "curve": {"steps": steps, "mean_return": points.mean(-1).tolist()},
@@ -76,7 +84,13 @@ def finish(
         "date": stored["date"],
     }
     if names := scenario_names(curves):
-        result["headline"] = "per seed, the scenario of the highest mean in that evaluation"
+        alone = curves[0].points[0][f"return/{names[0]}"].shape[-1]
+        together = curves[0].points[0]["return"].shape[-1] > alone
+        result["headline"] = (
+            "the episodes of all tasks"
+            if together
+            else "per seed, the scenario of the highest mean in that evaluation"
+        )
         result["scenarios"] = {name: scenario(resolved, curves, name) for name in names}
     write_json(folder / "result.json", result)
     return result
@@ -144,7 +158,7 @@ def plot_curve(
 ) -> None:
     from offrl.results.plots import learning_curve
 
-    ylabel = "D4RL-normalized score" if unit == "score" else "return"
+    ylabel = "D4RL-normalized score" if unit == "score" else UNITS[unit]
     xlabel = "environment steps" if configuration.online(resolved.algo) else "updates"
     title = f"{resolved.algo} on {resolved.task}"
     learning_curve(folder / "curve.png", steps, values, title, ylabel, xlabel)

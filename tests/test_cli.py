@@ -333,7 +333,7 @@ def test_an_online_run_and_its_evaluation(capsys):
     cli.evaluate([f"run={folder}", "episodes=2", "out=scores.json"])
     simulator = metadata.version("mujoco")
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("IQM of 1 seed(s): return ")
+    assert line.startswith("IQM of 1 seed(s): undiscounted return ")
     assert line.endswith(f"(Pendulum-v1, mujoco {simulator}, legacy_mass=false)")
     found = json.loads(Path("scores.json").read_text())
     assert found["mujoco"] == simulator

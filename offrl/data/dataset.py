@@ -94,10 +94,11 @@ class Dataset:
         Summed in float64 in blocks, so the result does not depend on where the data lies.
         """
         obs, total, square = self.fields["obs"], 0.0, 0.0
-        for block in obs.split(1 << 18):
+        rows = min(1 << 18, (1 << 28) // self.obs_dim + 1)  # images are wide
+        for block in obs.split(rows):
             total = total + block.double().sum(0)
         mean = torch.as_tensor(total) / len(self)
-        for block in obs.split(1 << 18):
+        for block in obs.split(rows):
             square = square + (block.double() - mean).square().sum(0)
         std = (torch.as_tensor(square) / len(self)).sqrt()
         return mean.float(), (std + eps).float()

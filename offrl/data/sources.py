@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from offrl.data.dataset import DataError, Dataset
+from offrl.envs.ogbench import known
 
 SUFFIXES = (".hdf5", ".h5", ".npz")
 
@@ -18,8 +19,8 @@ def load(source: str, env: str, dataset: str, rows: int | None = None, workers: 
     """The data set `dataset` of `env` from a source.
 
     Args:
-        source: "generated", "d4rl", "minari", "files", or "auto": a file where `dataset` is the
-            path of one, generated data otherwise, on every machine alike.
+        source: "generated", "d4rl", "minari", "ogbench", "files", or "auto": a file where `dataset`
+            is the path of one, generated data otherwise, on every machine alike.
         dataset: name within the source; for "minari" the id, for "files" the path.
         rows: transitions to generate; None takes the recipe's number.
         workers: processes that generate; 0 for one per core.
@@ -32,8 +33,10 @@ def load(source: str, env: str, dataset: str, rows: int | None = None, workers: 
     if rows is not None and source != "generated":
         raise DataError(f"rows= chooses how much to generate; source={source} has its own number")
     if source == "generated":
-        from offrl.data import generated
+        from offrl.data import generated, ogbench
 
+        if known(env):
+            return ogbench.generate(env, dataset, rows=rows, workers=workers)
         return generated.load(env, dataset, rows=rows, workers=workers)
     if source == "d4rl":
         from offrl.data import d4rl
@@ -43,6 +46,10 @@ def load(source: str, env: str, dataset: str, rows: int | None = None, workers: 
         from offrl.data import minari
 
         return minari.load(dataset)
+    if source == "ogbench":
+        from offrl.data import ogbench
+
+        return ogbench.load(env, dataset)
     from offrl.data import files
 
     return files.load(Path(dataset))

@@ -1,7 +1,8 @@
 """Episodes of a policy in vectorized environments, raw returns kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import gymnasium
 import torch
@@ -17,7 +18,8 @@ class Episodes:
     """Undiscounted returns and lengths, (*S, episodes) each.
 
     With several scenarios these are of the headline: per seed, the scenario with the highest mean
-    return of this very evaluation, as methods with several targets are published.
+    return of this very evaluation, as methods with several targets are published. Where the
+    scenarios are an environment's tasks, it is all episodes of all of them.
 
     Attributes:
         scenarios: name -> the episodes of that scenario; empty where there is one without a name.
@@ -49,6 +51,8 @@ class Evaluator:
         seed: of the environments; every call starts from the same states.
         device: of the policy.
         scenarios: names, as `stage.scenarios` tells them; the policy learns the index of its own.
+        tasks: reset options of each scenario, where these are tasks of the environment and not
+            wishes of the method.
     """
 
     def __init__(
@@ -59,13 +63,15 @@ class Evaluator:
         seed: int = 0,
         device: torch.device | str = "cpu",
         scenarios: tuple[str, ...] = (),
+        tasks: Sequence[dict[str, Any]] = (),
     ):
         self.seeds, self.width, self.device = seeds, width, torch.device(device)
-        self.seed, self.scenarios = seed, scenarios
+        self.seed, self.scenarios, self.tasks = seed, scenarios, tasks
         self.parts = max(1, len(scenarios))
         groups = int(torch.Size(seeds).numel()) * self.parts
         starts = [derive(seed, "evaluation", i) for i in range(width)] * groups
-        self.envs = Vector([make] * (groups * width), starts)
+        options = [task for task in tasks for _ in range(width)] * (groups // self.parts)
+        self.envs = Vector([make] * (groups * width), starts, options or None)
 
     @torch.no_grad()
     def __call__(
@@ -94,6 +100,8 @@ class Evaluator:
                 "obs": self.grouped(obs), "start": self.grouped(start),
                 "reward": self.grouped(reward), "scenario": scenario,
             }  # fmt: skip
+            if self.envs.goal is not None:
+                now["goal"] = self.grouped(self.envs.goal)
             act, memory = algo.act(now, memory, explore=False, generator=generator)
             step = self.envs.step(act.reshape(count, -1).cpu())
             _, reward, terminal, timeout, obs = step
@@ -111,11 +119,13 @@ class Evaluator:
 
     def summed_up(self, returns: Tensor, lengths: Tensor) -> Episodes:
         """Episodes from values (*S, scenarios, episodes)."""
+        pairs = zip(returns.unbind(-2), lengths.unbind(-2), strict=True)
+        apart = {name: Episodes(*pair) for name, pair in zip(self.scenarios, pairs, strict=False)}
+        if self.tasks:
+            return Episodes(returns.flatten(-2), lengths.flatten(-2), apart)
         best = (
             returns.mean(-1).argmax(-1)[..., None, None].expand(*self.seeds, 1, returns.shape[-1])
         )
-        pairs = zip(returns.unbind(-2), lengths.unbind(-2), strict=True)
-        apart = {name: Episodes(*pair) for name, pair in zip(self.scenarios, pairs, strict=False)}
         headline = returns.gather(-2, best).squeeze(-2), lengths.gather(-2, best).squeeze(-2)
         return Episodes(*headline, apart)
 

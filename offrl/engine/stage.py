@@ -34,7 +34,8 @@ class Policy(Protocol):
     """What evaluation and roll-outs ask: actions from what may be known now.
 
     `now` holds obs (*S, B, o), start (*S, B), 1 where an episode begins, and in evaluation reward
-    (*S, B) of the action before and scenario (*S, B), int64 index into the algorithm's `scenarios`.
+    (*S, B) of the action before, scenario (*S, B), int64 index into the algorithm's `scenarios`,
+    and goal (*S, B, g), an observation, where the environment names one.
     Actions lie in [-1, 1]; `explore` samples as in training; random draws come from `generator`
     only.
     """

@@ -1,4 +1,4 @@
-"""Environments by name: Gymnasium MuJoCo robots and any registered Gymnasium id."""
+"""Environments by name: Gymnasium MuJoCo robots, OGBench's tasks and any registered id."""
 
 import difflib
 import functools
@@ -10,6 +10,8 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+
+from offrl.envs import ogbench
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ def env_id(name: str, version: str | None = None) -> str:
         raise ValueError(f"env_version must be one of {', '.join(VERSIONS)}, got {version!r}")
     if name in ROBOTS:
         return f"{ROBOTS[name]}-{version or 'v5'}"
+    if ogbench.known(name):
+        ogbench.register()
+        return f"{name}-{ogbench.VERSION}"
     if name in gymnasium.registry:
         named = name.rpartition("-")[2]
         if version and named in VERSIONS and named != version:
@@ -64,7 +69,7 @@ def env_id(name: str, version: str | None = None) -> str:
             f"there is no environment for {name!r} yet, so training on it could not be scored; "
             "offrl.data.d4rl.load reads its data"
         )
-    known = [*ROBOTS, *gymnasium.registry]
+    known = [*ROBOTS, *ogbench.NAMES, *gymnasium.registry]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown environment {name!r}{hint} (robots: {', '.join(ROBOTS)})")
@@ -98,6 +103,9 @@ def build(id: str, legacy_mass: bool, render: bool) -> gymnasium.Env:
     import mujoco
 
     mujoco.set_mju_user_warning(simulator_warning)
+    from_ogbench = ogbench.known(id.removesuffix(f"-{ogbench.VERSION}"))
+    if from_ogbench:
+        ogbench.register()  # in a process of its own nobody has done it
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*out of date.*")  # v4, chosen on purpose
         env = gymnasium.make(
@@ -107,7 +115,16 @@ def build(id: str, legacy_mass: bool, render: bool) -> gymnasium.Env:
         lighten(env)
     if render:
         follow(env)
-    return ScaleAction(env)
+    return ScaleAction(ogbench.OwnRandomness(env) if from_ogbench else env)
+
+
+def tasks(env: gymnasium.Env) -> tuple[dict[str, Any], ...]:
+    """The reset options of an environment's goals to be scored at, which OGBench calls tasks.
+
+    Any environment can have them: `num_tasks`, `reset(options={"task_id": 1})` and so on, whose
+    info holds the `goal`, an observation. () for others.
+    """
+    return tuple({"task_id": i + 1} for i in range(getattr(env.unwrapped, "num_tasks", 0)))
 
 
 def follow(env: gymnasium.Env) -> None:

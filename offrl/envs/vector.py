@@ -21,11 +21,23 @@ class Vector:
     Args:
         factories: makers of the environments.
         seeds: one per environment, for its first reset; later resets continue its own stream.
+        options: of every reset, one per environment.
+
+    Attributes:
+        goal: (n, g) goals of the running episodes, where the environments name them in the info of
+            a reset; else None.
     """
 
-    def __init__(self, factories: Sequence[Callable[[], gymnasium.Env]], seeds: Sequence[int]):
+    def __init__(
+        self,
+        factories: Sequence[Callable[[], gymnasium.Env]],
+        seeds: Sequence[int],
+        options: Sequence[dict[str, Any] | None] | None = None,
+    ):
         self.envs = [make() for make in factories]
         self.seeds, self.count = list(seeds), len(self.envs)
+        self.options = [None] * self.count if options is None else list(options)
+        self.goal: Tensor | None = None
         self.obs_dim = int(np.prod(self.envs[0].observation_space.shape or ()))
         self.act_dim = int(np.prod(self.envs[0].action_space.shape or ()))
         if len(self.seeds) != self.count:
@@ -33,8 +45,16 @@ class Vector:
 
     def reset(self) -> Tensor:
         """First observations (n, o) of episodes started from the seeds."""
-        rows = [env.reset(seed=seed)[0] for env, seed in zip(self.envs, self.seeds, strict=True)]
-        return torch.from_numpy(np.stack(rows).astype(np.float32))
+        rows, infos = zip(
+            *[self.restart(i, seed) for i, seed in enumerate(self.seeds)], strict=True
+        )
+        if "goal" in infos[0]:
+            self.goal = flat([info["goal"] for info in infos])
+        return flat(rows)
+
+    def restart(self, i: int, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode in environment i: its observation and info."""
+        return self.envs[i].reset(seed=seed, options=self.options[i])
 
     def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Apply actions (n, a).
@@ -50,9 +70,13 @@ class Vector:
             obs, reward, terminated, truncated, _ = env.step(a)
             scalars[:, i] = reward, terminated, truncated and not terminated
             rows.append(obs)
-            now.append(env.reset()[0] if terminated or truncated else obs)
-        next_obs = torch.from_numpy(np.stack(rows).astype(np.float32))
-        start = torch.from_numpy(np.stack(now).astype(np.float32))
+            if terminated or truncated:
+                obs, info = self.restart(i)
+                if self.goal is not None:  # what was handed out stays as it was
+                    self.goal = self.goal.clone()
+                    self.goal[i] = torch.as_tensor(info["goal"]).flatten()
+            now.append(obs)
+        next_obs, start = flat(rows), flat(now)
         reward_, terminal, timeout = torch.from_numpy(scalars)
         return next_obs, reward_, terminal, timeout, start
 
@@ -79,6 +103,11 @@ class Vector:
     def close(self) -> None:
         for env in self.envs:
             env.close()
+
+
+def flat(rows: Sequence[Any]) -> Tensor:
+    """Observations as rows of float32, images too."""
+    return torch.from_numpy(np.stack(rows).astype(np.float32)).flatten(1)
 
 
 def snapshot(env: gymnasium.Env) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""CRL: the value of a goal as the log-odds of reaching it, learned by contrast.
+
+Eysenbach, Zhang, Levine and Salakhutdinov, "Contrastive Learning as Goal-Conditioned Reinforcement
+Learning", NeurIPS 2022, arXiv:2206.07568; as in OGBench (Park et al., ICLR 2025, arXiv:2410.20092).
+
+    critic  Q_e(s, a, g) = phi_e(s, a) . psi_e(g) / sqrt(d), e = 1, 2
+            L = mean_e,b,b' BCE(Q_e(s_b, a_b, g_b'), 1[b = b'])
+            g_b a geometric future state of s_b; the goals of the others are the negatives
+    actor   L = -mean_b Q / (mean_b |Q| + 1e-6) - alpha mean_b log pi(a | s, g)
+            Q = min_e Q_e(s, clip(mu(s, g), -1, 1), g), mu the mean of the unit Gaussian pi
+
+There are no target networks. Both losses are taken at the same weights, in one step.
+
+Shapes: *S optional leading seed axes, B batch, E = 2 heads. Observations are not standardized.
+
+Differences from the authors' code: none known against OGBench's but for the order of sums.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from offrl.data import Dataset
+from offrl.data.goals import check_mixture, goal_transitions
+from offrl.engine.optim import adam, descend
+from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.nets.gelu import GeluMLP
+from offrl.nets.goal import GoalActor, GoalColumns, held, normal_log_prob
+
+FIELDS = ("obs", "act", "next_obs")
+HEADS = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 1_000_000  # updates
+    batch: int = 1024
+    lr: float = 3e-4  # Adam, one for all networks
+    discount: float = 0.99  # of the future states; 0.995 in giant mazes and for humanoids
+    alpha: float = 0.1  # weight of imitation in the actor's loss
+    latent: int = 512  # d
+    hidden: tuple[int, ...] = (512, 512, 512)
+    value_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # the state itself, its trajectory, any state
+    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
+    goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+
+
+class CRL:
+    NAMES = ("phi", "psi", "actor", "opt")
+
+    def __init__(
+        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
+    ):
+        c, o, a = config, spec.obs_dim, spec.act_dim
+        check_mixture("value_goals", c.value_goals)
+        check_mixture("actor_goals", c.actor_goals)
+        self.config, self.generator, self.cycle = c, generator, 1
+        self.goal = GoalColumns(o, c.goal_columns, generator.device)
+        lead, g = (*seeds, HEADS), self.goal.size
+        self.phi = GeluMLP((o + a, *c.hidden, c.latent), lead, generator=generator)
+        self.psi = GeluMLP((g, *c.hidden, c.latent), lead, generator=generator)
+        self.actor = GoalActor(o, g, a, c.hidden, seeds, generator)
+        nets = (self.phi, self.psi, self.actor)
+        self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
+
+    def update(self, batch: Batch, step: int) -> Metrics:
+        critic, metrics = self.critic_loss(batch)
+        actor, more = self.actor_loss(batch)
+        return descend(self.opt, critic + actor, metrics | more)
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        pair = torch.cat([batch["obs"], batch["act"]], -1).unsqueeze(-3)
+        phi, psi = self.phi(pair), self.psi(self.goal(batch["value_goal"]).unsqueeze(-3))
+        logits = phi @ psi.mT / phi.shape[-1] ** 0.5  # (*S, E, B, B)
+        own = torch.eye(logits.shape[-1], device=logits.device).expand_as(logits)
+        loss = F.binary_cross_entropy_with_logits(logits, own, reduction="none").mean((-3, -2, -1))
+        met, others = logits.diagonal(dim1=-2, dim2=-1).mean((-2, -1)), logits.mean((-3, -2, -1))
+        return loss, {"critic/loss": loss, "critic/own": met, "critic/all": others}
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        s, goal = batch["obs"], self.goal(batch["goal"])
+        mean = self.actor(s, goal)
+        phi = held(self.phi, torch.cat([s, mean.clamp(-1, 1)], -1).unsqueeze(-3))
+        with torch.no_grad():
+            psi = self.psi(goal.unsqueeze(-3))
+        q = ((phi * psi).sum(-1) / phi.shape[-1] ** 0.5).amin(-2)  # (*S, B)
+        climb = -q.mean(-1) / (q.detach().abs().mean(-1) + 1e-6)
+        imitation = -normal_log_prob(batch["act"], mean).mean(-1)
+        loss = climb + self.config.alpha * imitation
+        return loss, {"actor/loss": loss, "actor/imitation": imitation}
+
+    @torch.no_grad()
+    def act(
+        self,
+        now: Batch,
+        memory: Any = None,
+        explore: bool = False,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Any]:
+        act = self.actor.act(now["obs"], self.goal(now["goal"]), explore, generator)
+        return act, memory
+
+    def state(self) -> dict[str, Any]:
+        return modules_state(self, self.NAMES)
+
+    def load(self, state: dict[str, Any]) -> None:
+        load_modules(self, self.NAMES, state)
+
+
+make = CRL
+
+
+def stages(algo: CRL, data: Dataset, run: Run) -> list[Stage]:
+    c = algo.config
+
+    def start():
+        return goal_transitions(
+            data, c.batch, c.value_goals, c.actor_goals, c.discount, run.seeds, run.device
+        )
+
+    return [Stage("train", run.steps, start, algo.update, algo.cycle)]

@@ -1,0 +1,146 @@
+"""GCIQL: goal-conditioned IQL, whose policy climbs Q while it imitates.
+
+Kostrikov, Nair and Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022,
+arXiv:2110.06169, with goals, and with DDPG+BC for the policy, as in OGBench (Park et al., ICLR
+2025, arXiv:2410.20092).
+
+    value   L = mean_b |expectile - 1[u < 0]| u^2,  u = min_e Q'_e(s, a, g) - V(s, g)
+    critic  L = sum_e mean_b (r + discount m V(s', g) - Q_e(s, a, g))^2
+            r = -1, and 0 without a next value (m = 0) where the goal is the state itself
+    actor   L = -mean_b Q / (mean_b |Q| + 1e-6) - alpha mean_b log pi(a | s, g)
+            Q = min_e Q_e(s, clip(mu(s, g), -1, 1), g), mu the mean of the unit Gaussian pi
+
+Primes are target networks, which follow the online weights from before the step's gradient. All
+three losses are taken at the same weights, in one step. The goals of values and actor are drawn
+apart.
+
+Shapes: *S optional leading seed axes, B batch, E = 2 critics. Observations are not standardized.
+
+Differences from the authors' code: none known against OGBench's but for the order of sums.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from offrl.data import Dataset
+from offrl.data.goals import check_mixture, goal_transitions
+from offrl.engine.optim import adam, descend, frozen, polyak
+from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.nets.goal import GoalActor, GoalColumns, Values, held, normal_log_prob
+
+FIELDS = ("obs", "act", "next_obs")
+HEADS = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 1_000_000  # updates
+    batch: int = 1024
+    lr: float = 3e-4  # Adam, one for all networks
+    discount: float = 0.99  # 0.995 in giant mazes and for humanoids
+    tau: float = 0.005  # share of the online weights in each target update
+    expectile: float = 0.9
+    alpha: float = 0.3  # weight of imitation in the actor's loss
+    hidden: tuple[int, ...] = (512, 512, 512)
+    value_goals: tuple[float, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
+    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
+    goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+
+
+class GCIQL:
+    NAMES = ("values", "critics", "critics_target", "actor", "opt")
+
+    def __init__(
+        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
+    ):
+        c, o, a = config, spec.obs_dim, spec.act_dim
+        check_mixture("value_goals", c.value_goals)
+        check_mixture("actor_goals", c.actor_goals)
+        self.config, self.generator, self.cycle = c, generator, 1
+        self.goal = GoalColumns(o, c.goal_columns, generator.device)
+        g = self.goal.size
+        self.values = Values(o + g, c.hidden, seeds, generator)
+        self.critics = Values(o + g + a, c.hidden, (*seeds, HEADS), generator)
+        self.critics_target = frozen(deepcopy(self.critics))
+        self.actor = GoalActor(o, g, a, c.hidden, seeds, generator)
+        nets = (self.values, self.critics, self.actor)
+        self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
+
+    def update(self, batch: Batch, step: int) -> Metrics:
+        value, metrics = self.value_loss(batch)
+        critic, more = self.critic_loss(batch)
+        actor, most = self.actor_loss(batch)
+        polyak(self.critics_target, self.critics, self.config.tau)  # the weights before the step
+        return descend(self.opt, value + critic + actor, metrics | more | most)
+
+    def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        s, goal = batch["obs"], self.goal(batch["value_goal"])
+        q = self.critics_target(joined(s, goal, batch["act"]).unsqueeze(-3)).amin(-2)
+        v = self.values(joined(s, goal))
+        gap = q - v
+        weight = torch.where(gap >= 0, self.config.expectile, 1 - self.config.expectile)
+        loss = (weight * gap.square()).mean(-1)
+        return loss, {"value/loss": loss, "value/mean": v.mean(-1)}
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        success, goal = batch["success"], self.goal(batch["value_goal"])
+        with torch.no_grad():
+            later = self.values(joined(batch["next_obs"], goal))
+            y = success - 1 + self.config.discount * (1 - success) * later
+        q = self.critics(joined(batch["obs"], goal, batch["act"]).unsqueeze(-3))  # (*S, E, B)
+        loss = (q - y.unsqueeze(-2)).square().mean(-1).sum(-1)
+        return loss, {"critic/loss": loss, "critic/q": q.mean((-2, -1))}
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        s, goal = batch["obs"], self.goal(batch["goal"])
+        mean = self.actor(s, goal)
+        x = joined(s, goal, mean.clamp(-1, 1)).unsqueeze(-3)
+        q = held(self.critics, x).amin(-2)  # (*S, B)
+        climb = -q.mean(-1) / (q.detach().abs().mean(-1) + 1e-6)
+        imitation = -normal_log_prob(batch["act"], mean).mean(-1)
+        loss = climb + self.config.alpha * imitation
+        return loss, {"actor/loss": loss, "actor/imitation": imitation}
+
+    @torch.no_grad()
+    def value(self, obs: Tensor, goal: Tensor) -> Tensor:
+        """V(s, g) (*S, B) for whole observations as goals."""
+        return self.values(joined(obs, self.goal(goal)))
+
+    @torch.no_grad()
+    def act(
+        self,
+        now: Batch,
+        memory: Any = None,
+        explore: bool = False,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Any]:
+        act = self.actor.act(now["obs"], self.goal(now["goal"]), explore, generator)
+        return act, memory
+
+    def state(self) -> dict[str, Any]:
+        return modules_state(self, self.NAMES)
+
+    def load(self, state: dict[str, Any]) -> None:
+        load_modules(self, self.NAMES, state)
+
+
+def joined(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, -1)
+
+
+make = GCIQL
+
+
+def stages(algo: GCIQL, data: Dataset, run: Run) -> list[Stage]:
+    c = algo.config
+
+    def start():
+        return goal_transitions(
+            data, c.batch, c.value_goals, c.actor_goals, c.discount, run.seeds, run.device
+        )
+
+    return [Stage("train", run.steps, start, algo.update, algo.cycle)]

@@ -1,0 +1,135 @@
+"""GCIVL: a goal-conditioned value by expectile regression, and the policy that its gain prefers.
+
+Goal-conditioned IQL (Kostrikov et al., ICLR 2022, arXiv:2110.06169) without Q, as HIQL (Park et
+al., NeurIPS 2023, arXiv:2307.11949) and OGBench (Park et al., ICLR 2025, arXiv:2410.20092) have it.
+
+    value  r = -1, and 0 without a next value where the goal is the state itself (m = 0)
+           A = r + discount m min_e V'_e(s', g) - mean_e V'_e(s, g)
+           L = sum_e mean_b |expectile - 1[A < 0]| (r + discount m V'_e(s', g) - V_e(s, g))^2
+    actor  L = -mean_b min(exp(alpha (V(s', g) - V(s, g))), 100) log pi(a | s, g)
+
+V without an index is the mean of the online heads, e = 1, 2. Primes are target networks, which
+follow the online weights from before the step's gradient. The goals of value and actor are drawn
+apart.
+
+Shapes: *S optional leading seed axes, B batch, E = 2 heads. Observations are not standardized.
+
+Differences from the authors' code: none known against OGBench's but for the order of sums.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from offrl.data import Dataset
+from offrl.data.goals import check_mixture, goal_transitions
+from offrl.engine.optim import adam, descend, frozen, polyak
+from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.nets.goal import GoalActor, GoalColumns, Values
+
+FIELDS = ("obs", "act", "next_obs")
+HEADS = 2
+WEIGHT_CAP = 100.0  # largest weight of the regression
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 1_000_000  # updates
+    batch: int = 1024
+    lr: float = 3e-4  # Adam, one for both networks
+    discount: float = 0.99  # 0.995 in giant mazes and for humanoids
+    tau: float = 0.005  # share of the online weights in each target update
+    expectile: float = 0.9
+    alpha: float = 10.0  # inverse temperature of the regression
+    hidden: tuple[int, ...] = (512, 512, 512)
+    value_goals: tuple[float, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
+    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
+    goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+
+
+class GCIVL:
+    NAMES = ("values", "values_target", "actor", "opt")
+
+    def __init__(
+        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
+    ):
+        c, o = config, spec.obs_dim
+        check_mixture("value_goals", c.value_goals)
+        check_mixture("actor_goals", c.actor_goals)
+        self.config, self.generator, self.cycle = c, generator, 1
+        self.goal = GoalColumns(o, c.goal_columns, generator.device)
+        self.values = Values(o + self.goal.size, c.hidden, (*seeds, HEADS), generator)
+        self.values_target = frozen(deepcopy(self.values))
+        self.actor = GoalActor(o, self.goal.size, spec.act_dim, c.hidden, seeds, generator)
+        self.opt = adam([*self.values.parameters(), *self.actor.parameters()], c.lr)
+
+    def update(self, batch: Batch, step: int) -> Metrics:
+        value, metrics = self.value_loss(batch)
+        actor, more = self.actor_loss(batch)
+        polyak(self.values_target, self.values, self.config.tau)  # the weights before the step
+        return descend(self.opt, value + actor, metrics | more)
+
+    def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        c, success, goal = self.config, batch["success"], self.goal(batch["value_goal"])
+        reward, discount = success - 1, c.discount * (1 - success)
+        with torch.no_grad():
+            later, here = self.heads(self.values_target, goal, batch["next_obs"], batch["obs"])
+            advantage = reward + discount * later.amin(-2) - here.mean(-2)
+            weight = torch.where(advantage >= 0, c.expectile, 1 - c.expectile)
+            q = reward.unsqueeze(-2) + discount.unsqueeze(-2) * later
+        (now,) = self.heads(self.values, goal, batch["obs"])  # (*S, E, B)
+        loss = (weight.unsqueeze(-2) * (q - now).square()).mean(-1).sum(-1)  # (*S,)
+        return loss, {"value/loss": loss, "value/mean": now.mean((-2, -1))}
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        goal = self.goal(batch["goal"])
+        with torch.no_grad():
+            later, here = self.heads(self.values, goal, batch["next_obs"], batch["obs"])
+            weight = (self.config.alpha * (later - here).mean(-2)).exp().clamp(max=WEIGHT_CAP)
+        log_prob = self.actor.log_prob(batch["obs"], goal, batch["act"])
+        loss = -(weight * log_prob).mean(-1)
+        return loss, {"actor/loss": loss, "actor/weight": weight.mean(-1)}
+
+    def heads(self, values: Values, goal: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        """Both heads (*S, E, B) at several states with one goal, in one call."""
+        x = torch.cat([torch.cat([obs, goal], -1) for obs in states], -2).unsqueeze(-3)
+        return values(x).chunk(len(states), -1)
+
+    @torch.no_grad()
+    def value(self, obs: Tensor, goal: Tensor) -> Tensor:
+        """V(s, g) (*S, B), the mean of the online heads, for whole observations as goals."""
+        return self.heads(self.values, self.goal(goal), obs)[0].mean(-2)
+
+    @torch.no_grad()
+    def act(
+        self,
+        now: Batch,
+        memory: Any = None,
+        explore: bool = False,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Any]:
+        act = self.actor.act(now["obs"], self.goal(now["goal"]), explore, generator)
+        return act, memory
+
+    def state(self) -> dict[str, Any]:
+        return modules_state(self, self.NAMES)
+
+    def load(self, state: dict[str, Any]) -> None:
+        load_modules(self, self.NAMES, state)
+
+
+make = GCIVL
+
+
+def stages(algo: GCIVL, data: Dataset, run: Run) -> list[Stage]:
+    c = algo.config
+
+    def start():
+        return goal_transitions(
+            data, c.batch, c.value_goals, c.actor_goals, c.discount, run.seeds, run.device
+        )
+
+    return [Stage("train", run.steps, start, algo.update, algo.cycle)]

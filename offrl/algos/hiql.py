@@ -1,0 +1,196 @@
+"""HIQL: one goal-conditioned value, a policy that names subgoals and one that reaches them.
+
+Park, Ghosh, Eysenbach and Levine, "HIQL: Offline Goal-Conditioned RL with Latent States as
+Actions", NeurIPS 2023, arXiv:2307.11949; as in OGBench (Park et al., ICLR 2025, arXiv:2410.20092).
+
+    phi    phi([s; g]), a vector of length sqrt(d): what a goal looks like from a state
+    value  V_e(s, g) = MLP_e([s; phi([s; g])]), e = 1, 2; r = -1, and 0 without a next value where
+           the goal is the state itself
+           A = r + discount m min_e V'_e(s', g) - mean_e V'_e(s, g)
+           L = sum_e mean_b |expectile - 1[A < 0]| (r + discount m V'_e(s', g) - V_e(s, g))^2
+    low    L = -mean_b min(exp(low_alpha A), 100) log pi(a | s, phi([s; w]))
+           w = s_{t+k},  A = V(s', w) - V(s, w)
+    high   L = -mean_b min(exp(high_alpha A), 100) log pi(phi([s; s_{t+k}]) | s, g)
+           A = V(s_{t+k}, g) - V(s, g)
+
+V without an index is the mean of the online heads. Primes are target networks, which use the online
+phi and follow the online weights from before the step's gradient. phi learns from the value only
+(`low_actor_rep_grad` adds the low actor). Both policies are Gaussians of standard deviation 1; in
+acting z = pi_high(s, g) is named anew at every step and brought to length sqrt(d).
+
+Shapes: *S optional leading seed axes, B batch, E = 2 heads. Observations are not standardized.
+Images go through encoders of their own for phi, the values, their target and each policy; phi and
+the high policy see s and g together.
+
+Differences from the authors' code: OGBench's choices where the two differ (both temperatures 3
+instead of 1, goals of the high policy along the trajectory only). The paper writes one TD error for
+weight and residual; both codes use the target networks in the weight, as here. The value's and the
+policies' passes are joined into one product per network, which changes rounding only.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from offrl.data import Dataset
+from offrl.data.goals import check_mixture, trajectories
+from offrl.engine.optim import adam, descend, frozen, polyak
+from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.nets.encoders import cropped
+from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized
+
+FIELDS = ("obs", "act", "next_obs")
+HEADS = 2
+WEIGHT_CAP = 100.0  # largest weight of a regression
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 1_000_000  # updates
+    batch: int = 1024
+    lr: float = 3e-4  # Adam, one for all networks
+    discount: float = 0.99  # 0.995 in giant mazes and for humanoids
+    tau: float = 0.005  # share of the online weights in each target update
+    expectile: float = 0.7
+    high_alpha: float = 3.0  # inverse temperatures of the two regressions
+    low_alpha: float = 3.0
+    subgoal_steps: int = 25  # k
+    rep_dim: int = 10  # d
+    low_actor_rep_grad: bool = False  # phi learns from the low policy too; published for pixels
+    hidden: tuple[int, ...] = (512, 512, 512)
+    value_goals: tuple[float, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
+    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # of the high policy; likewise
+    goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+    images: bool = False  # observations are 64 x 64 RGB images; one seed per run
+    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
+
+
+class HIQL:
+    NAMES = ("rep", "values", "values_target", "high", "low", "opt")
+
+    def __init__(
+        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
+    ):
+        c, o = config, spec.obs_dim
+        check_mixture("value_goals", c.value_goals)
+        check_mixture("actor_goals", c.actor_goals)
+        self.config, self.generator, self.cycle = c, generator, 1
+        self.goal = GoalColumns(o, c.goal_columns, generator.device)
+        self.rep = GoalRep(o, self.goal.size, c.rep_dim, c.hidden, seeds, generator, c.images)
+        self.values = RepValues(o, c.rep_dim, c.hidden, 1, HEADS, seeds, generator, c.images)
+        self.values_target = frozen(deepcopy(self.values))
+        self.high = GoalActor(
+            o, self.goal.size, c.rep_dim, c.hidden, seeds, generator, 2 * c.images
+        )
+        self.low = GoalActor(o, c.rep_dim, spec.act_dim, c.hidden, seeds, generator, int(c.images))
+        nets = (self.rep, self.values, self.high, self.low)
+        self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
+
+    def update(self, batch: Batch, step: int) -> Metrics:
+        loss, metrics = self.loss(batch)
+        polyak(self.values_target, self.values, self.config.tau)  # the weights before the step
+        return descend(self.opt, loss, metrics)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        c = self.config
+        s, next_s, ahead = batch["obs"], batch["next_obs"], batch["ahead"]
+        v, w, g = (self.goal(batch[name]) for name in ("value_goal", "waypoint", "goal"))
+        rep = self.rep(s, v)
+        with torch.no_grad():  # one call per network for all terms
+            rep_next, rep_w, rep_next_w, rep_g, rep_ahead_g, subgoal = self.reps(
+                (next_s, v), (s, w), (next_s, w), (s, g), (ahead, g), (s, self.goal(ahead))
+            )
+            target_next, target_now = self.values_target(((next_s, rep_next), (s, rep)))
+            v_w, v_next_w, v_g, v_ahead_g = self.values(
+                ((s, rep_w), (next_s, rep_next_w), (s, rep_g), (ahead, rep_ahead_g))
+            )
+        if c.low_actor_rep_grad:
+            rep_w = self.rep(s, w)
+        (now,) = self.values(((s, rep),))  # (*S, E, B)
+        value, metrics = self.value_loss(now, target_next, target_now, batch["success"])
+        low_weight = advantage_weight(c.low_alpha, v_next_w - v_w)
+        low = -(low_weight * self.low.log_prob(s, rep_w, batch["act"])).mean(-1)
+        high_weight = advantage_weight(c.high_alpha, v_ahead_g - v_g)
+        high = -(high_weight * self.high.log_prob(s, g, subgoal)).mean(-1)
+        metrics |= {
+            "low/loss": low, "low/weight": low_weight.mean(-1),
+            "high/loss": high, "high/weight": high_weight.mean(-1),
+        }  # fmt: skip
+        return value + low + high, metrics
+
+    def value_loss(
+        self, now: Tensor, target_next: Tensor, target_now: Tensor, success: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """Expectile regression of the heads (*S, E, B); success (*S, B)."""
+        c = self.config
+        reward, discount = success - 1, c.discount * (1 - success)
+        advantage = reward + discount * target_next.amin(-2) - target_now.mean(-2)
+        weight = torch.where(advantage >= 0, c.expectile, 1 - c.expectile)
+        q = reward.unsqueeze(-2) + discount.unsqueeze(-2) * target_next
+        loss = (weight.unsqueeze(-2) * (q - now).square()).mean(-1).sum(-1)  # (*S,)
+        return loss, {"value/loss": loss, "value/mean": now.mean((-2, -1))}
+
+    def reps(self, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """phi of several (obs, goal) in one call."""
+        obs, goal = (torch.cat(parts, -2) for parts in zip(*pairs, strict=True))
+        return self.rep(obs, goal).chunk(len(pairs), -2)
+
+    @torch.no_grad()
+    def value(self, obs: Tensor, goal: Tensor) -> Tensor:
+        """V(s, g) (*S, B), the mean of the online heads, for whole observations as goals."""
+        goal = self.goal(goal)
+        (heads,) = self.values(((obs, self.rep(obs, goal)),))
+        return heads.mean(-2)
+
+    @torch.no_grad()
+    def act(
+        self,
+        now: Batch,
+        memory: Any = None,
+        explore: bool = False,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Any]:
+        z = self.high(now["obs"], self.goal(now["goal"]))
+        if explore:
+            z = z + torch.empty_like(z).normal_(generator=generator)
+        return self.low.act(now["obs"], normalized(z), explore, generator), memory
+
+    def state(self) -> dict[str, Any]:
+        return modules_state(self, self.NAMES)
+
+    def load(self, state: dict[str, Any]) -> None:
+        load_modules(self, self.NAMES, state)
+
+
+def advantage_weight(alpha: float, heads: Tensor) -> Tensor:
+    """min(exp(alpha A), 100) (*S, B), A the mean of the heads' differences (*S, E, B)."""
+    return (alpha * heads.mean(-2)).exp().clamp(max=WEIGHT_CAP)
+
+
+make = HIQL
+
+
+def stages(algo: HIQL, data: Dataset, run: Run) -> list[Stage]:
+    c = algo.config
+
+    def start():
+        states = trajectories(data, run.device)
+
+        def sample(generator: Generator) -> Batch:
+            i = states.anchors((*run.seeds, c.batch), generator)
+            value_goal = states.goals(i, c.value_goals, generator, c.discount)
+            goal, ahead = states.subgoals(i, c.subgoal_steps, c.actor_goals, generator)
+            waypoint = states.ahead(i, c.subgoal_steps)
+            names = ("obs", "next_obs", "value_goal", "waypoint", "goal", "ahead")
+            found, act = states.gather(i, i + 1, value_goal, waypoint, goal, ahead)
+            if c.images:
+                found = cropped(found, c.crop_share, generator)
+            batch = dict(zip(names, found, strict=True))
+            return batch | {"act": act, "success": (value_goal == i).float()}
+
+        return sample
+
+    return [Stage("train", run.steps, start, algo.update, algo.cycle)]

@@ -1,0 +1,151 @@
+"""QRL: the value as a quasimetric, spread out as far as one-step distances allow.
+
+Wang, Torralba, Isola and Zhang, "Optimal Goal-Reaching Reinforcement Learning via Quasimetric
+Learning", ICML 2023, arXiv:2304.01203; as in OGBench (Park et al., ICLR 2025, arXiv:2410.20092).
+
+    metric   d(s, g) between latents z, an interval quasimetric (offrl.nets.metric)
+             L = mean_b 100 softplus(5 - d(s, g) / 100) + lambda mean_b relu(d(s, s') - 1)^2
+             lambda = exp(l) >= 0 rises while the constraint is broken: L = lambda (0.05 - broken)
+    model    z^ = z_s + F([z_s; a]),  L = mean_b (d(z_s', z^) + d(z^, z_s')) / 2
+    actor    L = -mean_b Q / (mean_b |Q| + 1e-6) - alpha mean_b log pi(a | s, g)
+             Q = -d(z^(s, clip(mu(s, g), -1, 1)), z_g), mu the mean of the unit Gaussian pi
+
+There are no target networks. All losses are taken at the same weights, in one step of one
+optimizer, which also moves l. Goals of the metric are any states.
+
+Shapes: *S optional leading seed axes, B batch. Observations are not standardized. Goals are whole
+observations, since the metric is one of states.
+
+Differences from the authors' code: none known against OGBench's in the losses; that the model's
+loss reaches the latents too is from memory of it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from offrl.data import Dataset
+from offrl.data.goals import check_mixture, goal_transitions
+from offrl.engine.optim import adam, descend
+from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.nets.gelu import GeluMLP
+from offrl.nets.goal import GoalActor, held, normal_log_prob
+from offrl.nets.metric import IQE
+
+FIELDS = ("obs", "act", "next_obs")
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 1_000_000  # updates
+    batch: int = 1024
+    lr: float = 3e-4  # Adam, one for everything
+    slack: float = 0.05  # squared excess of one-step distances that is allowed on average
+    alpha: float = 0.003  # weight of imitation in the actor's loss
+    latent: int = 512
+    hidden: tuple[int, ...] = (512, 512, 512)
+    value_goals: tuple[float, ...] = (0.0, 0.0, 1.0)  # the state itself, its trajectory, any state
+    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
+
+
+class Multiplier(nn.Module):
+    """exp(l) (*S,), 1 at first."""
+
+    def __init__(self, seeds: tuple[int, ...], device: torch.device):
+        super().__init__()
+        self.log = nn.Parameter(torch.zeros(seeds, device=device))
+
+    def forward(self) -> Tensor:
+        return self.log.exp()
+
+
+class QRL:
+    NAMES = ("metric", "model", "actor", "multiplier", "opt")
+
+    def __init__(
+        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
+    ):
+        c, o, a = config, spec.obs_dim, spec.act_dim
+        check_mixture("value_goals", c.value_goals)
+        check_mixture("actor_goals", c.actor_goals)
+        self.config, self.generator, self.cycle = c, generator, 1
+        self.metric = IQE(o, c.hidden, c.latent, seeds, generator)
+        self.model = GeluMLP((c.latent + a, *c.hidden, c.latent), seeds, generator=generator)
+        self.actor = GoalActor(o, o, a, c.hidden, seeds, generator)
+        self.multiplier = Multiplier(seeds, generator.device)
+        nets = (self.metric, self.model, self.actor, self.multiplier)
+        self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
+
+    def update(self, batch: Batch, step: int) -> Metrics:
+        value, metrics = self.value_loss(batch)
+        actor, more = self.actor_loss(batch)
+        return descend(self.opt, value + actor, metrics | more)
+
+    def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """The losses of metric, multiplier and model."""
+        states = torch.cat([batch["obs"], batch["next_obs"], batch["value_goal"]], -2)
+        z, next_z, z_goal = self.metric(states).chunk(3, -2)
+        far = self.metric.distance(z, z_goal)
+        spread = (100 * F.softplus(5 - far / 100)).mean(-1)
+        excess = (self.metric.distance(z, next_z) - 1).relu().square().mean(-1)  # (*S,)
+        price = self.multiplier()
+        dual = price * (self.config.slack - excess.detach())
+        foreseen = z + self.model(torch.cat([z, batch["act"]], -1))
+        there = self.metric.distance(next_z, foreseen), self.metric.distance(foreseen, next_z)
+        model = (there[0] + there[1]).mean(-1) / 2
+        loss = spread + price.detach() * excess + dual + model
+        return loss, {
+            "value/spread": spread, "value/excess": excess, "value/price": price,
+            "value/mean": far.mean(-1), "model/loss": model,
+        }  # fmt: skip
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        s, goal = batch["obs"], batch["goal"]
+        mean = self.actor(s, goal)
+        with torch.no_grad():
+            z, z_goal = self.metric(torch.cat([s, goal], -2)).chunk(2, -2)
+        foreseen = z + held(self.model, torch.cat([z, mean.clamp(-1, 1)], -1))
+        q = -self.metric.distance(foreseen, z_goal, held=True)  # (*S, B)
+        climb = -q.mean(-1) / (q.detach().abs().mean(-1) + 1e-6)
+        imitation = -normal_log_prob(batch["act"], mean).mean(-1)
+        loss = climb + self.config.alpha * imitation
+        return loss, {"actor/loss": loss, "actor/imitation": imitation}
+
+    @torch.no_grad()
+    def value(self, obs: Tensor, goal: Tensor) -> Tensor:
+        """-d(s, g) (*S, B)."""
+        return -self.metric.distance(self.metric(obs), self.metric(goal))
+
+    @torch.no_grad()
+    def act(
+        self,
+        now: Batch,
+        memory: Any = None,
+        explore: bool = False,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Any]:
+        return self.actor.act(now["obs"], now["goal"], explore, generator), memory
+
+    def state(self) -> dict[str, Any]:
+        return modules_state(self, self.NAMES)
+
+    def load(self, state: dict[str, Any]) -> None:
+        load_modules(self, self.NAMES, state)
+
+
+make = QRL
+
+
+def stages(algo: QRL, data: Dataset, run: Run) -> list[Stage]:
+    c = algo.config
+
+    def start():
+        # the metric's goals are random, so the discount of trajectory goals plays no part
+        return goal_transitions(
+            data, c.batch, c.value_goals, c.actor_goals, 0.99, run.seeds, run.device
+        )
+
+    return [Stage("train", run.steps, start, algo.update, algo.cycle)]

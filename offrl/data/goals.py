@@ -1,0 +1,214 @@
+"""Goals for goal-conditioned methods: states of the data, drawn by their place in a trajectory.
+
+Trajectories lie one after the other with their last states, which have no transition, so that a
+state is an index: i the anchor, f(i) the last state of its trajectory. Everything is drawn and
+gathered on the device, with fixed shapes.
+
+    trajectory goal   geometric: min(i + G, f), G ~ Geom(1 - discount) on {1, 2, ...}
+                      uniform: round(min(i + 1, f) u + f (1 - u)), u ~ U[0, 1); the two end points
+                      are half as likely as the others
+    random goal       any state that has a transition
+    success           the goal is the state itself: equality of indices, never of values
+
+Sources: OGBench's reference sampler (Park et al., ICLR 2025, arXiv:2410.20092) and the options of
+OTA (Ahn et al., NeurIPS 2025, arXiv:2505.12737).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from offrl.data.dataset import DataError, Dataset
+from offrl.data.samplers import BUDGET, gatherer
+from offrl.engine.stage import Batch, Sampler
+
+Mixture = tuple[float, ...]  # probabilities of the state itself, a trajectory goal, a random goal
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """The states of a data set by index; indices are int64 of any shape (*I).
+
+    Attributes:
+        rows: index -> obs (*I, o) and act (*I, a); the action of a last state is zero.
+        valid: (N,) states that have a transition, which are the anchors, ascending.
+        last: (M,) f, the last state of every state's trajectory.
+    """
+
+    rows: Callable[[Tensor], Batch]
+    valid: Tensor
+    last: Tensor
+
+    def anchors(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
+        """Uniform states that have a transition."""
+        size, device = len(self.valid), self.valid.device
+        return self.valid[torch.randint(size, shape, generator=generator, device=device)]
+
+    def ahead(self, i: Tensor, steps: int) -> Tensor:
+        """min(i + steps, f)."""
+        return torch.minimum(i + steps, self.last[i])
+
+    def geometric(self, i: Tensor, discount: float, generator: Generator) -> Tensor:
+        """A trajectory goal, on average 1 / (1 - discount) steps ahead before it meets the end."""
+        steps = torch.empty(i.shape, dtype=torch.float64, device=i.device)
+        steps = steps.geometric_(1 - discount, generator=generator).long()
+        return torch.minimum(i + steps, self.last[i])
+
+    def uniform(self, i: Tensor, generator: Generator) -> Tensor:
+        """A trajectory goal from the rest of the trajectory."""
+        near, far = self.ahead(i, 1), self.last[i]
+        u = torch.rand(i.shape, dtype=torch.float64, generator=generator, device=i.device)
+        return (near * u + far * (1 - u)).round().long()
+
+    def goals(
+        self, i: Tensor, mixture: Mixture, generator: Generator, discount: float | None = None
+    ) -> Tensor:
+        """Goals from a mixture of the state itself, its trajectory and all states.
+
+        Args:
+            mixture: the three probabilities; see `check_mixture`.
+            discount: of geometric trajectory goals; None for uniform ones.
+        """
+        current, trajectory, _ = mixture
+        if discount is None:
+            goal = self.uniform(i, generator)
+        else:
+            goal = self.geometric(i, discount, generator)
+        if current < 1:
+            within = chance(i, trajectory / (1 - current), generator)
+            goal = torch.where(within, goal, self.anchors(i.shape, generator))
+        return torch.where(chance(i, current, generator), i, goal)
+
+    def options(
+        self, i: Tensor, length: int, mixture: Mixture, discount: float, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Where an option of OTA ends, and the goal it is judged by.
+
+        An option lasts `length` steps unless the trajectory, or the goal where that lies on it,
+        ends it before. The offset of a goal is not scaled by `length`; the "current" goal is the
+        option's end.
+
+        Returns:
+            end, goal; the option succeeds where they are equal.
+        """
+        current, trajectory, _ = mixture
+        within = chance(i, trajectory / (1 - current + 1e-6), generator)
+        ahead = self.geometric(i, discount, generator)
+        end = self.ahead(i, length)
+        end = torch.where(within, torch.minimum(end, ahead), end)
+        goal = torch.where(within, ahead, self.anchors(i.shape, generator))
+        return end, torch.where(chance(i, current, generator), end, goal)
+
+    def subgoals(
+        self, i: Tensor, steps: int, mixture: Mixture, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A high-level actor's goal, and the state `steps` ahead that it should name.
+
+        Args:
+            mixture: the first entry must be 0; trajectory goals are uniform.
+
+        Returns:
+            goal, target: min(i + steps, goal) for trajectory goals, else min(i + steps, f).
+
+        Raises:
+            ValueError: if the state itself is asked for as a goal, which has no subgoal.
+        """
+        if mixture[0] > 0:
+            raise ValueError(f"actor_goals of a high policy must begin with 0, got {list(mixture)}")
+        within = chance(i, mixture[1], generator)
+        later = self.uniform(i, generator)
+        target = self.ahead(i, steps)
+        target = torch.where(within, torch.minimum(target, later), target)
+        return torch.where(within, later, self.anchors(i.shape, generator)), target
+
+    def gather(self, *indices: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Observations of several index sets, and the actions of the first, in one gather."""
+        found = self.rows(torch.stack(indices))
+        return list(found["obs"].unbind(0)), found["act"][0]
+
+
+def chance(like: Tensor, probability: float, generator: Generator) -> Tensor:
+    """Independent flags of the shape of `like`."""
+    draw = torch.rand(like.shape, dtype=torch.float64, generator=generator, device=like.device)
+    return draw < probability
+
+
+def check_mixture(name: str, mixture: Mixture) -> None:
+    """Raises ValueError unless there are three probabilities that sum to 1."""
+    if len(mixture) != 3 or min(mixture) < 0 or abs(sum(mixture) - 1) > 1e-6:
+        raise ValueError(
+            f"{name} must be three probabilities that sum to 1 (the state itself, its trajectory, "
+            f"any state), got {list(mixture)}"
+        )
+
+
+def trajectories(
+    data: Dataset, device: torch.device | str = "cpu", budget: int = BUDGET
+) -> Trajectories:
+    """The states of any data set with obs, act and next_obs, on the device if they fit.
+
+    Args:
+        budget: bytes; see `transitions`.
+
+    Raises:
+        DataError: if a row's next_obs is not the following row's obs inside an episode.
+    """
+    device, size, episodes = torch.device(device), len(data), data.episodes
+    starts, lengths = data.starts.cpu(), data.lengths.cpu()
+    first = starts + torch.arange(episodes)  # state of every episode's first row
+    episode = torch.arange(episodes).repeat_interleave(lengths)
+    valid = torch.arange(size) + episode  # state of every row
+    last = (first + lengths).repeat_interleave(lengths + 1)
+    ends = starts + lengths - 1
+    fields = {}
+    for name in ("obs", "act"):
+        value = data[name].cpu()
+        fields[name] = value.new_zeros(size + episodes, *value.shape[1:])
+        fields[name][valid] = value
+    following = data["next_obs"].cpu()
+    fields["obs"][first + lengths] = following[ends]
+    inside = torch.ones(size, dtype=torch.bool)
+    inside[ends] = False
+    stray = (fields["obs"][valid + 1] != following).flatten(1).any(-1) & inside
+    if stray.any():
+        raise DataError(
+            f"{data.name}: next_obs differs from the following row's obs in {int(stray.sum())} "
+            f"rows inside of episodes, first in row {int(stray.nonzero()[0, 0])}; goals are drawn "
+            "along trajectories, so the rows of an episode must follow each other"
+        )
+    rows = gatherer(fields, device, budget=budget)
+    return Trajectories(rows, valid.to(device), last.to(device))
+
+
+def goal_transitions(
+    data: Dataset,
+    batch: int,
+    value_goals: Mixture,
+    actor_goals: Mixture,
+    discount: float,
+    seeds: tuple[int, ...] = (),
+    device: torch.device | str = "cpu",
+) -> Sampler:
+    """Transitions with a goal for the value and one for the policy.
+
+    Args:
+        value_goals: mixture with geometric trajectory goals of this `discount`.
+        actor_goals: mixture with uniform trajectory goals.
+
+    Returns:
+        generator -> obs, act, next_obs, value_goal, goal (*S, batch, ...), all goals as whole
+        observations, and success (*S, batch), 1 where value_goal is the state itself.
+    """
+    states = trajectories(data, device)
+
+    def sample(generator: Generator) -> Batch:
+        i = states.anchors((*seeds, batch), generator)
+        value_goal = states.goals(i, value_goals, generator, discount)
+        goal = states.goals(i, actor_goals, generator)
+        found, act = states.gather(i, i + 1, value_goal, goal)
+        fields = dict(zip(("obs", "next_obs", "value_goal", "goal"), found, strict=True))
+        return fields | {"act": act, "success": (value_goal == i).float()}
+
+    return sample

@@ -1,0 +1,129 @@
+"""Success on OGBench's tasks, read from finished runs, beside the published rows."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from offrl import config as configuration
+from offrl.config import ConfigError
+from offrl.envs import ogbench
+from offrl.outcome import write_json
+from offrl.report import label
+from offrl.results import stats
+
+OGBENCH = "OGBench, arXiv:2410.20092"
+RERUN = "rerun with the authors' code, arXiv:2510.07257"
+# Mean and standard deviation over 8 seeds of a million updates at batch 1024 and width 512.
+PUBLISHED = {
+    "pointmaze-medium-navigate": {"hiql": ((79, 5), (73.6, 4.4)), "ota": (None, (80.8, 3.1))},
+    "pointmaze-large-navigate": {"hiql": ((58, 5), (45.2, 14.0)), "ota": (None, (85.1, 5.7))},
+    "pointmaze-giant-navigate": {"hiql": ((46, 9), (43.0, 10.5)), "ota": (None, (67.2, 9.8))},
+    "pointmaze-medium-stitch": {"hiql": ((74, 6), (73.0, 10.2)), "ota": (None, (60.6, 11.2))},
+    "pointmaze-large-stitch": {"hiql": ((13, 6), (13.2, 8.0)), "ota": (None, (64.0, 14.3))},
+    "pointmaze-giant-stitch": {"hiql": ((0, 0), (0.0, 0.0)), "ota": (None, (42.9, 9.6))},
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of scripts/goal_report.py.
+
+    runs=[DIR,...]   folders that are searched for finished runs
+    out=DIR          receives table.md and table.json
+    """
+
+    runs: tuple[str, ...]
+    out: str
+
+
+def make_goal_report(options: Options) -> dict[str, Any]:
+    """Write the table; returns the content of table.json.
+
+    Raises:
+        ConfigError: if there is no finished run on a task of OGBench.
+    """
+    rows = defaultdict(list)
+    for folder in options.runs:
+        for path in sorted(Path(folder).rglob("result.json")):
+            result = json.loads(path.read_text())
+            resolved = configuration.from_yaml((path.parent / "config.yaml").read_text())
+            if ogbench.known(resolved.settings.env):
+                rows[result["task"], label(resolved), result["steps"]].append(result)
+    if not rows:
+        raise ConfigError("there is no finished run on OGBench's tasks in the given folders")
+    found = [cell(*key, results) for key, results in sorted(rows.items())]
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "table.json", found)
+    (out / "table.md").write_text(table(found))
+    print(table(found))
+    return {"cells": found}
+
+
+def cell(task: str, method: str, steps: int, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One method on one task: of the last checkpoint, of the last three points, and per task."""
+    runs = sorted((seed, i, result) for result in results for i, seed in enumerate(result["seeds"]))
+    seeds = [seed for seed, _, _ in runs]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{method} on {task}: a seed was run twice, among {seeds}")
+    final = np.array([result["final_returns"][i] for _, i, result in runs])  # (seeds, episodes)
+    curve = np.array([result["curve"]["mean_return"][i] for _, i, result in runs])
+    per_seed = 100 * final.mean(-1)
+    pooled = binomtest(int(final.sum()), final.size).proportion_ci(0.95, "wilson")
+    names = list(results[0]["scenarios"])
+    share = lambda name, i, result: np.mean(result["scenarios"][name]["final_returns"][i])  # noqa: E731
+    apart = {
+        name: 100 * float(np.mean([share(name, i, result) for _, i, result in runs]))
+        for name in names
+    }
+    return {
+        "task": task, "method": method, "steps": steps, "seeds": seeds, "episodes": final.shape[1],
+        "success": float(per_seed.mean()), "per_seed": per_seed.tolist(),
+        "interval95_seeds": stats.interval(per_seed),
+        "interval95_episodes": [100 * pooled.low, 100 * pooled.high],
+        "last3": (100 * curve[:, -3:].mean(-1)).tolist(),
+        "per_task": apart,
+        "published": published(task, method.split(" ")[0]),
+        "versions": results[0]["versions"],
+        "commands": [result["command"] for result in results],
+    }  # fmt: skip
+
+
+def published(task: str, algo: str) -> dict[str, list[float]]:
+    """Source -> mean and standard deviation; {} where the library knows of none."""
+    found = PUBLISHED.get(task, {}).get(algo, (None, None))
+    return {
+        source: list(value)
+        for source, value in zip((OGBENCH, RERUN), found, strict=True)
+        if value is not None
+    }
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """The same as Markdown."""
+    lines = [
+        "| task | method | updates | seeds | success % [95 % of episodes] | last 3 points | "
+        "tasks 1 to 5 | published |",
+        "| --- " * 8 + "|",
+    ]
+    for c in cells:
+        low, high = c["interval95_episodes"]
+        rows = [f"{mean:g} ± {std:g}" for mean, std in c["published"].values()]
+        line = [
+            c["task"], c["method"], f"{c['steps']:,}", ", ".join(map(str, c["seeds"])),
+            f"{c['success']:.1f} [{low:.1f}, {high:.1f}]", f"{np.mean(c['last3']):.1f}",
+            " ".join(f"{value:.0f}" for value in c["per_task"].values()), "; ".join(rows),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(line)} |")
+    return "\n".join([
+        *lines, "",
+        "Success of the last checkpoint, 5 tasks alike, mean over seeds; the interval is Wilson's "
+        "over all episodes and knows nothing of the spread between seeds (table.json has both). "
+        f"Published: {OGBENCH}; {RERUN}; a million updates of batch 1024 and width 512, 8 seeds, "
+        "mean ± standard deviation.", "",
+    ])  # fmt: skip

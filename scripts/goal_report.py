@@ -1,0 +1,10 @@
+"""See `offrl.goal_report.Options`."""
+
+import sys
+
+from offrl.cli import options, readable_errors
+from offrl.goal_report import Options, make_goal_report
+
+if __name__ == "__main__":
+    with readable_errors():
+        make_goal_report(options(Options, sys.argv[1:]))

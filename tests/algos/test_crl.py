@@ -1,0 +1,44 @@
+import math
+
+import torch
+
+from offrl.algos import crl
+from tests.algos.goal_conditioned import batch, maker, passes_engineering, reaches
+
+SMALL = crl.Config(hidden=(16, 16), latent=16, batch=16)
+make = maker(crl, SMALL)
+
+
+def test_logits_of_zero_cost_log_two():
+    algo = make()
+    with torch.no_grad():
+        algo.psi.layers[-1].weight.zero_()
+    torch.testing.assert_close(algo.critic_loss(batch())[0], torch.tensor(math.log(2)))
+
+
+def test_the_positives_are_the_pairs_of_a_row():
+    algo, b = make(), batch()
+    phi = algo.phi(torch.cat([b["obs"], b["act"]], -1).unsqueeze(-3))
+    psi = algo.psi(b["value_goal"].unsqueeze(-3))
+    total = 0.0
+    for e in range(2):
+        for i in range(32):
+            for j in range(32):
+                logit = phi[e, i] @ psi[e, j] / 4
+                total = total + torch.nn.functional.softplus(-logit if i == j else logit)
+    torch.testing.assert_close(algo.critic_loss(b)[0], total / (2 * 32 * 32))
+
+
+def test_each_loss_moves_its_own_networks():
+    algo, b = make(), batch()
+    critic, actor = algo.critic_loss(b)[0], algo.actor_loss(b)[0]
+    assert reaches(critic, algo.phi)
+    assert reaches(critic, algo.psi)
+    assert not reaches(critic, algo.actor)
+    assert reaches(actor, algo.actor)
+    assert not reaches(actor, algo.phi)
+    assert not reaches(actor, algo.psi)
+
+
+def test_engineering():
+    passes_engineering(crl, make, ["critic_loss", "actor_loss"])

@@ -1,0 +1,50 @@
+import torch
+
+from offrl.algos import gciql
+from tests.algos.goal_conditioned import batch, grads, maker, passes_engineering, reaches
+
+SMALL = gciql.Config(hidden=(16, 16), batch=16)
+make = maker(gciql, SMALL)
+
+
+def joined(*parts):
+    return torch.cat(parts, -1)
+
+
+def test_the_value_regresses_on_the_smaller_target_critic():
+    algo, b = make(), batch()
+    x = joined(b["obs"], b["value_goal"], b["act"]).unsqueeze(-3)
+    gap = algo.critics_target(x).min(0).values - algo.values(joined(b["obs"], b["value_goal"]))
+    weight = torch.where(gap >= 0, 0.9, 0.1)
+    torch.testing.assert_close(algo.value_loss(b)[0], (weight * gap.square()).mean())
+
+
+def test_critics_regress_on_the_online_value_and_stop_at_the_goal():
+    algo, b = make(), batch() | {"success": torch.ones(32)}
+    q = algo.critics(joined(b["obs"], b["value_goal"], b["act"]).unsqueeze(-3))
+    torch.testing.assert_close(algo.critic_loss(b)[0], q.square().mean(-1).sum())
+    b["success"] = torch.zeros(32)
+    y = -1 + 0.99 * algo.values(joined(b["next_obs"], b["value_goal"]))
+    torch.testing.assert_close(algo.critic_loss(b)[0], (q - y).square().mean(-1).sum())
+
+
+def test_each_loss_moves_its_own_network():
+    algo, b = make(), batch()
+    nets = {"value": algo.values, "critic": algo.critics, "actor": algo.actor}
+    for name in nets:
+        loss = getattr(algo, f"{name}_loss")(b)[0]
+        assert [other for other, net in nets.items() if reaches(loss, net)] == [name]
+
+
+def test_the_pull_of_the_critics_does_not_depend_on_their_scale():
+    algo, b = make(), batch()
+    before = grads(algo.actor_loss(b)[0], algo.actor)
+    with torch.no_grad():
+        for p in algo.critics.net.layers[-1].parameters():
+            p.mul_(50)
+    for old, new in zip(before, grads(algo.actor_loss(b)[0], algo.actor), strict=True):
+        assert abs(old - new) < 1e-3 * old + 1e-6
+
+
+def test_engineering():
+    passes_engineering(gciql, make, ["value_loss", "critic_loss", "actor_loss"])

@@ -1,0 +1,420 @@
+"""OTA against its closed forms, its gradients' routes and its formulas term by term."""
+
+import math
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offrl.algos.ota import OTA, Config, stages
+from offrl.engine.stage import Run, Spec
+from offrl.nets.goal import normal_log_prob
+from offrl.peers import per_term
+from tests.algos import engineering
+from tests.data.trajectories import toy
+
+SMALL = Config(hidden=(16, 16), batch=32, subgoal_steps=4, option_steps=2, rep_dim=5)
+OBS, ACT = 3, 2
+
+
+def make(config=SMALL, seeds=(), dtype=torch.float32):
+    algo = OTA(config, Spec(OBS, ACT), torch.Generator().manual_seed(0), seeds)
+    for name in algo.NAMES[:-1]:
+        getattr(algo, name).to(dtype)
+    return algo
+
+
+def batch(seeds=(), size=64, seed=1, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*seeds, size, *shape, generator=g, dtype=dtype)  # noqa: E731
+    states = ("obs", "next_obs", "option_end", "low_goal", "high_goal", "waypoint", "goal", "ahead")
+    flag = lambda: (torch.rand(*seeds, size, generator=g) < 0.2).to(dtype)  # noqa: E731
+    return {name: draw(OBS) for name in states} | {
+        "act": draw(ACT).tanh(), "low_success": flag(), "high_success": flag()
+    }  # fmt: skip
+
+
+def batches(step):
+    return batch(seed=step)
+
+
+# --- the values ----------------------------------------------------------------------------------
+
+
+def closed_low(d, gamma):
+    return -(1 - gamma**d) / (1 - gamma)
+
+
+def closed_high(d, n, gamma):
+    return -(1 - gamma ** max(math.ceil(d / n) - 1, 0)) / (1 - gamma)
+
+
+def fixed_point(n, gamma, length=41):
+    """Tables (2, E, length) of both levels, moved by the loss's own gradient until they rest."""
+    algo = make(replace(SMALL, expectile=0.5, discount=gamma))
+    i = torch.arange(length)
+    end = (i + n).clamp(max=length - 1)
+    success = torch.stack([i == length - 1, end == length - 1]).double()
+    table = torch.zeros(2, 2, length, dtype=torch.float64)
+    for _ in range(length + 5):
+        now = table.clone().requires_grad_()
+        following = torch.stack([table[0][:, (i + 1).clamp(max=length - 1)], table[1][:, end]])
+        loss, _ = algo.value_loss(now, following, table, success)
+        (slope,) = torch.autograd.grad(loss, now)
+        table = table - length * slope  # half a squared error: one step is onto the target
+    return table
+
+
+@pytest.mark.parametrize("gamma", [0.9, 0.99])
+@pytest.mark.parametrize("n", [1, 5, 7])
+def test_values_of_a_chain_come_to_their_closed_forms(n, gamma):
+    low, high = fixed_point(n, gamma)
+    for i in range(41):
+        d = 40 - i
+        assert abs(low[:, i] - closed_low(d, gamma)).max() < 1e-10
+        assert abs(high[:, i] - closed_high(d, n, gamma)).max() < 1e-10
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 3), (5, 7), (7, 7), (5, 3)])
+def test_the_advantage_of_going_on_is_positive_where_the_option_count_changes(n, k):
+    high = fixed_point(n, 0.99)[1].mean(0)
+    for i in range(40 - k):
+        advantage = high[i + k] - high[i]
+        fewer = math.ceil((40 - i - k) / n) < math.ceil((40 - i) / n)
+        assert (advantage > 1e-9) if fewer else (abs(advantage) < 1e-9)
+
+
+def test_half_an_expectile_is_half_the_squared_error():
+    algo = make(replace(SMALL, expectile=0.5, discount=0.5))
+    now, later, here = (
+        torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
+    success = torch.zeros(2, 64)
+    loss, _ = algo.value_loss(now, later, here, success)
+    q = -1 + 0.5 * later
+    torch.testing.assert_close(loss, 0.5 * (q - now).square().mean(-1).sum())
+
+
+def test_an_advantage_of_zero_has_the_weight_of_a_positive_one():
+    algo = make(replace(SMALL, expectile=0.7))
+    zero, one = torch.zeros(2, 2, 1), torch.ones(2, 2, 1)
+    success = torch.ones(2, 1)  # r = 0, no next value: A = 0 - mean of the target heads
+    for here, weight in ((zero, 0.7), (one, 0.3), (-one, 0.7)):
+        loss, _ = algo.value_loss(one, zero, here, success)
+        torch.testing.assert_close(loss, torch.tensor(weight * 4))
+
+
+def test_success_is_worth_zero_and_has_no_next_value():
+    algo, success = make(), torch.ones(2, 64)
+    now, wild = torch.zeros(2, 2, 64), torch.full((2, 2, 64), 1e6)
+    loss, _ = algo.value_loss(now, wild, now, success)
+    assert float(loss) == 0.0
+
+
+# --- who learns from what ------------------------------------------------------------------------
+
+
+def slopes(loss, module):
+    grads = torch.autograd.grad(
+        loss.sum(), list(module.parameters()), allow_unused=True, retain_graph=True
+    )
+    return [None if g is None else float(g.abs().max()) for g in grads]
+
+
+def reaches(loss, module):
+    found = [slope for slope in slopes(loss, module) if slope]
+    return bool(found)
+
+
+def test_the_representation_learns_from_both_values_and_from_no_actor():
+    algo = make()
+    _, metrics = algo.loss(batch())
+    for name in ("value/low_loss", "value/high_loss"):
+        assert reaches(metrics[name], algo.rep)
+        assert not reaches(metrics[name], algo.high)
+        assert not reaches(metrics[name], algo.low)
+    for name, actor, other in (
+        ("low/loss", algo.low, algo.high),
+        ("high/loss", algo.high, algo.low),
+    ):
+        assert reaches(metrics[name], actor)
+        for module in (algo.rep, algo.values, other):
+            assert not reaches(metrics[name], module)
+
+
+def test_the_low_actor_teaches_the_representation_if_it_is_asked_to():
+    algo = make(replace(SMALL, low_actor_rep_grad=True))
+    _, metrics = algo.loss(batch())
+    assert reaches(metrics["low/loss"], algo.rep)
+    assert not reaches(metrics["high/loss"], algo.rep)
+    assert not reaches(metrics["low/loss"], algo.values)
+
+
+def test_a_level_moves_its_own_heads_only():
+    algo = make()
+    _, metrics = algo.loss(batch())
+    for name, level in (("value/low_loss", 0), ("value/high_loss", 1)):
+        for grad in torch.autograd.grad(
+            metrics[name], list(algo.values.parameters()), retain_graph=True
+        ):
+            assert grad[1 - level].abs().max() == 0
+            assert grad[level].abs().max() > 0
+
+
+def test_targets_carry_no_gradient_and_no_representation():
+    algo = make()
+    loss, _ = algo.loss(batch())
+    assert not any(p.requires_grad for p in algo.values_target.parameters())
+    assert slopes(loss, algo.values).count(None) == 0
+    names = {name for name, _ in algo.values_target.named_parameters()}
+    assert names == {name for name, _ in algo.values.named_parameters()}
+    assert not any("rep" in name for name in names)
+
+
+def test_target_values_follow_the_online_representation():
+    algo, b, seen = make(), batch(), []
+    target = algo.values_target.net.forward
+    algo.values_target.net.forward = lambda x: seen.append(x) or target(x)
+    for _ in range(2):
+        algo.loss(b)
+        with torch.no_grad():
+            for p in algo.rep.parameters():
+                p.add_(0.1)
+    first, second = (x[..., OBS:] for x in seen)  # what the targets see behind the state is phi
+    assert float((first - second).abs().min(-1).values.max()) > 0.01
+
+
+def test_targets_move_towards_the_weights_from_before_the_step():
+    algo, b = make(), batch()
+    start = deepcopy(algo.values.state_dict())
+    algo.update(b, 0)
+    for name, value in algo.values_target.state_dict().items():
+        assert torch.equal(value, start[name])  # 0.005 theta_0 + 0.995 theta_0
+    first = deepcopy(algo.values.state_dict())
+    algo.update(b, 1)
+    for name, value in algo.values_target.state_dict().items():
+        torch.testing.assert_close(value, 0.005 * first[name] + 0.995 * start[name])
+
+
+# --- policies and representation -----------------------------------------------------------------
+
+
+def test_representations_have_the_length_of_their_root_dimension():
+    algo, b = make(), batch()
+    for scale in (1e-3, 1.0, 1e3):
+        z = algo.rep(scale * b["obs"], scale * b["goal"])
+        torch.testing.assert_close(z.norm(dim=-1), torch.full((64,), 5**0.5))
+
+
+def test_acting_does_not_depend_on_the_length_of_the_named_subgoal():
+    algo, b = make(), batch()
+    now = {"obs": b["obs"], "goal": b["goal"]}
+    act, _ = algo.act(now)
+    with torch.no_grad():
+        last = algo.high.net.layers[-1]
+        last.weight.mul_(7)
+        last.bias.mul_(7)
+    torch.testing.assert_close(algo.act(now)[0], act)
+    assert torch.equal(algo.act(now)[0], algo.act(now)[0])
+    stream = torch.Generator().manual_seed(0)
+    noisy = algo.act(now, explore=True, generator=stream)[0]
+    assert not torch.equal(noisy, algo.act(now, explore=True, generator=stream)[0])
+    assert noisy.abs().max() <= 1
+
+
+def test_temperatures_of_zero_clone_actions_and_subgoals():
+    algo, b = make(replace(SMALL, low_alpha=0.0, high_alpha=0.0)), batch()
+    _, metrics = algo.loss(b)
+    assert float(metrics["low/weight"]) == float(metrics["high/weight"]) == 1.0
+    z, subgoal = algo.rep(b["obs"], b["waypoint"]), algo.rep(b["obs"], b["ahead"])
+    torch.testing.assert_close(
+        metrics["low/loss"], -algo.low.log_prob(b["obs"], z, b["act"]).mean()
+    )
+    torch.testing.assert_close(
+        metrics["high/loss"], -algo.high.log_prob(b["obs"], b["goal"], subgoal).mean()
+    )
+
+
+def test_weights_of_the_regressions_stop_at_a_hundred():
+    algo, b = make(replace(SMALL, low_alpha=1e6, high_alpha=1e6)), batch()
+    _, metrics = algo.loss(b)
+    for name in ("low/weight", "high/weight"):
+        assert 0 < float(metrics[name]) <= 100.0
+
+
+def test_the_log_density_is_that_of_a_unit_gaussian():
+    value, mean = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 0.0]])
+    normal = torch.distributions.Normal(mean, 1.0)
+    torch.testing.assert_close(normal_log_prob(value, mean), normal.log_prob(value).sum(-1))
+
+
+# --- the joined passes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_joined_passes_have_the_value_and_gradient_of_the_terms(shared):
+    algo, b = make(dtype=torch.float64), batch(dtype=torch.float64)
+    joined, terms = algo.loss(b)[0], per_term.loss(algo, b, shared)
+    torch.testing.assert_close(joined, terms, rtol=1e-12, atol=1e-12)
+    nets = [
+        p for name in ("rep", "values", "high", "low") for p in getattr(algo, name).parameters()
+    ]
+    pairs = zip(*(torch.autograd.grad(loss, nets) for loss in (joined, terms)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_ten_joined_updates_equal_ten_updates_term_by_term():
+    joined, terms = make(dtype=torch.float64), make(dtype=torch.float64)
+    for step in range(10):
+        joined.update(batch(seed=step, dtype=torch.float64), step)
+        per_term.update(terms, batch(seed=step, dtype=torch.float64), step)
+    left, right = engineering.tensors(joined), engineering.tensors(terms)
+    for name, value in left.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, right[name], rtol=1e-10, atol=1e-10)
+
+
+class Passes:
+    """Rows that a network was given, in batches of `size`."""
+
+    def __init__(self, net, size):
+        self.count, forward = 0.0, net.forward
+
+        def counted(x):
+            out = forward(x)
+            self.count += out.shape[:-1].numel() / size
+            return out
+
+        net.forward = counted
+
+
+def test_an_update_makes_nine_passes_of_phi_and_twenty_of_heads():
+    algo = make()
+    phi = Passes(algo.rep.net, 64)
+    online, target = Passes(algo.values.net, 64), Passes(algo.values_target.net, 64)
+    algo.update(batch(), 0)
+    assert (phi.count, online.count, target.count) == (9, 12, 8)
+
+
+# --- engineering ---------------------------------------------------------------------------------
+
+
+def test_same_seed_same_run():
+    engineering.same_seed_same_run(make, batches)
+
+
+def test_resume_is_exact():
+    engineering.resume_is_exact(make, batches)
+
+
+def test_captured_updates_equal_written_ones():
+    engineering.captured_equals_written(make, batches, updates=30)
+
+
+def test_calls_stay_within_budget():
+    engineering.calls_stay_within_budget("ota", make, batches)
+
+
+def test_updates_never_wait_for_the_device():
+    engineering.updates_never_wait_for_the_device(make, batches)
+
+
+def test_seeds_do_not_touch_each_other():
+    one, other = make(seeds=(3,)), make(seeds=(3,))
+    with torch.no_grad():
+        for p in other.rep.parameters():
+            p[2] *= 2
+    for step in range(4):
+        one.update(batch((3,), seed=step), step)
+        other.update(batch((3,), seed=step), step)
+    for name in ("rep", "values", "high", "low"):
+        pairs = zip(getattr(one, name).parameters(), getattr(other, name).parameters(), strict=True)
+        assert all(torch.equal(p[:2], q[:2]) for p, q in pairs)
+    assert not torch.equal(one.low.net.layers[0].weight[2], other.low.net.layers[0].weight[2])
+
+
+def test_a_stacked_seed_equals_a_single_run():
+    stacked, b = make(seeds=(3,)), batch((3,))
+    value = stacked.loss(b)[0]
+    for i in range(3):
+        single = make()
+        engineering.copy_seed(stacked, single, i)
+        alone = single.loss({name: v[i] for name, v in b.items()})[0]
+        torch.testing.assert_close(value[i], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_sampler_tells_successes_by_index():
+    algo = OTA(SMALL, Spec(2, 1), torch.Generator().manual_seed(0))
+    (stage,) = stages(algo, toy((5, 3, 9)), Run(10))
+    found = stage.start()(torch.Generator().manual_seed(1))
+    assert torch.equal(found["low_success"], (found["low_goal"] == found["obs"]).all(-1).float())
+    assert torch.equal(
+        found["high_success"], (found["high_goal"] == found["option_end"]).all(-1).float()
+    )
+    assert torch.equal(found["next_obs"][:, 0], found["obs"][:, 0] + 1)
+    torch.testing.assert_close(found["act"][:, 0], found["obs"][:, 0] / 100)
+    assert 0 < float(found["high_success"].mean()) < 1
+
+
+def test_goals_may_be_a_part_of_the_observation():
+    algo = make(replace(SMALL, goal_columns=(2, 0)))
+    b = batch()
+    changed = b | {name: b[name].clone() for name in ("low_goal", "high_goal", "goal", "waypoint")}
+    for name in ("low_goal", "high_goal", "goal", "waypoint"):
+        changed[name][:, 1] += 5
+    assert torch.equal(algo.loss(b)[0], algo.loss(changed)[0])
+    now = {"obs": b["obs"], "goal": b["goal"]}
+    assert torch.equal(algo.act(now)[0], algo.act(now | {"goal": changed["goal"]})[0])
+
+
+def test_columns_outside_of_the_observation_are_refused():
+    with pytest.raises(ValueError, match=r"goal_columns=\[0, 3\] must lie in \[0, 3\)"):
+        make(replace(SMALL, goal_columns=(0, 3)))
+
+
+# --- images --------------------------------------------------------------------------------------
+
+PIXELS = replace(SMALL, images=True, low_actor_rep_grad=True)
+
+
+def from_images(config=PIXELS):
+    return OTA(config, Spec(3 * 64**2, ACT), torch.Generator().manual_seed(0))
+
+
+def image_batch(size=4):
+    b, g = batch(size=size), torch.Generator().manual_seed(0)
+    draw = lambda: torch.randint(0, 256, (size, 3 * 64**2), generator=g, dtype=torch.uint8)  # noqa: E731
+    return {name: draw() if value.shape[-1:] == (OBS,) else value for name, value in b.items()}
+
+
+def test_every_network_sees_images_through_an_encoder_of_its_own():
+    algo, b = from_images(), image_batch()
+    _, metrics = algo.loss(b)
+    low, high = algo.values.sights
+    for name, seen, unseen in (
+        ("value/low_loss", (algo.rep, low), (high, algo.low, algo.high)),
+        ("value/high_loss", (algo.rep, high), (low, algo.low, algo.high)),
+        ("low/loss", (algo.rep, algo.low.sight), (low, high, algo.high)),
+        ("high/loss", (algo.high.sight,), (low, high, algo.rep, algo.low)),
+    ):
+        assert all(reaches(metrics[name], module) for module in seen)
+        assert not any(reaches(metrics[name], module) for module in unseen)
+    act, _ = algo.act({"obs": b["obs"].float(), "goal": b["goal"].float()})
+    assert act.shape == (4, ACT)
+
+
+def test_the_encoders_of_the_values_have_targets():
+    algo, b = from_images(), image_batch()
+    start = deepcopy(algo.values.sights.state_dict())
+    for step in range(2):
+        algo.update(b, step)
+    for name, value in algo.values_target.sights.state_dict().items():
+        assert not torch.equal(value, algo.values.sights.state_dict()[name])
+        torch.testing.assert_close(value, start[name], atol=1e-5, rtol=0)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"needs RGB images of 64 x 64 pixels.*got 3"):
+        make(PIXELS)
