@@ -322,7 +322,7 @@ def has_room(resolved: Resolved, device: torch.device) -> bool:
     if device.type == "cuda":
         return True
     at_once = min(len(layout(resolved, device)), max(1, cores() // s.threads))
-    return cores() - at_once * s.threads >= 1
+    return cores() - at_once * s.threads >= at_once
 
 
 def group_folder(folder: Path, group: Group) -> Path:

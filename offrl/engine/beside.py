@@ -4,11 +4,9 @@ import multiprocessing
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
-
-from offrl.engine import process
 
 Play = Callable[[Path], dict[str, Tensor]]  # a checkpoint -> name -> (*S, episodes)
 
@@ -32,37 +30,42 @@ class Beside:
             self.worker = context.Process(target=serve, args=(self.player, theirs), daemon=True)
             self.worker.start()
             theirs.close()
-        self.ours.send(path)
+        try:
+            self.ours.send(path)
+        except OSError:
+            self.died()
 
     def result(self) -> dict[str, Tensor]:
         """Wait for the values of the checkpoint given last.
 
         Raises:
-            OSError: if the process died.
-            Exception: what playing raised there.
+            OSError: if the process died, or playing failed there.
         """
         try:
             found = self.ours.recv()
-        except EOFError:
-            self.worker.join()
-            raise OSError(
-                f"the process that evaluates died (exit code {self.worker.exitcode}); "
-                "resume the run, with evaluation=inline if it was short of memory"
-            ) from None
-        if isinstance(found, Exception):
-            raise found
+        except (EOFError, OSError):
+            self.died()
+        if isinstance(found, str):
+            raise OSError(f"evaluation failed: {found}")
         return {name: value.clone() for name, value in found.items()}
+
+    def died(self) -> NoReturn:
+        self.worker.join()
+        raise OSError(
+            f"the process that evaluates died (exit code {self.worker.exitcode}); resume the run, "
+            "or start it with evaluation=inline if memory was short"
+        ) from None
 
     def close(self) -> None:
         if self.worker is not None:
-            self.worker.terminate()
+            self.worker.kill()
             self.worker.join()
 
 
 def serve(player: Callable[[], Play], orders: Any) -> None:
-    """Body of the process. An interrupt is the training's to handle; without it this one ends."""
+    """Body of the process. Signals are the training's to handle; without it this one ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    process.end_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     play = None
     while True:
         try:
@@ -72,5 +75,5 @@ def serve(player: Callable[[], Play], orders: Any) -> None:
         try:
             play = play or player()
             orders.send(play(path))
-        except (ValueError, OSError, RuntimeError) as error:
-            orders.send(type(error)(str(error)))
+        except Exception as error:
+            orders.send(f"{type(error).__name__}: {error}")

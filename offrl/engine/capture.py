@@ -27,6 +27,7 @@ Update = Callable[[int], Metrics]
 
 WARM_UP = 3  # cycles before the capture: optimizers make their state, libraries choose algorithms
 ROUNDS = 12  # cycles of each kind that `auto` compares
+CHECKED = 1000  # cycles between two checks of the replays
 
 
 class Updates:
@@ -102,7 +103,20 @@ class Updates:
             slow, fast = (1e3 * statistics.median(spent) for spent in times.values())
             best = captured if fast < slow else self.written
             self.say(f"an update takes {slow:.2f} ms as written, {fast:.2f} ms captured")
-        yield from endless(best, step)
+        if best == self.written:
+            yield from endless(best, step)
+        while True:
+            for _ in range(CHECKED * self.cycle):
+                step = yield captured(step)
+            for _ in range(self.cycle):
+                try:
+                    metrics = self.checked(pieces[step % self.cycle], step)
+                except NotRecordable as no:
+                    raise RuntimeError(
+                        f"at update {step} {no}, as it did {CHECKED} cycles before: the update "
+                        "depends on something outside of its tensors. Use speed=eager"
+                    ) from no
+                step = yield metrics
 
     def checked(self, piece: "Captured", step: int) -> Metrics:
         """The update as written and its replay from the same state; they must agree in every bit.
@@ -113,12 +127,16 @@ class Updates:
         if self.on_gpu:
             return piece()
         changed = piece.replay.written
-        before = [*(x.clone() for x in changed), self.generator.get_state()]
+        before = self.saved(changed)
         metrics = self.written(step)
-        after = [*(x.clone() for x in changed), self.generator.get_state()]
+        after = self.saved(changed)
         self.restore(changed, before)
-        again = piece()
-        found = [*changed, self.generator.get_state()]
+        try:
+            again = piece()
+        except (RuntimeError, NotImplementedError) as error:
+            self.restore(changed, after)
+            raise NotRecordable(str(error).splitlines()[0], metrics) from error
+        found = self.saved(changed)
         if all(map(torch.equal, found, after)) and all(
             torch.equal(again[name], value.detach()) for name, value in metrics.items()
         ):
@@ -126,10 +144,16 @@ class Updates:
         self.restore(changed, after)
         raise NotRecordable("a replay does not give what the update gives", metrics)
 
+    def saved(self, changed: list[Tensor]) -> list[Tensor]:
+        """What a replay changes, and the states of the run's generator and of torch's own."""
+        return [*(x.clone() for x in changed), self.generator.get_state(), torch.get_rng_state()]
+
     def restore(self, changed: list[Tensor], saved: list[Tensor]) -> None:
-        for x, value in zip(changed, saved, strict=False):
+        *values, own, common = saved
+        for x, value in zip(changed, values, strict=True):
             x.copy_(value)
-        self.generator.set_state(saved[-1])
+        self.generator.set_state(own)
+        torch.set_rng_state(common)
 
     def compile(self) -> None:
         """Put the compiled update in the place of the written one, if there is a compiler."""
@@ -172,7 +196,8 @@ class Captured:
         def packed() -> Tensor:
             metrics = work()
             self.shapes = {name: value.shape for name, value in metrics.items()}
-            return torch.cat([value.detach().reshape(-1) for value in metrics.values()])
+            parts = [value.detach().reshape(-1) for value in metrics.values()]
+            return torch.cat(parts) if parts else torch.empty(0, device=generator.device)
 
         self.replay: Any
         try:
@@ -192,6 +217,8 @@ class Captured:
         return self.named(self.replay().clone())
 
     def named(self, values: Tensor) -> Metrics:
+        if not self.shapes:
+            return {}
         parts = values.split([shape.numel() for shape in self.shapes.values()])
         pairs = zip(self.shapes.items(), parts, strict=True)
         return {name: part.view(shape) for (name, shape), part in pairs}

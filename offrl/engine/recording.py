@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -93,14 +94,18 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self.waiting: list[str] = []
+        self.refused: list[str] = []
+        self.reads = HostReads(self)
 
     def __enter__(self) -> "Recorder":
         opaque.watchers.append(self)
+        self.reads.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self.reads.__exit__(*error)
         opaque.watchers.remove(self)
 
     def __torch_dispatch__(
@@ -116,8 +121,9 @@ class Recorder(TorchDispatchMode):
             if a.alias_info is not None and a.alias_info.is_write and a.name in named
             for t in tensors(named[a.name])
         ]  # fmt: skip
+        if unrepeatable(func, inputs := tensors((args, kwargs)), tensors(out), writes):
+            self.refused.append(str(func))
         fixed = torch.Tag.nondeterministic_seeded not in func.tags
-        inputs = tensors((args, kwargs))
         self.calls.append(Call(func, args, kwargs, inputs, tensors(out), writes, fixed))
         return out
 
@@ -125,9 +131,43 @@ class Recorder(TorchDispatchMode):
         """Raises NotRecordable if the host had to wait."""
         if self.waiting:
             raise NotRecordable(f"{self.waiting[0]} makes the host wait for a value", result)
+        if self.refused:
+            raise NotRecordable(f"{self.refused[0]} cannot be repeated on fixed memory", result)
 
     def whole(self, function: opaque.Function, inputs: Any, outputs: Any) -> None:
         self.calls.append(Call(function, inputs, {}, list(inputs), list(outputs), [], False))
+
+
+class HostReads(TorchFunctionMode):
+    """Notes reads of values that call no operator."""
+
+    READS = (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__)
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.READS and self.recorder in opaque.watchers:  # not within an opaque call
+            self.recorder.waiting.append(f"Tensor.{func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+def unrepeatable(
+    operator: Any, inputs: list[Tensor], outs: list[Tensor], writes: list[Tensor]
+) -> bool:
+    """Whether a replay of an operator would not do what the call did.
+
+    Batch normalization changes its statistics without telling; some operators change a tensor's
+    shape in place, or both write and return; conjugates are lazy.
+    """
+    given = {memory(x) for x in inputs if x.layout == torch.strided}
+    return (
+        "batch_norm" in str(operator)
+        or torch.Tag.inplace_view in operator.tags
+        or any(x.layout != torch.strided or x.is_conj() or x.is_neg() for x in [*inputs, *outs])
+        or (bool(writes) and any(memory(x) not in given for x in outs))
+    )
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -159,8 +199,11 @@ class Recording:
         if reads_unwritten(calls):
             reason = "memory is filled by code that is no operator of torch (see offrl.opaque)"
             raise NotRecordable(reason, self.first)
-        plan = Plan(calls, tensors(self.first))
-        self.steps = [step(c, plan) for c in calls if plan.replayed(c)]
+        try:
+            plan = Plan(calls, tensors(self.first))
+            self.steps = [step(c, plan) for c in calls if plan.replayed(c)]
+        except (RuntimeError, NotImplementedError) as error:
+            raise NotRecordable(str(error).splitlines()[0], self.first) from error
         self.result = tree_map(plan.moved, self.first)
         self.written = plan.written
 
@@ -311,7 +354,8 @@ def step(call: Call, plan: Plan) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     found = out_variant(run)
     if found is not None:
         operator, names = found
-        taken = {name: value for name, value in kwargs.items() if name not in PLACEMENT}
+        known = {a.name for a in operator._schema.arguments}
+        taken = {name: value for name, value in kwargs.items() if name in known}
         return operator, args, taken | dict(zip(names, outs, strict=True))
     families = [plan.families[memory(x)] for x in call.outs]
 

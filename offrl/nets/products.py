@@ -99,6 +99,7 @@ def choose(folder: Path, machine: str) -> str:
         kept = json.loads(path.read_text())
     except (OSError, ValueError):
         kept = {}
+    kept = kept if isinstance(kept, dict) else {}
     if not isinstance(kept.get(key), list):
         kept[key] = measured()
         try:

@@ -19,7 +19,7 @@ from offrl.data.collect import Collector
 from offrl.engine import checkpoint
 from offrl.engine.beside import Beside
 from offrl.engine.evaluate import Evaluator
-from offrl.engine.fit import Interrupted, Schedule, fit
+from offrl.engine.fit import Interrupted, Runner, Schedule, fit
 from offrl.engine.log import Diverged
 from offrl.engine.stage import Run, Spec
 from offrl.envs.make import factory
@@ -127,11 +127,14 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, m
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_captured_runs_write_the_files_of_runs_as_written(tmp_path, kind):
+def test_captured_runs_write_the_files_of_runs_as_written(tmp_path, monkeypatch, kind):
     """A replay that grows and wraps, and a teacher that is refreshed, are seen by replays."""
+    said = []
+    monkeypatch.setattr(Runner, "noted", lambda self, text: said.append(text))
     for speed in ("eager", "graph"):
         (tmp_path / speed).mkdir()
         run(kind, tmp_path / speed, speed=speed)
+    assert not said  # captured indeed
     assert_same_files(tmp_path / "eager", tmp_path / "graph")
 
 
@@ -215,7 +218,7 @@ def test_a_run_that_dies_while_a_point_is_played_plays_it_again(tmp_path):
 
 
 @pytest.mark.parametrize(("player", "error", "told"), [
-    (deadly_player, OSError, "exit code 3"), (failing_player, ValueError, "no such robot"),
+    (deadly_player, OSError, "exit code 3"), (failing_player, OSError, "no such robot"),
 ])  # fmt: skip
 def test_a_failure_of_the_process_that_evaluates_ends_the_run(tmp_path, player, error, told):
     with pytest.raises(error, match=told):
