@@ -5,14 +5,11 @@ counts is the ratio of medians within one run. A calibration product beside ever
 fast the core was at that moment.
 """
 
-import importlib.util
 import json
 import multiprocessing
 import os
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from offrl import config as configuration
-from offrl.data import Dataset, prepare, sources
+from offrl.certificate import by_share, certified
+from offrl.data import Dataset, sources
 from offrl.data.dataset import home
 from offrl.data.replay import Replay
 from offrl.engine import process
@@ -32,12 +30,11 @@ from offrl.engine.recording import Recorder
 from offrl.engine.stage import Run, Sampler, Spec, Stage
 from offrl.experiment import pick_device
 from offrl.machine import cores, cpu_name
-from offrl.nets import Standardize, products
-from offrl.opaque import opaque
+from offrl.nets import products
+from offrl.peers.start import FIELDS, packages, rival
 from offrl.results.plots import scores
 from offrl.seeding import generator
-
-FIELDS = ("obs", "act", "reward", "next_obs", "terminal")
+from offrl.timing import held_to, product_rate, seconds
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "_linear_pointwise"}
 
@@ -109,7 +106,12 @@ def measure_speed(options: Options) -> dict[str, Any]:
             for name in options.algos for speed in options.speeds for count in options.seeds
         ]  # fmt: skip
         batch = ours[0].algo.config.batch
-        others = {name: rival(name, options, data, batch, device) for name in options.peers}
+        others = {
+            name: rival(name, data, batch, options.updates, device, options.peer_python)
+            for name in options.peers
+        }
+        for run in others.values():
+            seconds(run, options.updates, device)
         found, rates = compared(options, data, device, ours, others)
     if options.processes > 1:
         found["processes"] = together(options)
@@ -311,87 +313,6 @@ def one_of(options: Options, place: int, start: Any, rates: Any) -> None:
     rates.put(found)
 
 
-# what `peers` may name: the packages behind each
-PEERS = {
-    "plain": (),
-    "jax": ("jax", "optax"),
-    "sb3-td3": ("stable-baselines3",),
-    "sb3-sac": ("stable-baselines3",),
-    "d3rlpy": (),  # lives in `peer_python`
-}
-
-
-def packages(names: Iterable[str]) -> list[str]:
-    return sorted({package for name in names for package in PEERS[name]})
-
-
-def rival(
-    name: str, options: Options, data: Dataset, batch: int, device: torch.device
-) -> Callable[[int], None]:
-    """The peer's function that makes n updates, warmed up by one round. Two layers of 256 units."""
-    if name not in PEERS:
-        raise configuration.ConfigError(
-            f"there is no peer {name!r}{configuration.nearest(name, PEERS)}; "
-            f"known: {', '.join(PEERS)}"
-        )
-    for package in packages([name]):
-        if importlib.util.find_spec(package.replace("-", "_")) is None:
-            raise configuration.ConfigError(
-                f"the peer {name} needs {package}: pip install -c constraints.txt -e '.[peers]'"
-            )
-    fields = {key: data[key] for key in FIELDS}
-    if name.startswith("sb3"):
-        from offrl.peers import sb3
-
-        arrays = {key: value.numpy() for key, value in fields.items()}
-        run = sb3.filled(name.removeprefix("sb3-").upper(), arrays, batch, device)
-    else:
-        fields = prepare(Standardize(data.obs_dim, *data.statistics()))(fields)
-        arrays = {key: value.numpy() for key, value in fields.items()}
-        if name == "d3rlpy":
-            from offrl.peers import in_d3rlpy
-
-            if options.peer_python is None:
-                raise configuration.ConfigError(
-                    "d3rlpy pins another gymnasium: name a Python that has it, peer_python=PATH"
-                )
-            run = in_d3rlpy.td3bc(arrays, batch, str(device), options.peer_python)
-        elif name == "plain":
-            from offrl.peers import plain
-
-            run = plain.td3bc(fields, batch, device)
-        else:
-            if options.updates % 2:
-                raise configuration.ConfigError("jax takes pairs of updates: updates must be even")
-            from offrl.peers import in_jax
-
-            run = in_jax.td3bc(arrays, batch, options.updates)
-    seconds(run, options.updates, device)
-    return run
-
-
-@contextmanager
-def held_to(cores: int | None) -> Iterator[None]:
-    """Within it the process runs on so many cores, whatever a library's own threads want."""
-    if cores is None or not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(before)[-cores:])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def repeat(update: Callable[[], object]) -> Callable[[int], None]:
-    def run(count: int) -> None:
-        for _ in range(count):
-            update()
-
-    return run
-
-
 def replayed(data: Dataset, seeds: tuple[int, ...], device: torch.device) -> Replay:
     """A replay that holds the whole data set, for every seed."""
     fields = {name: (tuple(data[name].shape[1:]), torch.float32) for name in FIELDS}
@@ -418,104 +339,3 @@ def chosen(name: str, options: Options) -> dict[str, Any]:
         for key, value in options.set.items()
         if key.startswith(own)
     }
-
-
-def seconds(run: Callable[[int], None], count: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run(count)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def product_rate(device: torch.device) -> float:
-    """GFLOP/s of a 256-cubed float32 product, now."""
-    x, y = torch.randn(2, 256, 256, device=device)
-    return 300 * 2 * 256**3 / seconds(repeat(lambda: torch.mm(x, y)), 300, device) / 1e9
-
-
-@dataclass
-class Watched:
-    """A neighbor search whose shares are kept, asked for the data's actions with noise if given.
-
-    Attributes:
-        table: the search itself.
-        noise: standard deviation per action dimension; None leaves the actor's own actions.
-        generator: of the noise.
-        shares: what the search told, one entry per query batch.
-    """
-
-    table: Any
-    noise: float | None
-    generator: torch.Generator
-    shares: list[dict[str, torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def act(self) -> torch.Tensor:
-        return self.table.act
-
-    def nearest(self, index: torch.Tensor, pi: torch.Tensor, beta: float) -> Any:
-        names: list[str] = []
-
-        def find(index: torch.Tensor, pi: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            if self.noise is not None:
-                own = self.act[index]
-                away = torch.empty_like(own).normal_(0, self.noise, generator=self.generator)
-                pi = (own + away).clamp(-1, 1)
-            row, info = self.table.nearest(index, pi, beta)
-            self.shares.append(info)
-            names[:] = info
-            return row, *info.values()
-
-        row, *values = opaque(find, index, pi)
-        return row, dict(zip(names, values, strict=True))
-
-
-def certified(method: Method, device: torch.device) -> float:
-    """Share of the actor's own queries that the lists certify, over forty updates."""
-    search = method.algo.neighbors
-    method.algo.neighbors = Watched(search, None, generator(0, "noise", device=device))
-    method.runner()(40)
-    shares, method.algo.neighbors = method.algo.neighbors.shares, search
-    return 1 - float(torch.stack([info["uncertified"] for info in shares]).mean())
-
-
-def by_share(
-    method: Method, base: Method, options: Options, device: torch.device
-) -> list[dict[str, float]]:
-    """Time of whole updates over the first method's, against the share that the lists certify.
-
-    The search is asked for the data's actions with Gaussian noise of growing size; each noise is
-    timed in rounds that alternate with the first method.
-    """
-    heads = ("noise", "certified", "self match", "ms", "ms, first", "ratio")
-    print(" ".join(f"{head:>10}" for head in heads))
-    table, search = [], method.algo.neighbors
-    for noise in (0.0, 0.2, 0.3, 0.35, 0.4, 0.5):
-        method.algo.neighbors = Watched(search, noise, generator(0, "noise", device=device))
-        run = method.runner()
-        run(6 * method.algo.cycle)  # captured; a first uncertified row may build a tree
-        times: list[tuple[float, float]] = []
-        for _ in range(max(3, options.rounds // 2)):
-            count = max(2, options.updates // 4)
-            one, other = (seconds(f, count, device) / count for f in (run, base.run))
-            times.append((one, other))
-        shares = {
-            name: float(torch.stack([info[name] for info in method.algo.neighbors.shares]).mean())
-            for name in ("uncertified", "self_match")
-        }
-        mine, first = (statistics.median(column) for column in zip(*times, strict=True))
-        row = {
-            "noise": noise,
-            "certified": 1 - shares["uncertified"],
-            "self_match": shares["self_match"],
-            "milliseconds": 1000 * mine,
-            "milliseconds_first": 1000 * first,
-            "time_ratio": statistics.median(one / other for one, other in times),
-        }
-        table.append(row)
-        print(" ".join(f"{value:>10.3f}" for value in row.values()))
-    method.algo.neighbors = search
-    return table

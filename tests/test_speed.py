@@ -11,7 +11,8 @@ from offrl.cli import options
 from offrl.config import ConfigError
 from offrl.engine.stage import Spec
 from offrl.peers import plain
-from offrl.speed import PEERS, Options, measure_speed
+from offrl.peers.start import PEERS
+from offrl.speed import Options, measure_speed
 
 
 @pytest.fixture

@@ -28,7 +28,12 @@ class Beside:
             context = multiprocessing.get_context("spawn")
             self.ours, theirs = context.Pipe()
             self.worker = context.Process(target=serve, args=(self.player, theirs), daemon=True)
-            self.worker.start()
+            # blocked from its first moment on: what ends a whole group is the training's to handle
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            try:
+                self.worker.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
         try:
             self.ours.send(path)
@@ -63,17 +68,20 @@ class Beside:
 
 
 def serve(player: Callable[[], Play], orders: Any) -> None:
-    """Body of the process. Signals are the training's to handle; without it this one ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Body of the process, which ends when the training is gone."""
     play = None
     while True:
         try:
             path = orders.recv()
         except EOFError:
             return
+        found: Any
         try:
             play = play or player()
-            orders.send(play(path))
+            found = play(path)
         except Exception as error:
-            orders.send(f"{type(error).__name__}: {error}")
+            found = f"{type(error).__name__}: {error}"
+        try:
+            orders.send(found)
+        except OSError:  # the training is gone
+            return

@@ -4,8 +4,8 @@ An update of a small network costs more in Python, autograd and launches than in
 of the `cycle` updates of a stage's pattern is captured with its sampling, its optimizer steps and
 its metrics, and replayed from then on: as a CUDA graph on a GPU, as a `Recording` on a CPU. Updates
 that are made on the way there count like all others. On a CPU a replay is bit-equal to the update
-as written, which is checked before it is relied on; so a resumed run may choose otherwise and still
-end the same.
+as written, which is checked before it is relied on and once per `CHECKED` cycles; so a resumed run
+may choose otherwise and still end the same.
 """
 
 import os
@@ -40,6 +40,9 @@ class Updates:
             captured too; `auto` captured if that takes less time than as written. What cannot be
             captured or compiled is run as written.
         say: told what was chosen, and why.
+
+    A call raises ValueError if a later check finds that replays have left the update as written, or
+    if CUDA fails to capture what looked capturable, after which its state is not to be trusted.
     """
 
     def __init__(
@@ -112,9 +115,10 @@ class Updates:
                 try:
                     metrics = self.checked(pieces[step % self.cycle], step)
                 except NotRecordable as no:
-                    raise RuntimeError(
-                        f"at update {step} {no}, as it did {CHECKED} cycles before: the update "
-                        "depends on something outside of its tensors. Use speed=eager"
+                    raise ValueError(
+                        f"at update {step} {no}, as it did {CHECKED} cycles before: it depends on "
+                        "something outside of its tensors, and updates since then may be wrong. "
+                        "Start again with speed=eager"
                     ) from no
                 step = yield metrics
 
@@ -136,10 +140,10 @@ class Updates:
         except (RuntimeError, NotImplementedError) as error:
             self.restore(changed, after)
             raise NotRecordable(str(error).splitlines()[0], metrics) from error
-        found = self.saved(changed)
-        if all(map(torch.equal, found, after)) and all(
-            torch.equal(again[name], value.detach()) for name, value in metrics.items()
-        ):
+        wanted = {name: value.detach().to(again[name].dtype) for name, value in metrics.items()}
+        pairs = [*zip(self.saved(changed), after, strict=True)]
+        pairs += [(again[name], value) for name, value in wanted.items()]
+        if all(torch.equal(bits(one), bits(other)) for one, other in pairs):
             return again
         self.restore(changed, after)
         raise NotRecordable("a replay does not give what the update gives", metrics)
@@ -168,6 +172,11 @@ class Updates:
         if self.on_gpu:
             torch.cuda.synchronize(self.generator.device)
         return time.perf_counter()
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor: NaN equals itself."""
+    return x.contiguous().reshape(-1).view(torch.uint8)
 
 
 def endless(update: Update, step: int) -> Generator[Metrics, int, None]:
@@ -205,7 +214,7 @@ class Captured:
                 with Recorder() as recorder:
                     first = packed()
                 recorder.check(first)
-                self.replay = CudaGraph(packed, generator, pool, first)
+                self.replay = CudaGraph(packed, generator, pool)
             else:
                 self.replay = Recording(packed)
                 first = self.replay.first
@@ -227,23 +236,21 @@ class Captured:
 class CudaGraph:
     """Work captured as a CUDA graph, which does not run it.
 
-    Args:
-        first: the result of the work as it was last done, for the error.
-
     Raises:
-        NotRecordable: with that result.
+        ValueError: if the capture fails; torch says nothing of its state after that.
     """
 
-    def __init__(
-        self, work: Callable[[], Tensor], generator: torch.Generator, pool: Any, first: Tensor
-    ):
+    def __init__(self, work: Callable[[], Tensor], generator: torch.Generator, pool: Any):
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(generator)
         try:
             with torch.cuda.graph(self.graph, pool=pool):
                 self.result = work()
         except RuntimeError as error:
-            raise NotRecordable(str(error).splitlines()[0], first) from error
+            reason = str(error.__context__ or error).splitlines()[0]  # torch's own hides the first
+            raise ValueError(
+                f"CUDA cannot capture this update ({reason}): use speed=eager"
+            ) from error
 
     def __call__(self) -> Tensor:
         self.graph.replay()

@@ -113,6 +113,21 @@ def choose(folder: Path, machine: str) -> str:
     return f"products by oneDNN: {', '.join(k for k in KINDS if k in chosen) or 'none'}"
 
 
+def onednn_works() -> bool:
+    """Whether oneDNN's operator is there and multiplies; the log says why not."""
+    x, y, bias = torch.randn(64, 80), torch.randn(80, 96), torch.randn(96)
+    try:
+        found = linear(x, y, bias, "relu")
+    except (AttributeError, RuntimeError) as error:  # gone, changed, or torch built without it
+        reason = str(error).strip().splitlines()[0]
+        log.warning("products stay torch's own, for oneDNN's operator cannot be used: %s", reason)
+        return False
+    if not torch.allclose(found, (x @ y + bias).relu(), rtol=1e-4, atol=1e-4):
+        log.warning("products stay torch's own, for oneDNN's operator gives other values")
+        return False
+    return True
+
+
 def measured(size: int = 256, rounds: int = 12) -> list[str]:
     """The kinds for which oneDNN is faster, in about 50 ms; none, with a warning, without it."""
     global chosen
@@ -124,6 +139,8 @@ def measured(size: int = 256, rounds: int = 12) -> list[str]:
         "weight gradient": lambda s: weight_gradient(s[0], s[1], s[3]),
     }
     best: dict[tuple[str, bool], float] = {}
+    if not onednn_works():
+        return []
     try:
         for _ in range(rounds):
             for kind, run in work.items():
@@ -134,10 +151,6 @@ def measured(size: int = 256, rounds: int = 12) -> list[str]:
                         run(s)
                     spent = time.perf_counter() - start
                     best[kind, other] = min(spent, best.get((kind, other), spent))
-    except (AttributeError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        log.warning("products stay torch's own, for oneDNN's operator cannot be used: %s", reason)
-        return []
     finally:
         chosen = before
     return [kind for kind in KINDS if best[kind, True] < GAIN * best[kind, False]]

@@ -133,6 +133,15 @@ def test_operators_that_cannot_be_repeated_are_refused(work):
         Recording(lambda: work(torch.ones(3) * 2))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_plain_memory_are_refused_after_the_work_was_done():
+    parts = [torch.ones(2, 3), torch.ones(4, 3)]
+    work = lambda: (torch.nested.nested_tensor(parts) * 2).to_padded_tensor(0.0).sum()  # noqa: E731
+    with pytest.raises(NotRecordable) as refused:
+        Recording(work)
+    assert float(refused.value.result) == 36
+
+
 def test_the_type_of_a_sum_is_kept():
     x = torch.ones(3)
     replay = Recording(lambda: x.sum(dtype=torch.float64))
@@ -253,8 +262,34 @@ def test_a_number_of_python_that_changes_later_stops_the_run(monkeypatch):
     for step in range(20):
         run(step)
     scale[0] = 2.0
-    with pytest.raises(RuntimeError, match="Use speed=eager"):
+    with pytest.raises(ValueError, match="Start again with speed=eager"):
         [run(step) for step in range(20, 60)]
+
+
+def test_a_replay_that_fails_leaves_the_update_as_written():
+    """An LSTM's kernel does not take given memory."""
+    seen, lstm = [], torch.nn.LSTM(3, 2)
+
+    def recurrent(batch, step):
+        seen.append(step)
+        return {"x": lstm(batch["x"].view(1, 1, 3))[0].sum()}
+
+    _, metrics, said = course("auto", 40, update=recurrent)
+    assert seen == list(range(40))
+    assert len(said) == 1 and said[0].startswith("updates run as written: ")  # noqa: PT018
+    g = generator()
+    for found in metrics:
+        x = torch.rand(3, generator=g)
+        assert torch.equal(found["x"], lstm(x.view(1, 1, 3))[0].sum())
+
+
+def test_a_metric_that_is_nan_is_no_difference():
+    def undefined(batch, step):
+        return {"x": batch["x"].sum() * float("nan"), "count": torch.tensor(3)}
+
+    _, metrics, said = course("graph", 40, update=undefined)
+    assert not said
+    assert all(bool(m["x"].isnan()) and int(m["count"]) == 3 for m in metrics)
 
 
 def test_without_a_compiler_updates_run_as_written(monkeypatch):

@@ -226,6 +226,42 @@ def test_a_failure_of_the_process_that_evaluates_ends_the_run(tmp_path, player, 
     assert checkpoint.load(tmp_path / "checkpoint.pt")["pending"] == 40
 
 
+def slow_player():
+    play = toy_player()
+    return lambda path: time.sleep(1) or play(path)
+
+
+def stopped_run(folder):
+    """In a process group of its own: exit code 7 for an interrupt with its checkpoint."""
+    os.setsid()
+    torch.set_num_threads(1)
+    try:
+        beside(folder, slow_player, between=[(1, lambda: time.sleep(0.02))])
+    except Interrupted:
+        os._exit(7)
+
+
+def test_a_signal_to_the_whole_group_leaves_the_interrupts_checkpoint(tmp_path):
+    """The evaluating process gets it too, while a point is pending."""
+    inline, stopped = tmp_path / "inline", tmp_path / "stopped"
+    inline.mkdir()
+    run("offline", inline)
+    worker = multiprocessing.get_context("fork").Process(target=stopped_run, args=(stopped,))
+    worker.start()
+    path, deadline = stopped / "checkpoint.pt", time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.killpg(worker.pid, signal.SIGTERM)
+    worker.join(60)
+    assert worker.exitcode == 7
+    saved = checkpoint.load(path)
+    assert saved["step"] > 40
+    assert (saved["pending"], saved["curve"]["steps"]) == (None, [40])
+    run("offline", stopped, resume=True)
+    assert_same_files(inline, stopped)
+
+
 def test_divergence_names_the_first_bad_quantity_and_keeps_the_last_good_checkpoint(tmp_path):
     algo, stages = offline()
     update = stages[0].update
