@@ -51,7 +51,8 @@ class Settings:
     log_every: int = 1000  # updates between rows of metrics
     eval_every: int = 5000  # steps between points of the learning curve
     eval_episodes: int = 10  # per point
-    # where points but the last are played: beside on a GPU or a spare core, else inline
+    # where points but the last are played: auto is beside, in a process of its own, on a GPU or
+    # with a spare core for each training process, else inline
     evaluation: Literal["auto", "beside", "inline"] = "auto"
     final_episodes: int = 100  # of the last checkpoint; their mean is the score
     snapshot_every: int | None = None  # steps between kept copies of the networks

@@ -294,10 +294,10 @@ def train_group(
     )
     with process.only_one(place):  # a worker may outlive its parent for a moment
         data = data or load_data(resolved)
-        if pick_device(s.device).type == "cpu":
+        device = pick_device(s.device)
+        if device.type == "cpu":
             products.choose(home(), cpu_name())
         experiment = build(resolved, group, data, progress)
-        device = pick_device(s.device)
         beside = Beside(partial(player, folder, device)) if has_room(resolved, device) else None
         return fit(
             experiment.algo,

@@ -153,7 +153,7 @@ class Runner:
         keep = purge = None
         if saved is not None:
             self.index, self.step, self.begun = saved["stage"], saved["step"], saved["begun"]
-            self.curve, self.pending = Curve(**saved["curve"]), saved["pending"]
+            self.curve, self.pending = Curve(**saved["curve"]), saved.get("pending")
             algo.load(saved["algo"])
             self.meter.load(saved["meter"])
             for name, part in self.parts.items():
