@@ -44,7 +44,9 @@ class Settings:
     seed: int = 0  # the first seed
     seeds: int = 1  # how many, counting up from `seed`
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int = 1  # torch threads per process on a CPU
+    # torch threads per process on a CPU; auto measures each stage's updates and takes as many as
+    # help them, up to the cores that a process has; evaluation then takes one
+    threads: int | Literal["auto"] = 1
     # how updates are made: captured if that is faster, as written, captured, by torch.compile
     speed: Literal["auto", "eager", "graph", "compile"] = "auto"
     preset: str = "full"  # quick: minutes on two cores; full: the published protocol
@@ -177,8 +179,16 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in parts:
             return None
-        (kind,) = [part for part in parts if part is not type(None)]
-        return convert(name, value, kind)
+        words = [w for part in parts if typing.get_origin(part) is Literal
+                 for w in typing.get_args(part)]  # fmt: skip
+        if value in words:
+            return value
+        (kind,) = [p for p in parts if p is not type(None) and typing.get_origin(p) is not Literal]
+        try:
+            return convert(name, value, kind)
+        except ConfigError as error:
+            also = f"; {', '.join(words)} would do too" if words else ""
+            raise ConfigError(f"{error}{also}") from None
     if origin is Literal:
         if value in parts:
             return value
@@ -223,7 +233,7 @@ COUNTS = ("seeds", "threads", "log_every", "eval_every", "eval_episodes", "final
 def check_ranges(values: Mapping[str, Any]) -> None:
     """Raises ConfigError for a count below 1, or training that ends within its warm-up."""
     for name in COUNTS:
-        if values.get(name) is not None and values[name] < 1:
+        if isinstance(values.get(name), int) and values[name] < 1:
             raise ConfigError(
                 f"{name.removeprefix('algo.')} must be at least 1, got {values[name]}"
             )

@@ -13,15 +13,12 @@ from tqdm import tqdm
 
 from offrl import config as configuration
 from offrl.config import ConfigError, Resolved
-from offrl.data.dataset import home
-from offrl.engine import checkpoint, process
+from offrl.engine import checkpoint
 from offrl.engine.evaluate import Episodes, Evaluator
 from offrl.engine.stage import Algorithm, Policy, Spec
 from offrl.envs.make import env_id, factory, tasks
 from offrl.envs.vector import flat
-from offrl.experiment import evaluator_of, make_env, version
-from offrl.machine import cpu_name
-from offrl.nets import products
+from offrl.experiment import evaluator_of, make_env, prepare, version
 from offrl.outcome import UNITS, rows, scored, summary
 from offrl.parallel import Failed
 from offrl.seeding import derive, generator
@@ -150,10 +147,7 @@ def player(folder: Path, device: torch.device) -> Callable[[Path], dict[str, tor
     """Plays checkpoints of a run as the run itself does at a point of its curve."""
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
     s = resolved.settings
-    process.prepare(s.threads, s.keep_memory)
-    if device.type == "cpu":
-        products.choose(home(), cpu_name())
-
+    prepare(resolved, folder, device)
     made: dict[tuple[int, ...], Evaluator] = {}
 
     def play(path: Path) -> dict[str, torch.Tensor]:

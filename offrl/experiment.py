@@ -32,12 +32,13 @@ from offrl.engine.beside import Beside
 from offrl.engine.evaluate import Evaluator
 from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
 from offrl.engine.stage import Algorithm, Run, Spec, scenarios
+from offrl.engine.threads import candidates
 from offrl.envs.make import VERSIONS, env_id, factory, tasks
 from offrl.envs.vector import Vector
 from offrl.machine import cores, cpu_name
 from offrl.nets import products
 from offrl.outcome import finish, provenance, write_json
-from offrl.parallel import Display, Failed, Group, spread
+from offrl.parallel import Display, Failed, Group, at_once, spread
 from offrl.seeding import derive, generator
 
 
@@ -66,13 +67,13 @@ def train(
             "choose others with dataset=, source=d4rl|minari|files")  # fmt: skip
     folder = folder or new_folder(resolved)
     say(f"run directory: {folder} ({device})")
-    if device.type == "cpu":
-        process.prepare(resolved.settings.threads, resolved.settings.keep_memory)
-        say(products.choose(home(), cpu_name()))  # before workers ask: they find the choice
     with process.only_one(folder):
         if resume:
             check_unchanged(folder, data, device)
         else:
+            if device.type == "cpu":
+                process.prepare(resolved.settings.threads, resolved.settings.keep_memory)
+                say(products.choose(home(), cpu_name()))
             env = env_id(resolved.settings.env, version(resolved))
             write_json(folder / "run.json", provenance(resolved, data, env, device))
             (folder / "config.yaml").write_text(resolved.to_yaml())  # last: makes it resumable
@@ -106,6 +107,13 @@ def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) ->
             f"the data set has changed since {folder} was started (digest {data.digest[:12]}, "
             f"then {stored[:12]}); restore it or start a new run"
         )
+
+
+def prepare(resolved: Resolved, folder: Path, device: torch.device) -> None:
+    """Threads, allocator and products of this process, as the run in `folder` has them."""
+    process.prepare(resolved.settings.threads, resolved.settings.keep_memory)
+    if device.type == "cpu":
+        products.use(json.loads((folder / "run.json").read_text()).get("products", ()))
 
 
 def load_data(resolved: Resolved) -> Dataset | None:
@@ -231,11 +239,12 @@ def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool
     evaluator = evaluator_of(algo, make, axes, (s.eval_episodes, s.final_episodes), 0, device)
 
     def evaluate(algo: Algorithm, episodes: int) -> dict[str, torch.Tensor]:
-        if not progress or episodes <= s.eval_episodes:
-            return evaluator(algo, episodes).named()
-        total = episodes * len(group) * evaluator.parts
-        with tqdm(total=total, desc="final evaluation", unit="episode", leave=False) as bar:
-            return evaluator(algo, episodes, tick=bar.update).named()
+        with process.on_threads(1 if s.threads == "auto" else s.threads):
+            if not progress or episodes <= s.eval_episodes:
+                return evaluator(algo, episodes).named()
+            total = episodes * len(group) * evaluator.parts
+            with tqdm(total=total, desc="final evaluation", unit="episode", leave=False) as bar:
+                return evaluator(algo, episodes, tick=bar.update).named()
 
     return Experiment(algo, stages, evaluate)
 
@@ -286,7 +295,8 @@ def train_group(
 
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
     s = resolved.settings
-    process.prepare(s.threads, s.keep_memory)
+    device = pick_device(s.device)
+    prepare(resolved, folder, device)
     place = group_folder(folder, group)
     place.mkdir(exist_ok=True)
     schedule = Schedule(
@@ -294,9 +304,6 @@ def train_group(
     )
     with process.only_one(place):  # a worker may outlive its parent for a moment
         data = data or load_data(resolved)
-        device = pick_device(s.device)
-        if device.type == "cpu":
-            products.choose(home(), cpu_name())
         experiment = build(resolved, group, data, progress)
         beside = Beside(partial(player, folder, device)) if has_room(resolved, device) else None
         return fit(
@@ -311,7 +318,14 @@ def train_group(
             lambda told: report(group, told),
             s.speed,
             beside,
+            candidates(share(resolved, device)) if s.threads == "auto" else (),
         )
+
+
+def share(resolved: Resolved, device: torch.device) -> int:
+    """Cores that each training process has."""
+    groups = layout(resolved, device)
+    return 1 if device.type == "cuda" else cores() // at_once(resolved, len(groups)) or 1
 
 
 def has_room(resolved: Resolved, device: torch.device) -> bool:
@@ -321,8 +335,7 @@ def has_room(resolved: Resolved, device: torch.device) -> bool:
         return s.evaluation == "beside"
     if device.type == "cuda":
         return True
-    at_once = min(len(layout(resolved, device)), max(1, cores() // s.threads))
-    return cores() - at_once * s.threads >= at_once
+    return s.threads != "auto" and share(resolved, device) > s.threads
 
 
 def group_folder(folder: Path, group: Group) -> Path:

@@ -18,6 +18,7 @@ from offrl.data.dataset import Dataset
 from offrl.engine.fit import Curve
 from offrl.envs import ogbench, scores
 from offrl.machine import cores, cpu_name
+from offrl.nets import products
 from offrl.results import stats
 
 PACKAGES = ("offrl", "torch", "numpy", "scipy", "gymnasium", "mujoco", "minari", "hydra-core")
@@ -48,6 +49,7 @@ def finish(
     seconds: float,
 ) -> dict[str, Any]:
     """Write episodes, picture and result of a finished run."""
+    s = resolved.settings
     seeds = [seed for group in groups for seed in group]
     steps = curves[0].steps
     final = rows([c.final["return"] for c in curves if c.final is not None])  # (seeds, episodes)
@@ -77,7 +79,7 @@ def finish(
         "final_returns": final.tolist(),
         "curve": {"steps": steps, "mean_return": points.mean(-1).tolist()},
         "device": str(device),
-        "threads": resolved.settings.threads,
+        "threads": max([n for c in curves for n in c.threads.values()], default=s.threads),
         "seconds": round(seconds, 1),
         "versions": stored["versions"],
         "command": stored["command"],
@@ -176,6 +178,7 @@ def provenance(
         "device": hardware,
         "device_type": device.type,
         "cores": cores(),
+        "products": sorted(products.chosen),
         "env": {"id": env, "legacy_mass": resolved.settings.legacy_mass},
         "dataset": None
         if data is None

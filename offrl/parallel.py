@@ -34,7 +34,7 @@ def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) 
     inbox: Any = context.Queue()
     waiting, curves = list(groups), {}
     running: dict[int, Any] = {}
-    limit = max(1, cores() // resolved.settings.threads)
+    limit = at_once(resolved, len(groups))
     problem: Exception | None = None
     ending = False
     with Display(resolved, groups) as display, stop_requests() as stopping:
@@ -77,6 +77,12 @@ def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) 
     return [curves[group[0]] for group in groups]
 
 
+def at_once(resolved: Resolved, groups: int) -> int:
+    """How many processes train at the same time."""
+    threads = resolved.settings.threads
+    return min(groups, max(1, cores() // (1 if threads == "auto" else threads)))
+
+
 def work(folder: Path, group: Group, resume: bool, inbox: Any) -> None:
     """Body of a worker process."""
     from offrl.experiment import group_folder, train_group
@@ -112,8 +118,8 @@ class Display:
 
     def tell(self, group: Group, told: Progress) -> None:
         key = group[0]
-        if told.note is not None and key == self.groups[0][0]:  # the other processes do the same
-            self.bar.write(told.note)
+        for note in told.notes if key == self.groups[0][0] else ():  # the others do the same
+            self.bar.write(note)
         if told.score is not None:
             self.scores[key] = told.score
             unit, value = scored(self.resolved, float(np.mean(list(self.scores.values()))))

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from offrl import cli
+from offrl import cli, experiment
 from offrl import config as configuration
 from offrl.engine import checkpoint, process
-from offrl.engine.fit import Progress
+from offrl.engine.fit import Curve, Progress
+from offrl.machine import cores
+from offrl.nets import products
 from offrl.parallel import Display
 
 EPISODES = ["eval_episodes=2", "final_episodes=2"]
@@ -88,6 +90,33 @@ def test_an_offline_run_leaves_everything_a_run_directory_promises(algo, capsys)
     assert "algo.steps" in out
     assert "(command line)" in out
     assert "D4RL-normalized score" in out
+
+
+def test_threads_by_measurement_are_told_and_stored(capsys):
+    train(
+        "algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", "threads=auto", *SIZES
+    )
+    result = json.loads((only_run() / "result.json").read_text())
+    assert result["threads"] in (1, cores())
+    assert "thread(s): an update takes" in capsys.readouterr().out
+
+
+def test_processes_and_resumed_runs_keep_the_products_a_run_was_started_with(monkeypatch):
+    """Whatever the machine's choice has become since."""
+    seen = []
+    monkeypatch.setattr(products, "measured", lambda: ["forward"])
+    train("algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", *SIZES)
+    folder = only_run()
+    assert json.loads((folder / "run.json").read_text())["products"] == ["forward"]
+    (folder / "result.json").unlink()
+    Path("home/products.json").unlink()
+    monkeypatch.setattr(products, "measured", lambda: ["weight gradient"])
+    monkeypatch.setattr(experiment, "fit", lambda *args: seen.append(products.chosen) or Curve())
+    monkeypatch.setattr(experiment, "finish", lambda *args: {})
+    products.use(())
+    experiment.train(configuration.from_yaml((folder / "config.yaml").read_text()), folder, True)
+    assert seen == [{"forward"}]
+    products.use(())
 
 
 def test_a_return_conditioned_run_scores_every_target_and_the_best(capsys):

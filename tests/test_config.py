@@ -3,7 +3,7 @@ from typing import Literal
 import pytest
 import torch
 
-from offrl import config
+from offrl import config, experiment, parallel
 from offrl.config import ConfigError, convert, from_yaml, resolve
 from offrl.experiment import layout
 
@@ -60,6 +60,8 @@ def test_stored_configuration_comes_back_whole():
         ({"source": "d4lr"}, "source must be one of auto, generated, d4rl"),
         ({"preset": "quik"}, "no preset 'quik'; did you mean 'quick'"),
         ({"legacy_mass": 1}, "legacy_mass must be bool, got 1"),
+        ({"threads": "all"}, "threads must be int, got 'all'; auto would do too"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"eval_every": 0}, "eval_every must be at least 1, got 0"),
         ({"algo.batch": -1}, "batch must be at least 1, got -1"),
@@ -83,6 +85,7 @@ def test_a_misspelt_algorithm_names_the_nearest():
 @pytest.mark.parametrize(
     ("value", "hint", "out"),
     [(1e6, int, 1_000_000), (3, float, 3.0), ([1, 2], tuple[int, ...], (1, 2)),
+     ("auto", int | Literal["auto"], "auto"), (2.0, int | Literal["auto"], 2),
      (None, int | None, None), (5, int | None, 5), ("a", Literal["a", "b"], "a")],
 )  # fmt: skip
 def test_values_take_the_declared_type(value, hint, out):
@@ -115,3 +118,36 @@ def test_seeds_are_stacked_on_cuda_where_the_network_can_carry_them():
     assert layout(resolve("td3bc", {"seeds": 3}), cuda) == [[0, 1, 2]]
     assert layout(resolve("decision_mamba", {"seeds": 3}), cuda) == [[0], [1], [2]]
     assert layout(resolve("td3bc", {"seeds": 2}), torch.device("cpu")) == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("cores", "given", "at_once", "share", "room"),
+    [
+        (2, {"seeds": 1, "threads": 1}, 1, 2, True),
+        (2, {"seeds": 1, "threads": 2}, 1, 2, False),
+        (2, {"seeds": 5, "threads": 1}, 2, 1, False),
+        (1, {"seeds": 1, "threads": 4}, 1, 1, False),
+        (16, {"seeds": 5, "threads": 2}, 5, 3, True),
+        (16, {"seeds": 8, "threads": 2}, 8, 2, False),
+        (16, {"seeds": 1, "threads": "auto"}, 1, 16, False),  # the updates may take them all
+        (16, {"seeds": 5, "threads": "auto"}, 5, 3, False),
+        (2, {"seeds": 5, "threads": 1, "evaluation": "beside"}, 2, 1, True),
+        (16, {"seeds": 1, "threads": 1, "evaluation": "inline"}, 1, 16, False),
+    ],
+)
+def test_cores_are_shared_among_training_and_evaluating_processes(
+    monkeypatch, cores, given, at_once, share, room
+):
+    for module in (experiment, parallel):
+        monkeypatch.setattr(module, "cores", lambda: cores)
+    run, cpu = resolve("td3bc", given), torch.device("cpu")
+    assert parallel.at_once(run, given["seeds"]) == at_once
+    assert experiment.share(run, cpu) == share
+    assert experiment.has_room(run, cpu) == room
+
+
+def test_a_run_on_a_gpu_takes_one_thread_and_is_evaluated_beside(monkeypatch):
+    monkeypatch.setattr(experiment, "cores", lambda: 16)
+    run, cuda = resolve("td3bc", {"threads": "auto"}), torch.device("cuda")
+    assert experiment.share(run, cuda) == 1
+    assert experiment.has_room(run, cuda)

@@ -3,6 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ class Beside:
             context = multiprocessing.get_context("spawn")
             self.ours, theirs = context.Pipe()
             self.worker = context.Process(target=serve, args=(self.player, theirs), daemon=True)
+            resource_tracker.ensure_running()  # which unblocks signals: before they are blocked
             # blocked from its first moment on: what ends a whole group is the training's to handle
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             try:
@@ -39,6 +41,10 @@ class Beside:
             self.ours.send(path)
         except OSError:
             self.died()
+
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return self.ours.poll()
 
     def result(self) -> dict[str, Tensor]:
         """Wait for the values of the checkpoint given last.

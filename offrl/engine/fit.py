@@ -3,19 +3,21 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from offrl.engine import checkpoint
 from offrl.engine.beside import Beside
 from offrl.engine.capture import Speed, Updates
 from offrl.engine.log import Diverged, Log, Meter
-from offrl.engine.stage import Algorithm, Stage
+from offrl.engine.stage import Algorithm, Sampler, Stage
+from offrl.engine.threads import fastest
 
 Evaluate = Callable[[Algorithm, int], dict[str, Tensor]]  # (algo, episodes) -> name -> (*S, n)
 
@@ -43,7 +45,7 @@ class Progress:
     """What the caller is told: shown on one line. A resumed run's first step is not 0.
 
     Attributes:
-        note: how this stage's updates are made, once that is decided; told once.
+        notes: how this stage's updates are made, as it is decided; told once.
     """
 
     stage: str
@@ -52,7 +54,7 @@ class Progress:
     total: int
     per_second: float
     score: float | None
-    note: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 class Interrupted(Exception):
@@ -61,14 +63,19 @@ class Interrupted(Exception):
 
 @dataclass
 class Curve:
-    """Evaluations so far: the step and, per name, raw values (*S, episodes) of each point."""
+    """Evaluations so far: the step and, per name, raw values (*S, episodes) of each point.
+
+    Attributes:
+        threads: of each stage that chose their number.
+    """
 
     steps: list[int] = field(default_factory=list)
     points: list[dict[str, Tensor]] = field(default_factory=list)
     final: dict[str, Tensor] | None = None
+    threads: dict[str, int] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "points": self.points, "final": self.final}
+        return dict(vars(self))
 
 
 def fit(
@@ -83,6 +90,7 @@ def fit(
     report: Callable[[Progress], None] = lambda progress: None,
     speed: Speed = "auto",
     beside: Beside | None = None,
+    threads: Sequence[int] = (),
 ) -> Curve:
     """Run the stages to their end; returns the learning curve and the final evaluation.
 
@@ -100,6 +108,8 @@ def fit(
         speed: how updates are made; see `engine.capture.Updates`.
         beside: plays the points of the curve but the last, in a process of its own; values and
             files are those of `evaluate`, which then plays the last point and the final ones.
+        threads: numbers among which each stage chooses by measurement when it begins; none to
+            leave torch's.
 
     Raises:
         Diverged: when a metric or parameter stopped being finite, or a metric exploded; the last
@@ -113,8 +123,9 @@ def fit(
     if saved is not None and saved["label"] != label:
         raise ValueError(f"{path} belongs to {saved['label']}, not to {label}")
     runner = Runner(
-        algo, stages, folder, evaluate, schedule, seeds, label, report, saved, speed, beside
-    )
+        algo, stages, folder, evaluate, schedule, seeds, label, report, saved, speed, beside,
+        threads,
+    )  # fmt: skip
     try:
         return runner.run()
     finally:
@@ -139,13 +150,15 @@ class Runner:
         saved: dict[str, Any] | None,
         speed: Speed,
         beside: Beside | None,
+        threads: Sequence[int] = (),
     ):
         self.algo, self.stages, self.folder = algo, stages, folder
         self.evaluate, self.schedule, self.report = evaluate, schedule, report
         self.seeds, self.label, self.speed = seeds, label, speed
-        self.note: str | None = None  # how updates are made
-        self.beside = beside
+        self.notes: list[str] = []  # how updates are made
+        self.beside, self.threads = beside, threads
         self.pending: int | None = None  # the step whose point is being played
+        self.held: list[tuple[int, str, dict[str, list[float]]]] = []  # rows that come after it
         self.index = self.step = 0
         self.begun = False  # whether the current stage's `before` has run
         self.curve, self.meter = Curve(), Meter()
@@ -181,7 +194,9 @@ class Runner:
             if not self.begun and stage.before is not None:
                 stage.before()
             self.begun = True
-            update = Updates(stage, stage.start(), self.algo.generator, self.speed, self.noted)
+            sample = stage.start()
+            self.set_threads(stage, sample)
+            update = Updates(stage, sample, self.algo.generator, self.speed, self.notes.append)
         while stage.steps is None or self.step < stage.steps:
             at_border = self.step % stage.cycle == 0
             if stage.steps is None and at_border and stage.stop is not None and stage.stop():
@@ -197,6 +212,14 @@ class Runner:
                 raise Interrupted(f"stopped at step {self.shown}; checkpoint written")
         self.flush(stage)
 
+    def set_threads(self, stage: Stage, sample: Sampler) -> None:
+        if not self.threads:
+            return
+        if stage.name not in self.curve.threads:
+            self.curve.threads[stage.name], told = fastest(self.algo, stage, sample, self.threads)
+            self.notes.append(told)
+        torch.set_num_threads(self.curve.threads[stage.name])
+
     def after_update(self, stage: Stage) -> None:
         every = self.schedule
         if self.step % every.log_every == 0:
@@ -205,6 +228,7 @@ class Runner:
         if self.shown % every.eval_every == 0 or last:
             if self.evaluate is not None:
                 self.flush(stage)
+                self.settle()
                 self.pending = self.shown
                 if self.beside is None or last:
                     self.collect(self.evaluate(self.algo, every.eval_episodes))
@@ -225,9 +249,6 @@ class Runner:
     def shown(self) -> int:
         """The step that people see: updates, or environment steps of an online method."""
         return self.step + (self.stages[self.index].offset if self.index < len(self.stages) else 0)
-
-    def noted(self, text: str) -> None:
-        self.note = text
 
     def begin(self) -> None:
         """Play the point of the checkpoint just written or loaded."""
@@ -250,11 +271,20 @@ class Runner:
         """Wait for the point that is being played beside."""
         if self.pending is not None and self.beside is not None:
             self.collect(self.beside.result())
+        for row in self.held:
+            self.log.write(*row)
+        self.held = []
 
     def flush(self, stage: Stage) -> None:
-        self.settle()
-        if self.meter.values:
-            self.log.write(self.shown, stage.name, self.meter.flush())
+        """One row of each metric, in the file once the point before it is there."""
+        try:
+            if self.meter.values:
+                self.held.append((self.shown, stage.name, self.meter.flush()))
+        except Diverged:
+            self.settle()
+            raise
+        if self.pending is None or self.beside is None or self.beside.ready():
+            self.settle()
 
     def tell(self, stage: Stage) -> None:
         now = time.perf_counter()
@@ -267,8 +297,8 @@ class Runner:
         point = self.curve.points[-1] if self.curve.points else {}
         score = float(next(iter(point.values())).mean()) if point else None
         total = stage.offset + stage.steps if stage.steps else 0
-        note, self.note = self.note, None
-        self.report(Progress(stage.name, self.first, self.shown, total, speed, score, note))
+        notes, self.notes = self.notes, []
+        self.report(Progress(stage.name, self.first, self.shown, total, speed, score, notes))
 
     def save(self) -> None:
         if self.pending != self.shown:

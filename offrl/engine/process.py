@@ -12,18 +12,29 @@ from pathlib import Path
 import torch
 
 
-def prepare(threads: int, keep_memory: bool) -> None:
-    """Set torch's threads, and stop glibc from returning freed memory after every update.
+def prepare(threads: int | str, keep_memory: bool) -> None:
+    """Set torch's threads, "auto" begins with one, and stop glibc from returning freed memory.
 
     Without the second, activations above 128 KiB are unmapped and faulted in again page by page.
     Elsewhere than on glibc it does nothing.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1 if threads == "auto" else int(threads))
     if keep_memory and sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             for key, value in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)):
                 libc.mallopt(key, value)  # mmap threshold, trim threshold, top pad
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Within it torch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def end_with_parent() -> None:

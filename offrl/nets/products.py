@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,8 @@ def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None) -> N
 def choose(folder: Path, machine: str) -> str:
     """Use the faster library for each kind of product, as measured on this machine before or now.
 
-    One measurement serves all later processes, so that runs from one seed, and resumed ones, go
-    through the same products.
+    One measurement serves all later runs, so that runs from one seed go through the same products;
+    a run keeps its own choice in run.json, for its processes and for resuming.
 
     Args:
         folder: where choices are kept; where it cannot be written they last for this process.
@@ -92,7 +92,6 @@ def choose(folder: Path, machine: str) -> str:
     Returns:
         A sentence about what is used.
     """
-    global chosen
     path = folder / "products.json"
     key = f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {VERSION}"
     try:
@@ -109,8 +108,14 @@ def choose(folder: Path, machine: str) -> str:
             os.replace(part, path)
         except OSError as error:
             log.warning("the choice of products cannot be kept in %s: %s", path, error)
-    chosen = frozenset(kept[key]) & set(KINDS)
+    use(kept[key])
     return f"products by oneDNN: {', '.join(k for k in KINDS if k in chosen) or 'none'}"
+
+
+def use(kinds: Iterable[str]) -> None:
+    """Use oneDNN for these kinds: what was chosen when a run was started."""
+    global chosen
+    chosen = frozenset(kinds) & set(KINDS)
 
 
 def onednn_works() -> bool:

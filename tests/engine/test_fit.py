@@ -8,6 +8,7 @@ import pickle
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, m
 def test_captured_runs_write_the_files_of_runs_as_written(tmp_path, monkeypatch, kind):
     """A replay that grows and wraps, and a teacher that is refreshed, are seen by replays."""
     said = []
-    monkeypatch.setattr(Runner, "noted", lambda self, text: said.append(text))
+    monkeypatch.setattr(Runner, "tell", lambda self, stage: said.extend(self.notes))
     for speed in ("eager", "graph"):
         (tmp_path / speed).mkdir()
         run(kind, tmp_path / speed, speed=speed)
@@ -195,6 +196,30 @@ def test_points_played_beside_the_training_are_those_played_within_it(tmp_path):
     run("offline", inline)
     curve = beside(tmp_path / "beside")
     assert curve.steps == [40, 80, 120, 160, 200]
+    assert_same_files(inline, tmp_path / "beside")
+
+
+def patient_player(sign):
+    play = toy_player()
+
+    def played(path):
+        for _ in range(300):
+            if sign.exists():
+                return play(path)
+            time.sleep(0.1)
+        raise ValueError("training waited for the point")
+
+    return played
+
+
+def test_training_goes_on_past_rows_of_metrics_while_a_point_is_played(tmp_path):
+    """The point of 40 is played only after update 60 has begun; the files are in order."""
+    inline, sign = tmp_path / "inline", tmp_path / "sign"
+    inline.mkdir()
+    run("offline", inline)
+    steps = itertools.count()
+    signs = lambda: sign.touch() if next(steps) == 60 else None  # noqa: E731
+    beside(tmp_path / "beside", partial(patient_player, sign), between=[(1, signs)])
     assert_same_files(inline, tmp_path / "beside")
 
 
