@@ -26,7 +26,7 @@ from offrl.data.dataset import home
 from offrl.data.replay import Replay
 from offrl.engine import process
 from offrl.engine.capture import Speed, Updates
-from offrl.engine.recording import Recorder
+from offrl.engine.recording import Recorder, Recording, tensors
 from offrl.engine.stage import Run, Sampler, Spec, Stage
 from offrl.experiment import pick_device
 from offrl.machine import cores, cpu_name
@@ -151,26 +151,31 @@ def compared(
     speed = f"{min(calibration):.0f} to {max(calibration):.0f} GFLOP/s"
     print(f"{data.name}: {len(data)} transitions")
     print(f"{found['hardware']}, {options.threads} thread(s), 256-cubed product {speed}")
-    print(f"{'method':<16} {'updates/s':>9} {'range':>13} {'time':>7} {'products':>9} {'calls':>6}")
+    print(
+        f"{'method':<16} {'updates/s':>9} {'range':>13} {'time':>7} {'products':>9} {'calls':>6} "
+        f"{'MB':>6}"
+    )
     counts = {m.label: m for m in ours}
     for name in [*counts, *others]:
         many = counts[name].count if name in counts else 1
         rates = sorted(many / t for t in times[name])
-        row = found["methods"][name] = {
+        row: dict[str, Any] = {
             "updates_per_second": round(many / statistics.median(times[name]), 1),
             "range": [round(rates[0], 1), round(rates[-1], 1)],
             "time_ratio": round(statistics.median(times[name]) / base, 3),
         }
-        share = calls = ""
+        found["methods"][name] = row
+        share = calls = memory = ""
         if name in counts:
-            row |= counts[name].about()
+            row |= counts[name].about(device)
             calls = f"{row['calls']:.0f}"
+            memory = f"{row['state_mb'] + row['working_mb']:.1f}"
             alone = f"products of {counts[name].beside(options.speeds[0])}"
             row["products"] = round(statistics.median(times[alone])
                                     / statistics.median(times[name]), 3)  # fmt: skip
             share = f"{row['products']:.0%}"
         print(f"{name:<16} {row['updates_per_second']:>9} {rates[0]:>6.0f}-{rates[-1]:<6.0f} "
-              f"{row['time_ratio']:>7} {share:>9} {calls:>6}")  # fmt: skip
+              f"{row['time_ratio']:>7} {share:>9} {calls:>6} {memory:>6}")  # fmt: skip
     for method in ours:
         if hasattr(method.algo, "neighbors") and method.speed == options.speeds[0]:
             proved = round(certified(method, device), 4)
@@ -253,8 +258,7 @@ class Method:
         """The operators of one cycle as written."""
         with Recorder() as recorder:
             for _ in range(self.algo.cycle):
-                self.stage.update(self.sample(self.algo.generator), self.step)
-                self.step += 1
+                self.once()
         return recorder
 
     def products(self) -> Callable[[int], None]:
@@ -271,10 +275,42 @@ class Method:
 
         return run
 
-    def about(self) -> dict[str, Any]:
-        """Its options, and what the dispatcher is called for per update as written."""
-        calls = len(self.recorded().calls) / self.algo.cycle
-        return {"options": chosen(self.name, self.options), "calls": calls}
+    def about(self, device: torch.device) -> dict[str, Any]:
+        """Its options, what an update as written calls, and what it keeps in memory."""
+        on_gpu = device.type == "cuda"
+        calls = self.launches() if on_gpu else len(self.recorded().calls) / self.algo.cycle
+        held = sum(x.nbytes for x in tensors(self.algo.state()))
+        working = self.peak() if on_gpu else self.planned()
+        return {
+            "options": chosen(self.name, self.options), "calls": calls,
+            "state_mb": round(held / 1e6, 3), "working_mb": round(working / 1e6, 3),
+        }  # fmt: skip
+
+    def once(self) -> dict[str, torch.Tensor]:
+        self.step += 1
+        return self.stage.update(self.sample(self.algo.generator), self.step - 1)
+
+    def planned(self) -> int:
+        """Bytes of the intermediate results of an update on a CPU, the most within a cycle."""
+        return max(Recording(self.once).memory for _ in range(self.algo.cycle))
+
+    def peak(self) -> int:
+        """Bytes that a cycle of updates as written takes above what lies on the GPU."""
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(self.algo.cycle):
+            self.once()
+        return torch.cuda.max_memory_allocated() - before
+
+    def launches(self) -> float:
+        """Kernels and copies on the GPU per update as written."""
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as found:
+            for _ in range(self.algo.cycle):
+                self.once()
+            torch.cuda.synchronize()
+        on_gpu = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return len(on_gpu) / self.algo.cycle
 
 
 def together(options: Options) -> dict[str, float]:

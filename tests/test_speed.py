@@ -43,6 +43,10 @@ def test_the_table_tells_ratios_options_and_the_cost_of_uncertified_rows(data, t
     assert found["methods"]["td3bc graph"]["time_ratio"] == 1.0
     assert found["methods"]["prdc eager"]["options"] == {"algo.alpha": 3.0}
     assert found["methods"]["prdc eager"]["products"] > 0
+    networks = 2 * 4 * (256 * 257 + 256 * 18 + 257 * 6) + 2 * 8 * (256 * 257 + 256 * 24 + 257)
+    row = found["methods"]["td3bc graph"]  # weights and their targets, Adam's two moments of each
+    assert row["state_mb"] == pytest.approx(2 * networks / 1e6, rel=0.01)
+    assert 1 < row["working_mb"] < 20
     assert 0 <= found["methods"]["prdc graph"]["certified"] <= 1
     shares = [row["certified"] for row in found["certificate"]]
     assert shares[0] > 0.99  # the data's own actions are their own neighbors

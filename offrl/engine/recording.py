@@ -206,6 +206,8 @@ class Recording:
             raise NotRecordable(str(error).splitlines()[0], self.first) from error
         self.result = tree_map(plan.moved, self.first)
         self.written = plan.written
+        places = {storage.data_ptr(): storage.nbytes() for storage in plan.place.values()}
+        self.memory = sum(places.values())  # bytes of intermediate results
 
     def __call__(self) -> Any:
         with torch.inference_mode():

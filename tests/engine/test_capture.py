@@ -88,6 +88,7 @@ def test_results_that_are_done_with_lend_their_memory():
                 if isinstance(out, torch.Tensor)}  # fmt: skip
     assert len(replay.steps) == 20
     assert len(storages) == 2
+    assert replay.memory == 2 * 1000 * 4
     assert torch.equal(replay(), work())
 
 
