@@ -216,7 +216,8 @@ class Runner:
         if not self.threads:
             return
         if stage.name not in self.curve.threads:
-            self.curve.threads[stage.name], told = fastest(self.algo, stage, sample, self.threads)
+            best, told = fastest(self.algo, stage, sample, self.threads, self.speed)
+            self.curve.threads[stage.name] = best
             self.notes.append(told)
         torch.set_num_threads(self.curve.threads[stage.name])
 

@@ -21,6 +21,7 @@ def one_thread_after():
 def paced(stage, seconds, monkeypatch):
     """The stage with updates that take as long as their number of threads says, by the clock."""
     now = [0.0]
+    monkeypatch.setattr("offrl.engine.threads.LEAST", 0.0)
     clock = SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr("offrl.engine.threads.time", clock)
 
@@ -49,8 +50,9 @@ def test_the_number_with_the_shortest_update_is_found(monkeypatch, seconds, best
     assert told.startswith(f"{best} thread(s)")
 
 
+@pytest.mark.parametrize("speed", ["eager", "graph"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_measuring_leaves_no_trace(kind):
+def test_measuring_leaves_no_trace(kind, speed, monkeypatch):
     """After some updates, so that optimizers and the replay are not empty."""
     algo, (stage,) = KINDS[kind]()
     if stage.before is not None:
@@ -59,7 +61,8 @@ def test_measuring_leaves_no_trace(kind):
     for step in range(6):
         stage.update(sample(algo.generator), step)
     before = deepcopy(algo.state())
-    fastest(algo, stage, sample, [1, 2])
+    monkeypatch.setattr("offrl.engine.threads.LEAST", 0.0)
+    fastest(algo, stage, sample, [1, 2], speed)
     assert_same(before, algo.state())
 
 
@@ -69,7 +72,9 @@ def test_a_resumed_run_keeps_the_threads_that_it_chose(tmp_path, monkeypatch):
     slow = paced(stage, {1: 2, 2: 1}, monkeypatch)
     monkeypatch.setattr(Runner, "after_update", stops_at(Runner.after_update, 50))
     with pytest.raises(InterruptedError):
-        fit(algo, [slow], tmp_path, None, schedule, [0], "toy", threads=[1, 2])
+        fit(
+            algo, [slow], tmp_path, None, schedule, [0], "toy", False, speed="eager", threads=[1, 2]
+        )
     monkeypatch.undo()
     torch.set_num_threads(1)
     seen = set()
@@ -80,7 +85,7 @@ def test_a_resumed_run_keeps_the_threads_that_it_chose(tmp_path, monkeypatch):
 
     algo, (stage,) = offline()
     curve = fit(algo, [replace(stage, update=update)], tmp_path, None, schedule, [0], "toy", True,
-                threads=[1, 2])  # fmt: skip
+                speed="eager", threads=[1, 2])  # fmt: skip
     assert curve.threads == {"train": 2}
     assert seen == {2}
 
@@ -101,6 +106,6 @@ def test_a_run_that_measured_its_threads_ends_as_one_that_was_told_them(tmp_path
         stage = paced(stage, {1: 1, 2: 2}, monkeypatch)
         folder = tmp_path / str(len(threads))
         folder.mkdir()
-        fit(algo, [stage], folder, None, Schedule(), [0], "toy", threads=threads)
+        fit(algo, [stage], folder, None, Schedule(), [0], "toy", speed="eager", threads=threads)
         states.append(algo.state())
     assert_same(*states)
