@@ -25,7 +25,8 @@ def fastest(
 ) -> tuple[int, str]:
     """The number of threads with which an update takes least time.
 
-    Algorithm and generator are as before afterwards; torch's threads are those that were found.
+    All updates are of one batch. Algorithm and generator are as before afterwards; torch's threads
+    are those that were found.
 
     Args:
         counts: numbers to choose among, from few to many; more win only if clearly faster.
@@ -37,7 +38,8 @@ def fastest(
     """
     before = deepcopy(algo.state())
     captured = speed in ("auto", "graph")
-    update = Updates(stage, sample, algo.generator, "graph" if captured else "eager")
+    batch = sample(algo.generator)
+    update = Updates(stage, lambda _: batch, algo.generator, "graph" if captured else "eager")
     cycle = turns(update, stage.cycle)
     torch.set_num_threads(counts[0])
     for _ in range(WARM_UP + 2):  # it is captured in the last but one of them

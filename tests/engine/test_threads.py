@@ -66,6 +66,15 @@ def test_measuring_leaves_no_trace(kind, speed, monkeypatch):
     assert_same(before, algo.state())
 
 
+@pytest.mark.parametrize("speed", ["eager", "graph"])
+def test_a_single_batch_is_drawn(speed, monkeypatch):
+    """A sampler may deal the rows of a rollout once."""
+    monkeypatch.setattr("offrl.engine.threads.LEAST", 0.0)
+    algo, (stage,) = offline()
+    deal = iter([stage.start()(algo.generator)])
+    fastest(algo, stage, lambda generator: next(deal), [1, 2], speed)
+
+
 def test_a_resumed_run_keeps_the_threads_that_it_chose(tmp_path, monkeypatch):
     algo, (stage,) = offline()
     schedule = Schedule(log_every=10, eval_every=40)
