@@ -174,10 +174,12 @@ def pick_device(name: str) -> torch.device:
 def layout(resolved: Resolved, device: torch.device) -> list[Group]:
     """Stacked on CUDA; one process per seed on a CPU, where stacking gains nothing.
 
-    A method whose network carries no seed axis says `STACKS = False`: one process per seed.
+    A method whose network carries no seed axis says `STACKS = False`: one process per seed, as for
+    encoders of images.
     """
     seeds = resolved.seeds()
     stacks = getattr(configuration.module(resolved.algo), "STACKS", True)
+    stacks = stacks and not resolved.options.get("images", False)
     return [seeds] if stacks and device.type == "cuda" else [[seed] for seed in seeds]
 
 

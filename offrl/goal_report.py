@@ -1,4 +1,8 @@
-"""Success on OGBench's tasks, read from finished runs, beside the published rows."""
+"""Success on OGBench's tasks, read from finished runs, beside the published rows.
+
+Of runs in pointmazes that still have their checkpoint the order-consistency ratio is measured too
+(offrl.mazes).
+"""
 
 import json
 from collections import defaultdict
@@ -10,11 +14,13 @@ import numpy as np
 from scipy.stats import binomtest
 
 from offrl import config as configuration
-from offrl.config import ConfigError
+from offrl import mazes
+from offrl.config import ConfigError, Resolved
 from offrl.envs import ogbench
+from offrl.evaluation import checkpoints, load_algorithm
 from offrl.outcome import write_json
 from offrl.report import label
-from offrl.results import stats
+from offrl.results import plots, stats
 
 OGBENCH = "OGBench, arXiv:2410.20092"
 RERUN = "rerun with the authors' code, arXiv:2510.07257"
@@ -34,7 +40,8 @@ class Options:
     """Options of scripts/goal_report.py.
 
     runs=[DIR,...]   folders that are searched for finished runs
-    out=DIR          receives table.md and table.json
+    out=DIR          receives table.md, table.json, and for each environment and data set a picture
+                     of success against updates, of all tasks together and of each apart
     """
 
     runs: tuple[str, ...]
@@ -42,10 +49,11 @@ class Options:
 
 
 def make_goal_report(options: Options) -> dict[str, Any]:
-    """Write the table; returns the content of table.json.
+    """Write the table and the pictures; returns the content of table.json.
 
     Raises:
-        ConfigError: if there is no finished run on a task of OGBench.
+        ConfigError: if there is no finished run on a task of OGBench, a seed was run twice, or runs
+            of one cell differ in episodes or in the points of their curves.
     """
     rows = defaultdict(list)
     for folder in options.runs:
@@ -53,6 +61,7 @@ def make_goal_report(options: Options) -> dict[str, Any]:
             result = json.loads(path.read_text())
             resolved = configuration.from_yaml((path.parent / "config.yaml").read_text())
             if ogbench.known(resolved.settings.env):
+                result["order"] = order(path.parent, resolved)
                 rows[result["task"], label(resolved), result["steps"]].append(result)
     if not rows:
         raise ConfigError("there is no finished run on OGBench's tasks in the given folders")
@@ -61,8 +70,24 @@ def make_goal_report(options: Options) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "table.json", found)
     (out / "table.md").write_text(table(found))
+    for task in {c["task"] for c in found}:
+        plots.curves(out / f"{task}.png", panels(task, found), "updates", "success (%)")
     print(table(found))
     return {"cells": found}
+
+
+def order(run: Path, resolved: Resolved) -> dict[int, float]:
+    """Seed -> order-consistency ratio, mean over tasks; {} where there is nothing to measure."""
+    found: dict[int, float] = {}
+    env, steps = resolved.settings.env, resolved.options.get("subgoal_steps", 25)
+    if not env.startswith("pointmaze-") or not list(run.glob("seed*/checkpoint.pt")):
+        return found
+    for file in checkpoints(run)[1]:
+        algo, seeds = load_algorithm(resolved, file)
+        if len(seeds) == 1 and hasattr(algo, "value"):
+            ratios = mazes.consistency(algo, mazes.expert_paths(env, 0), steps, mazes.WINDOW)
+            found[seeds[0]] = float(np.mean(ratios["smoothed"]))
+    return found
 
 
 def cell(task: str, method: str, steps: int, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -71,6 +96,13 @@ def cell(task: str, method: str, steps: int, results: list[dict[str, Any]]) -> d
     seeds = [seed for seed, _, _ in runs]
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"{method} on {task}: a seed was run twice, among {seeds}")
+    points = [result["curve"]["steps"] for result in results]
+    episodes = {len(result["final_returns"][0]) for result in results}
+    if any(at != points[0] for at in points) or len(episodes) > 1:
+        raise ConfigError(
+            f"{method} on {task}: runs differ in episodes or in the points of their curves; report "
+            "them apart"
+        )
     final = np.array([result["final_returns"][i] for _, i, result in runs])  # (seeds, episodes)
     curve = np.array([result["curve"]["mean_return"][i] for _, i, result in runs])
     per_seed = 100 * final.mean(-1)
@@ -81,6 +113,10 @@ def cell(task: str, method: str, steps: int, results: list[dict[str, Any]]) -> d
         name: 100 * float(np.mean([share(name, i, result) for _, i, result in runs]))
         for name in names
     }
+    curves = {
+        name: [result["scenarios"][name]["curve"][i] for _, i, result in runs] for name in names
+    }
+    ratios = {seed: result["order"].get(seed) for seed, _, result in runs}
     return {
         "task": task, "method": method, "steps": steps, "seeds": seeds, "episodes": final.shape[1],
         "success": float(per_seed.mean()), "per_seed": per_seed.tolist(),
@@ -88,6 +124,10 @@ def cell(task: str, method: str, steps: int, results: list[dict[str, Any]]) -> d
         "interval95_episodes": [100 * pooled.low, 100 * pooled.high],
         "last3": (100 * curve[:, -3:].mean(-1)).tolist(),
         "per_task": apart,
+        "order_consistency": list(ratios.values()),
+        "curve": {"updates": points[0], "all tasks": (100 * curve).tolist(), **{
+            name: (100 * np.array(values)).tolist() for name, values in curves.items()
+        }},
         "published": published(task, method.split(" ")[0]),
         "versions": results[0]["versions"],
         "commands": [result["command"] for result in results],
@@ -104,26 +144,43 @@ def published(task: str, algo: str) -> dict[str, list[float]]:
     }
 
 
+def panels(
+    task: str, cells: list[dict[str, Any]]
+) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """All tasks together and each apart -> method -> updates and success by seed."""
+    found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = defaultdict(dict)
+    for c in cells:
+        if c["task"] == task:
+            curve = dict(c["curve"])
+            updates, name = np.array(curve.pop("updates")), f"{c['method']}, {c['steps']:,} updates"
+            for part, values in curve.items():
+                found[part][name] = updates, np.array(values)
+    return found
+
+
 def table(cells: list[dict[str, Any]]) -> str:
     """The same as Markdown."""
     lines = [
         "| task | method | updates | seeds | success % [95 % of episodes] | last 3 points | "
-        "tasks 1 to 5 | published |",
-        "| --- " * 8 + "|",
+        "tasks 1 to 5 | order consistency | published |",
+        "| --- " * 9 + "|",
     ]
     for c in cells:
         low, high = c["interval95_episodes"]
         rows = [f"{mean:g} ± {std:g}" for mean, std in c["published"].values()]
+        ratios = [ratio for ratio in c["order_consistency"] if ratio is not None]
         line = [
             c["task"], c["method"], f"{c['steps']:,}", ", ".join(map(str, c["seeds"])),
             f"{c['success']:.1f} [{low:.1f}, {high:.1f}]", f"{np.mean(c['last3']):.1f}",
-            " ".join(f"{value:.0f}" for value in c["per_task"].values()), "; ".join(rows),
+            " ".join(f"{value:.0f}" for value in c["per_task"].values()),
+            f"{np.mean(ratios):.3f}" if ratios else "", "; ".join(rows),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(line)} |")
     return "\n".join([
         *lines, "",
         "Success of the last checkpoint, 5 tasks alike, mean over seeds; the interval is Wilson's "
         "over all episodes and knows nothing of the spread between seeds (table.json has both). "
+        f"Order consistency: growth of the value along an expert's path, window {mazes.WINDOW}. "
         f"Published: {OGBENCH}; {RERUN}; a million updates of batch 1024 and width 512, 8 seeds, "
         "mean ± standard deviation.", "",
     ])  # fmt: skip

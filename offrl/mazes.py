@@ -1,12 +1,13 @@
-"""What a goal-conditioned value knows of a maze: order along expert paths, maps, trajectories.
+"""What a goal-conditioned method knows of a maze: order along expert paths, maps, trajectories.
 
 The order-consistency ratio is the share of steps t of an expert's path for which the value grows
 towards the goal, V(s_{t+k}, g) > V(s_t, g), after a trailing moving average of V along the path.
 It is what a high-level policy learns from: where it fails, subgoals point the wrong way. Ahn et
 al., NeurIPS 2025, arXiv:2505.12737; their windows are 150 for the humanoid, 30 for the ant and 10
-for cubes.
+for cubes. Of a hierarchy both levels are examined apart, see `offrl.levels`.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 
 from offrl import config as configuration
+from offrl import levels
 from offrl.config import ConfigError, Resolved
 from offrl.engine.stage import Algorithm
 from offrl.envs.make import factory, tasks
 from offrl.evaluation import checkpoints, load_algorithm
 from offrl.seeding import derive, generator
 
+WINDOW = 30  # of the moving average, in steps
 FINE = 10  # points of a map along the side of a cell
 COLORS = ("tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")  # of the tasks
 
@@ -34,14 +37,14 @@ class Options:
     runs=[DIR,DIR,...]     run directories in pointmazes; runs of one method and task are its seeds
     window=30              of the moving average, in steps; 1 for none
     task=1                 whose goal the map shows
-    episodes=4             trajectories that are drawn per task
+    episodes=4             per task, played and drawn
     seed=0                 of expert paths and trajectories
     out=PATH               writes PATH.json and PATH.png, a column per method
     """
 
     runs: tuple[str, ...]
     out: str
-    window: int = 30
+    window: int = WINDOW
     task: int = 1
     episodes: int = 4
     seed: int = 0
@@ -72,22 +75,41 @@ def look(options: Options) -> list[dict[str, Any]]:
             shown.setdefault(resolved.algo, (resolved, algo))
             steps = resolved.options.get("subgoal_steps", 25)
             row = {"algo": resolved.algo, "task": resolved.task, "seed": seeds[0], "k": steps}
-            rows.append(row | consistency(algo, resolved.settings.env, steps, options))
-    for row in rows:
-        smooth, raw = row["smoothed"], row["raw"]
-        print(f"{row['algo']} seed {row['seed']}: order consistency {np.mean(smooth):.3f} "
-              f"(window {options.window}), {np.mean(raw):.3f} (none)")  # fmt: skip
+            paths = expert_paths(resolved.settings.env, options.seed)
+            row |= consistency(algo, paths, steps, options.window)
+            if hasattr(algo, "high"):
+                row |= levels.examine(algo, resolved, paths, steps, options.episodes, options.seed)
+            rows.append(row)
+            print(said(row))
     Path(options.out).with_suffix(".json").write_text(json.dumps(rows, indent=1))
     draw(Path(options.out).with_suffix(".png"), shown, options)
     return rows
 
 
-def consistency(algo: Any, env: str, steps: int, options: Options) -> dict[str, Any]:
+def said(row: dict[str, Any]) -> str:
+    """A line for people."""
+    mean = {name: np.mean(value) for name, value in row.items() if isinstance(value, list)}
+    text = (
+        f"{row['algo']} seed {row['seed']}: order consistency {mean['smoothed']:.3f} "
+        f"(window {row['window']}), {mean['raw']:.3f} (none)"
+    )
+    if "led" in row:
+        text += (
+            f"; success {mean['success']:.0%}, led by the shortest path {mean['led']:.0%}; "
+            f"{mean['nearer']:.0%} of the subgoals lie nearer to the goal, {mean['gain']:.1f} on "
+            f"average ({row['reach']:.1f} if they were the data's)"
+        )
+    return text
+
+
+def consistency(
+    algo: Any, paths: list[tuple[Tensor, Tensor]], steps: int, window: int
+) -> dict[str, Any]:
     """The ratio of every task along its expert path, with and without the moving average."""
-    found: dict[str, Any] = {"window": options.window, "smoothed": [], "raw": [], "path": []}
-    for path, goal in expert_paths(env, options.seed):
+    found: dict[str, Any] = {"window": window, "smoothed": [], "raw": [], "path": []}
+    for path, goal in paths:
         value = algo.value(path, goal.expand_as(path))
-        found["smoothed"].append(order_consistency(value, steps, options.window))
+        found["smoothed"].append(order_consistency(value, steps, window))
         found["raw"].append(order_consistency(value, steps, 1))
         found["path"].append(len(path))
     return found
@@ -113,6 +135,7 @@ def order_consistency(value: Tensor, steps: int, window: int = 1) -> float:
     return float((smooth[steps:] > smooth[:-steps]).double().mean())
 
 
+@functools.cache
 def expert_paths(env: str, seed: int) -> list[tuple[Tensor, Tensor]]:
     """States (T, 2) of the maze's own oracle without noise, and the goal (1, 2), of each task."""
     world = factory(env)()

@@ -117,6 +117,8 @@ def test_seeds_are_stacked_on_cuda_where_the_network_can_carry_them():
     cuda = torch.device("cuda")
     assert layout(resolve("td3bc", {"seeds": 3}), cuda) == [[0, 1, 2]]
     assert layout(resolve("decision_mamba", {"seeds": 3}), cuda) == [[0], [1], [2]]
+    images = {"seeds": 2, "algo.images": True}
+    assert layout(resolve("gcbc", images), cuda) == [[0], [1]]
     assert layout(resolve("td3bc", {"seeds": 2}), torch.device("cpu")) == [[0], [1]]
 
 

@@ -12,6 +12,8 @@ Learning", NeurIPS 2022, arXiv:2206.07568; as in OGBench (Park et al., ICLR 2025
 There are no target networks. Both losses are taken at the same weights, in one step.
 
 Shapes: *S optional leading seed axes, B batch, E = 2 heads. Observations are not standardized.
+Images go through one encoder of states and one of goals, which the heads share, and through the
+actor's, which sees both together.
 
 Differences from the authors' code: none known against OGBench's but for the order of sums.
 """
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from offrl.data import Dataset
@@ -28,7 +30,7 @@ from offrl.data.goals import check_mixture, goal_transitions
 from offrl.engine.optim import adam, descend
 from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets.gelu import GeluMLP
-from offrl.nets.goal import GoalActor, GoalColumns, held, normal_log_prob
+from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob
 
 FIELDS = ("obs", "act", "next_obs")
 HEADS = 2
@@ -46,6 +48,23 @@ class Config:
     value_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # the state itself, its trajectory, any state
     actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
     goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+    images: bool = False  # observations are 64 x 64 RGB images; one seed per run
+    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
+
+
+class Latents(nn.Module):
+    """phi or psi of every head: parts (*S, B, n) -> (*S, E, B, d); heads share image encoders."""
+
+    def __init__(
+        self, sizes: tuple[int, ...], c: Config, seeds: tuple[int, ...], generator: Generator
+    ):
+        super().__init__()
+        self.sight = Sight(sizes, int(c.images), seeds, generator)
+        dims = (self.sight.size, *c.hidden, c.latent)
+        self.net = GeluMLP(dims, (*seeds, HEADS), generator=generator)
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        return self.net(self.sight(*parts).unsqueeze(-3))
 
 
 class CRL:
@@ -59,10 +78,10 @@ class CRL:
         check_mixture("actor_goals", c.actor_goals)
         self.config, self.generator, self.cycle = c, generator, 1
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
-        lead, g = (*seeds, HEADS), self.goal.size
-        self.phi = GeluMLP((o + a, *c.hidden, c.latent), lead, generator=generator)
-        self.psi = GeluMLP((g, *c.hidden, c.latent), lead, generator=generator)
-        self.actor = GoalActor(o, g, a, c.hidden, seeds, generator)
+        g = self.goal.size
+        self.phi = Latents((o, a), c, seeds, generator)
+        self.psi = Latents((g,), c, seeds, generator)
+        self.actor = GoalActor(o, g, a, c.hidden, seeds, generator, 2 * c.images)
         nets = (self.phi, self.psi, self.actor)
         self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
 
@@ -72,8 +91,8 @@ class CRL:
         return descend(self.opt, critic + actor, metrics | more)
 
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        pair = torch.cat([batch["obs"], batch["act"]], -1).unsqueeze(-3)
-        phi, psi = self.phi(pair), self.psi(self.goal(batch["value_goal"]).unsqueeze(-3))
+        phi = self.phi(batch["obs"], batch["act"])
+        psi = self.psi(self.goal(batch["value_goal"]))
         logits = phi @ psi.mT / phi.shape[-1] ** 0.5  # (*S, E, B, B)
         own = torch.eye(logits.shape[-1], device=logits.device).expand_as(logits)
         loss = F.binary_cross_entropy_with_logits(logits, own, reduction="none").mean((-3, -2, -1))
@@ -83,9 +102,9 @@ class CRL:
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         s, goal = batch["obs"], self.goal(batch["goal"])
         mean = self.actor(s, goal)
-        phi = held(self.phi, torch.cat([s, mean.clamp(-1, 1)], -1).unsqueeze(-3))
+        phi = held(self.phi, s, mean.clamp(-1, 1))
         with torch.no_grad():
-            psi = self.psi(goal.unsqueeze(-3))
+            psi = self.psi(goal)
         q = ((phi * psi).sum(-1) / phi.shape[-1] ** 0.5).amin(-2)  # (*S, B)
         climb = -q.mean(-1) / (q.detach().abs().mean(-1) + 1e-6)
         imitation = -normal_log_prob(batch["act"], mean).mean(-1)
@@ -118,7 +137,8 @@ def stages(algo: CRL, data: Dataset, run: Run) -> list[Stage]:
 
     def start():
         return goal_transitions(
-            data, c.batch, c.value_goals, c.actor_goals, c.discount, run.seeds, run.device
-        )
+            data, c.batch, c.value_goals, c.actor_goals, c.discount,
+            c.images * c.crop_share, run.seeds, run.device,
+        )  # fmt: skip
 
     return [Stage("train", run.steps, start, algo.update, algo.cycle)]

@@ -9,6 +9,7 @@ OGBench (Park et al., ICLR 2025, arXiv:2410.20092).
 pi is a Gaussian of standard deviation 1 around a mean that is clipped to [-1, 1] in acting.
 
 Shapes: *S optional leading seed axes, B batch. Observations are not standardized.
+Images of state and goal go through one encoder together.
 
 Differences from the authors' code: none known against OGBench's.
 """
@@ -23,6 +24,7 @@ from offrl.data import Dataset
 from offrl.data.goals import check_mixture, trajectories
 from offrl.engine.optim import adam, descend
 from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.nets.encoders import cropped
 from offrl.nets.goal import GoalActor, GoalColumns
 
 FIELDS = ("obs", "act", "next_obs")
@@ -36,6 +38,8 @@ class Config:
     hidden: tuple[int, ...] = (512, 512, 512)
     actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # the state itself, its trajectory, any state
     goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+    images: bool = False  # observations are 64 x 64 RGB images; one seed per run
+    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
 
 
 class GCBC:
@@ -48,7 +52,9 @@ class GCBC:
         check_mixture("actor_goals", c.actor_goals)
         self.config, self.generator, self.cycle = c, generator, 1
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
-        self.actor = GoalActor(o, self.goal.size, spec.act_dim, c.hidden, seeds, generator)
+        self.actor = GoalActor(
+            o, self.goal.size, spec.act_dim, c.hidden, seeds, generator, 2 * c.images
+        )
         self.opt = adam(self.actor, c.lr)
 
     def update(self, batch: Batch, step: int) -> Metrics:
@@ -88,7 +94,8 @@ def stages(algo: GCBC, data: Dataset, run: Run) -> list[Stage]:
 
         def sample(generator: Generator) -> Batch:
             i = states.anchors((*run.seeds, c.batch), generator)
-            (obs, goal), act = states.gather(i, states.goals(i, c.actor_goals, generator))
+            found, act = states.gather(i, states.goals(i, c.actor_goals, generator))
+            obs, goal = cropped(found, c.images * c.crop_share, generator)
             return {"obs": obs, "act": act, "goal": goal}
 
         return sample

@@ -15,6 +15,8 @@ three losses are taken at the same weights, in one step. The goals of values and
 apart.
 
 Shapes: *S optional leading seed axes, B batch, E = 2 critics. Observations are not standardized.
+Value, critics, their target and actor have an encoder of images each, which the two critics share;
+it sees state and goal together.
 
 Differences from the authors' code: none known against OGBench's but for the order of sums.
 """
@@ -49,6 +51,8 @@ class Config:
     value_goals: tuple[float, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
     actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
     goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+    images: bool = False  # observations are 64 x 64 RGB images; one seed per run
+    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
 
 
 class GCIQL:
@@ -63,10 +67,10 @@ class GCIQL:
         self.config, self.generator, self.cycle = c, generator, 1
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
         g = self.goal.size
-        self.values = Values(o + g, c.hidden, seeds, generator)
-        self.critics = Values(o + g + a, c.hidden, (*seeds, HEADS), generator)
+        self.values = Values((o, g), c.hidden, None, seeds, generator, 2 * c.images)
+        self.critics = Values((o, g, a), c.hidden, HEADS, seeds, generator, 2 * c.images)
         self.critics_target = frozen(deepcopy(self.critics))
-        self.actor = GoalActor(o, g, a, c.hidden, seeds, generator)
+        self.actor = GoalActor(o, g, a, c.hidden, seeds, generator, 2 * c.images)
         nets = (self.values, self.critics, self.actor)
         self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
 
@@ -79,8 +83,8 @@ class GCIQL:
 
     def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         s, goal = batch["obs"], self.goal(batch["value_goal"])
-        q = self.critics_target(joined(s, goal, batch["act"]).unsqueeze(-3)).amin(-2)
-        v = self.values(joined(s, goal))
+        q = self.critics_target(s, goal, batch["act"]).amin(-2)
+        v = self.values(s, goal)
         gap = q - v
         weight = torch.where(gap >= 0, self.config.expectile, 1 - self.config.expectile)
         loss = (weight * gap.square()).mean(-1)
@@ -89,17 +93,16 @@ class GCIQL:
     def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         success, goal = batch["success"], self.goal(batch["value_goal"])
         with torch.no_grad():
-            later = self.values(joined(batch["next_obs"], goal))
+            later = self.values(batch["next_obs"], goal)
             y = success - 1 + self.config.discount * (1 - success) * later
-        q = self.critics(joined(batch["obs"], goal, batch["act"]).unsqueeze(-3))  # (*S, E, B)
+        q = self.critics(batch["obs"], goal, batch["act"])  # (*S, E, B)
         loss = (q - y.unsqueeze(-2)).square().mean(-1).sum(-1)
         return loss, {"critic/loss": loss, "critic/q": q.mean((-2, -1))}
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         s, goal = batch["obs"], self.goal(batch["goal"])
         mean = self.actor(s, goal)
-        x = joined(s, goal, mean.clamp(-1, 1)).unsqueeze(-3)
-        q = held(self.critics, x).amin(-2)  # (*S, B)
+        q = held(self.critics, s, goal, mean.clamp(-1, 1)).amin(-2)  # (*S, B)
         climb = -q.mean(-1) / (q.detach().abs().mean(-1) + 1e-6)
         imitation = -normal_log_prob(batch["act"], mean).mean(-1)
         loss = climb + self.config.alpha * imitation
@@ -108,7 +111,7 @@ class GCIQL:
     @torch.no_grad()
     def value(self, obs: Tensor, goal: Tensor) -> Tensor:
         """V(s, g) (*S, B) for whole observations as goals."""
-        return self.values(joined(obs, self.goal(goal)))
+        return self.values(obs, self.goal(goal))
 
     @torch.no_grad()
     def act(
@@ -128,10 +131,6 @@ class GCIQL:
         load_modules(self, self.NAMES, state)
 
 
-def joined(*parts: Tensor) -> Tensor:
-    return torch.cat(parts, -1)
-
-
 make = GCIQL
 
 
@@ -140,7 +139,8 @@ def stages(algo: GCIQL, data: Dataset, run: Run) -> list[Stage]:
 
     def start():
         return goal_transitions(
-            data, c.batch, c.value_goals, c.actor_goals, c.discount, run.seeds, run.device
-        )
+            data, c.batch, c.value_goals, c.actor_goals, c.discount,
+            c.images * c.crop_share, run.seeds, run.device,
+        )  # fmt: skip
 
     return [Stage("train", run.steps, start, algo.update, algo.cycle)]

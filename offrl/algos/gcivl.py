@@ -13,6 +13,8 @@ follow the online weights from before the step's gradient. The goals of value an
 apart.
 
 Shapes: *S optional leading seed axes, B batch, E = 2 heads. Observations are not standardized.
+The values, which share it, their target and the actor have an encoder of images each; it sees state
+and goal together.
 
 Differences from the authors' code: none known against OGBench's but for the order of sums.
 """
@@ -48,6 +50,8 @@ class Config:
     value_goals: tuple[float, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
     actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
     goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+    images: bool = False  # observations are 64 x 64 RGB images; one seed per run
+    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
 
 
 class GCIVL:
@@ -61,9 +65,10 @@ class GCIVL:
         check_mixture("actor_goals", c.actor_goals)
         self.config, self.generator, self.cycle = c, generator, 1
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
-        self.values = Values(o + self.goal.size, c.hidden, (*seeds, HEADS), generator)
+        g = self.goal.size
+        self.values = Values((o, g), c.hidden, HEADS, seeds, generator, 2 * c.images)
         self.values_target = frozen(deepcopy(self.values))
-        self.actor = GoalActor(o, self.goal.size, spec.act_dim, c.hidden, seeds, generator)
+        self.actor = GoalActor(o, g, spec.act_dim, c.hidden, seeds, generator, 2 * c.images)
         self.opt = adam([*self.values.parameters(), *self.actor.parameters()], c.lr)
 
     def update(self, batch: Batch, step: int) -> Metrics:
@@ -95,8 +100,8 @@ class GCIVL:
 
     def heads(self, values: Values, goal: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
         """Both heads (*S, E, B) at several states with one goal, in one call."""
-        x = torch.cat([torch.cat([obs, goal], -1) for obs in states], -2).unsqueeze(-3)
-        return values(x).chunk(len(states), -1)
+        goals = torch.cat([goal] * len(states), -2)
+        return values(torch.cat(states, -2), goals).chunk(len(states), -1)
 
     @torch.no_grad()
     def value(self, obs: Tensor, goal: Tensor) -> Tensor:
@@ -129,7 +134,8 @@ def stages(algo: GCIVL, data: Dataset, run: Run) -> list[Stage]:
 
     def start():
         return goal_transitions(
-            data, c.batch, c.value_goals, c.actor_goals, c.discount, run.seeds, run.device
-        )
+            data, c.batch, c.value_goals, c.actor_goals, c.discount,
+            c.images * c.crop_share, run.seeds, run.device,
+        )  # fmt: skip
 
     return [Stage("train", run.steps, start, algo.update, algo.cycle)]

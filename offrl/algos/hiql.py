@@ -186,8 +186,7 @@ def stages(algo: HIQL, data: Dataset, run: Run) -> list[Stage]:
             waypoint = states.ahead(i, c.subgoal_steps)
             names = ("obs", "next_obs", "value_goal", "waypoint", "goal", "ahead")
             found, act = states.gather(i, i + 1, value_goal, waypoint, goal, ahead)
-            if c.images:
-                found = cropped(found, c.crop_share, generator)
+            found = cropped(found, c.images * c.crop_share, generator)
             batch = dict(zip(names, found, strict=True))
             return batch | {"act": act, "success": (value_goal == i).float()}
 

@@ -205,8 +205,7 @@ def stages(algo: OTA, data: Dataset, run: Run) -> list[Stage]:
             successes = {
                 "low_success": (low_goal == i).float(), "high_success": (high_goal == end).float()
             }  # fmt: skip
-            if c.images:
-                found = cropped(found, c.crop_share, generator)
+            found = cropped(found, c.images * c.crop_share, generator)
             return dict(zip(names, found, strict=True)) | {"act": act} | successes
 
         return sample

@@ -14,10 +14,11 @@ There are no target networks. All losses are taken at the same weights, in one s
 optimizer, which also moves l. Goals of the metric are any states.
 
 Shapes: *S optional leading seed axes, B batch. Observations are not standardized. Goals are whole
-observations, since the metric is one of states.
+observations, since the metric is one of states. Images go through an encoder before the latents;
+the actor's sees state and goal together.
 
-Differences from the authors' code: none known against OGBench's in the losses; that the model's
-loss reaches the latents too is from memory of it.
+Differences from OGBench's code: its one-step distances are held to 0, not 1, in the few rows whose
+random goal happens to be the state itself.
 """
 
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class Config:
     hidden: tuple[int, ...] = (512, 512, 512)
     value_goals: tuple[float, ...] = (0.0, 0.0, 1.0)  # the state itself, its trajectory, any state
     actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
+    images: bool = False  # observations are 64 x 64 RGB images; one seed per run
+    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
 
 
 class Multiplier(nn.Module):
@@ -72,9 +75,9 @@ class QRL:
         check_mixture("value_goals", c.value_goals)
         check_mixture("actor_goals", c.actor_goals)
         self.config, self.generator, self.cycle = c, generator, 1
-        self.metric = IQE(o, c.hidden, c.latent, seeds, generator)
+        self.metric = IQE(o, c.hidden, c.latent, seeds, generator, c.images)
         self.model = GeluMLP((c.latent + a, *c.hidden, c.latent), seeds, generator=generator)
-        self.actor = GoalActor(o, o, a, c.hidden, seeds, generator)
+        self.actor = GoalActor(o, o, a, c.hidden, seeds, generator, 2 * c.images)
         self.multiplier = Multiplier(seeds, generator.device)
         nets = (self.metric, self.model, self.actor, self.multiplier)
         self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
@@ -145,7 +148,8 @@ def stages(algo: QRL, data: Dataset, run: Run) -> list[Stage]:
     def start():
         # the metric's goals are random, so the discount of trajectory goals plays no part
         return goal_transitions(
-            data, c.batch, c.value_goals, c.actor_goals, 0.99, run.seeds, run.device
-        )
+            data, c.batch, c.value_goals, c.actor_goals, 0.99,
+            c.images * c.crop_share, run.seeds, run.device,
+        )  # fmt: skip
 
     return [Stage("train", run.steps, start, algo.update, algo.cycle)]

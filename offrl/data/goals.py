@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 from offrl.data.dataset import DataError, Dataset
 from offrl.data.samplers import BUDGET, gatherer
 from offrl.engine.stage import Batch, Sampler
+from offrl.nets.encoders import cropped
 
 Mixture = tuple[float, ...]  # probabilities of the state itself, a trajectory goal, a random goal
 
@@ -188,6 +189,7 @@ def goal_transitions(
     value_goals: Mixture,
     actor_goals: Mixture,
     discount: float,
+    crop_share: float = 0.0,
     seeds: tuple[int, ...] = (),
     device: torch.device | str = "cpu",
 ) -> Sampler:
@@ -196,6 +198,7 @@ def goal_transitions(
     Args:
         value_goals: mixture with geometric trajectory goals of this `discount`.
         actor_goals: mixture with uniform trajectory goals.
+        crop_share: of batches of images that are moved; see `offrl.nets.encoders.cropped`.
 
     Returns:
         generator -> obs, act, next_obs, value_goal, goal (*S, batch, ...), all goals as whole
@@ -208,6 +211,7 @@ def goal_transitions(
         value_goal = states.goals(i, value_goals, generator, discount)
         goal = states.goals(i, actor_goals, generator)
         found, act = states.gather(i, i + 1, value_goal, goal)
+        found = cropped(found, crop_share, generator)
         fields = dict(zip(("obs", "next_obs", "value_goal", "goal"), found, strict=True))
         return fields | {"act": act, "success": (value_goal == i).float()}
 

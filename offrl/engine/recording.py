@@ -353,7 +353,7 @@ def step(call: Call, plan: Plan) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
                     out.copy_(value)
 
         return copying, args, kwargs
-    found = out_variant(run)
+    found = out_variant(run, len(outs))
     if found is not None:
         operator, names = found
         known = {a.name for a in operator._schema.arguments}
@@ -376,12 +376,16 @@ def new_memory(call: Call) -> bool:
         isinstance(call.run, torch._ops.OpOverload)
         and not call.writes
         and not allocates(call)
-        and out_variant(call.run) is None
+        and out_variant(call.run, len(call.outs)) is None
     )
 
 
-def out_variant(operator: Any) -> tuple[Any, list[str]] | None:
-    """The operator's form that writes into given tensors, and the names of those arguments."""
+def out_variant(operator: Any, count: int) -> tuple[Any, list[str]] | None:
+    """The operator's form that writes into given tensors, and the names of those arguments.
+
+    Args:
+        count: of tensors that the call returned; gradients that nobody asks for are None.
+    """
     mine = {a.name: str(a.type) for a in operator._schema.arguments}
     returns = [str(r.type) for r in operator._schema.returns]
     for name in operator.overloadpacket.overloads():
@@ -389,6 +393,6 @@ def out_variant(operator: Any) -> tuple[Any, list[str]] | None:
         outs = [a.name for a in other._schema.arguments if a.is_out]
         rest = {a.name: str(a.type) for a in other._schema.arguments if not a.is_out}
         same = rest.items() <= mine.items() and mine.keys() - rest.keys() <= PLACEMENT
-        if same and returns == ["Tensor"] * len(outs):
+        if same and returns == ["Tensor"] * len(outs) and len(outs) == count:
             return other, outs
     return None

@@ -63,8 +63,11 @@ def cropped(images: list[Tensor], share: float, generator: Generator) -> list[Te
 
     Args:
         images: (*S, B, 64 * 64 * 3) each; a row is moved alike in all of them.
-        share: of batches in which images are moved at all.
+        share: of batches in which images are moved at all; 0 returns what was given and draws
+            nothing.
     """
+    if share == 0:
+        return images
     lead, device = images[0].shape[:-1], images[0].device
     draw = torch.randint(-3, 4, (2, lead.numel(), 1), generator=generator, device=device)
     moved = torch.rand((), dtype=torch.float64, generator=generator, device=device) < share

@@ -11,31 +11,42 @@ from offrl.nets.gelu import GeluMLP
 
 
 class Sight(nn.Module):
-    """What a network is given of an observation and a goal: (*S, B, o), (*S, B, g) -> features.
+    """What a network is given of an observation and what stands beside it: rows (*S, B, n) each ->
+    features (*S, B, size).
 
     Args:
-        images: how many of the two are images: 0, both are put side by side; 1, the observation,
-            whose encoder's features stand beside the goal; 2, seen by one encoder together.
+        sizes: n of every part, such as an observation, a goal and an action.
+        images: how many of the first parts are images, which one encoder sees together; the others
+            are put beside its features. 0 puts all of them side by side.
+
+    Raises:
+        ValueError: for images of another size, or with seed axes, which encoders do not carry.
     """
 
-    def __init__(self, obs_dim: int, goal_dim: int, images: int, generator: Generator | None):
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        images: int = 0,
+        seeds: tuple[int, ...] = (),
+        generator: Generator | None = None,
+    ):
         super().__init__()
-        for size in (obs_dim, goal_dim)[:images]:
+        for size in sizes[:images]:
             if size != 3 * SIDE**2:
                 raise ValueError(
                     f"images=true needs RGB images of {SIDE} x {SIDE} pixels as observations and "
                     f"goals, {3 * SIDE**2} numbers each, got {size}"
                 )
+        if images and seeds:
+            raise ValueError("encoders of images carry no seed axis: make one method per seed")
         self.images = images
         self.encoder = Impala(3 * images, generator) if images else None
-        self.size = (obs_dim + goal_dim, FEATURES + goal_dim, FEATURES)[images]
+        self.size = sum(sizes[images:]) + (FEATURES if images else 0)
 
-    def forward(self, obs: Tensor, goal: Tensor) -> Tensor:
-        if self.encoder is None:
-            return torch.cat([obs, goal], -1)
-        if self.images == 1:
-            return torch.cat([self.encoder(obs), goal], -1)
-        return self.encoder(obs, goal)
+    def forward(self, *parts: Tensor) -> Tensor:
+        if self.encoder is not None:
+            parts = (self.encoder(*parts[: self.images]), *parts[self.images :])
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
 
 class GoalRep(nn.Module):
@@ -52,7 +63,7 @@ class GoalRep(nn.Module):
         images: bool = False,
     ):
         super().__init__()
-        self.sight = Sight(obs_dim, goal_dim, 2 * images, generator)
+        self.sight = Sight((obs_dim, goal_dim), 2 * images, seeds, generator)
         self.net = GeluMLP((self.sight.size, *hidden, rep_dim), seeds, generator=generator)
 
     def forward(self, obs: Tensor, goal: Tensor) -> Tensor:
@@ -65,20 +76,32 @@ def normalized(z: Tensor) -> Tensor:
 
 
 class Values(nn.Module):
-    """Independent values, stacked along `lead`: (*lead or shorter or 1s, B, n) -> (*lead, B)."""
+    """Independent values of the same parts, such as obs, goal and act: (*S, B, n) each -> (*S, B),
+    with several heads (*S, heads, B).
+
+    Args:
+        sizes, images: see `Sight`; the heads share its encoder.
+        heads: None for one value without an axis of its own.
+    """
 
     def __init__(
         self,
-        inputs: int,
+        sizes: tuple[int, ...],
         hidden: tuple[int, ...],
-        lead: tuple[int, ...],
+        heads: int | None = None,
+        seeds: tuple[int, ...] = (),
         generator: Generator | None = None,
+        images: int = 0,
     ):
         super().__init__()
-        self.net = GeluMLP((inputs, *hidden, 1), lead, generator=generator)
+        self.heads = heads
+        self.sight = Sight(sizes, images, seeds, generator)
+        lead = (*seeds, heads) if heads else seeds
+        self.net = GeluMLP((self.sight.size, *hidden, 1), lead, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x).squeeze(-1)
+    def forward(self, *parts: Tensor) -> Tensor:
+        x = self.sight(*parts)
+        return self.net(x.unsqueeze(-3) if self.heads else x).squeeze(-1)
 
 
 class RepValues(nn.Module):
@@ -99,7 +122,7 @@ class RepValues(nn.Module):
         images: bool = False,
     ):
         super().__init__()
-        sights = [Sight(obs_dim, rep_dim, int(images), generator) for _ in range(levels)]
+        sights = [Sight((obs_dim, rep_dim), int(images), seeds, generator) for _ in range(levels)]
         self.sights = nn.ModuleList(sights)
         lead = (*seeds, levels, heads) if levels > 1 else (*seeds, heads)
         self.net = GeluMLP((sights[0].size, *hidden, 1), lead, generator=generator)
@@ -136,7 +159,7 @@ class GoalActor(nn.Module):
         images: int = 0,
     ):
         super().__init__()
-        self.sight = Sight(obs_dim, goal_dim, images, generator)
+        self.sight = Sight((obs_dim, goal_dim), images, seeds, generator)
         dims = (self.sight.size, *hidden, outputs)
         # variance scaling of 1e-2 for the mean's layer
         self.net = GeluMLP(dims, seeds, norm=False, last_scale=0.1, generator=generator)

@@ -5,6 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from offrl.nets.gelu import GeluMLP
+from offrl.nets.goal import Sight
 
 COMPONENT = 8  # intervals that are united to one component
 
@@ -26,18 +27,20 @@ class IQE(nn.Module):
         latent: int = 512,
         seeds: tuple[int, ...] = (),
         generator: Generator | None = None,
+        images: bool = False,
     ):
         super().__init__()
         if latent % COMPONENT:
             raise ValueError(f"the latent's size must be a multiple of {COMPONENT}, got {latent}")
-        self.net = GeluMLP((inputs, *hidden, latent), seeds, generator=generator)
+        self.sight = Sight((inputs,), int(images), seeds, generator)
+        self.net = GeluMLP((self.sight.size, *hidden, latent), seeds, generator=generator)
         self.mix = nn.Parameter(
             torch.zeros(*seeds, 1, device=generator.device if generator else None)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Latents (*S, B, latent)."""
-        return self.net(x)
+        return self.net(self.sight(x))
 
     def distance(self, x: Tensor, y: Tensor, held: bool = False) -> Tensor:
         """From x to y, latents (*S, B, latent) -> (*S, B); 0 where they are equal.

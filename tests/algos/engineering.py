@@ -51,17 +51,17 @@ def same_seed_same_run(make, batches):
     assert_equal(run(make(), batches), run(make(), batches))
 
 
-def resume_is_exact(make, batches):
+def resume_is_exact(make, batches, saved=13, stop=30):
     """Saved at 13 into a file and continued to 30 in a fresh object: bit-equal."""
     import io
 
-    whole = run(make(), batches)
-    first, file = run(make(), batches, stop=13), io.BytesIO()
+    whole = run(make(), batches, stop=stop)
+    first, file = run(make(), batches, stop=saved), io.BytesIO()
     torch.save(first.state(), file)
     file.seek(0)
     second = make()
     second.load(torch.load(file, weights_only=True))
-    run(second, batches, start=13)
+    run(second, batches, start=saved, stop=stop)
     assert_equal(whole, second)
     draw = lambda algo: torch.rand(3, generator=algo.generator)  # noqa: E731
     assert torch.equal(draw(whole), draw(second))

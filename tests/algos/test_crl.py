@@ -3,7 +3,13 @@ import math
 import torch
 
 from offrl.algos import crl
-from tests.algos.goal_conditioned import batch, maker, passes_engineering, reaches
+from tests.algos.goal_conditioned import (
+    batch,
+    maker,
+    passes_engineering,
+    passes_with_images,
+    reaches,
+)
 
 SMALL = crl.Config(hidden=(16, 16), latent=16, batch=16)
 make = maker(crl, SMALL)
@@ -12,14 +18,14 @@ make = maker(crl, SMALL)
 def test_logits_of_zero_cost_log_two():
     algo = make()
     with torch.no_grad():
-        algo.psi.layers[-1].weight.zero_()
+        algo.psi.net.layers[-1].weight.zero_()
     torch.testing.assert_close(algo.critic_loss(batch())[0], torch.tensor(math.log(2)))
 
 
 def test_the_positives_are_the_pairs_of_a_row():
     algo, b = make(), batch()
-    phi = algo.phi(torch.cat([b["obs"], b["act"]], -1).unsqueeze(-3))
-    psi = algo.psi(b["value_goal"].unsqueeze(-3))
+    phi = algo.phi(b["obs"], b["act"])
+    psi = algo.psi(b["value_goal"])
     total = 0.0
     for e in range(2):
         for i in range(32):
@@ -42,3 +48,7 @@ def test_each_loss_moves_its_own_networks():
 
 def test_engineering():
     passes_engineering(crl, make, ["critic_loss", "actor_loss"])
+
+
+def test_images_go_through_encoders_of_their_own():
+    passes_with_images(crl, SMALL, {"critic_loss": ["phi", "psi"], "actor_loss": ["actor"]})

@@ -4,7 +4,7 @@ import torch
 
 from offrl.algos import gcbc
 from offrl.engine.stage import Run, Spec
-from tests.algos.goal_conditioned import batch, maker, passes_engineering
+from tests.algos.goal_conditioned import batch, maker, passes_engineering, passes_with_images
 from tests.data.trajectories import toy
 
 SMALL = gcbc.Config(hidden=(16, 16), batch=16)
@@ -26,3 +26,7 @@ def test_goals_lie_ahead_on_the_trajectory():
 
 def test_engineering():
     passes_engineering(gcbc, make, ["loss"])
+
+
+def test_images_go_through_encoders_of_their_own():
+    passes_with_images(gcbc, SMALL, {"loss": ["actor"]})

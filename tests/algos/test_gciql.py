@@ -1,30 +1,33 @@
 import torch
 
 from offrl.algos import gciql
-from tests.algos.goal_conditioned import batch, grads, maker, passes_engineering, reaches
+from tests.algos.goal_conditioned import (
+    batch,
+    grads,
+    maker,
+    passes_engineering,
+    passes_with_images,
+    reaches,
+)
 
 SMALL = gciql.Config(hidden=(16, 16), batch=16)
 make = maker(gciql, SMALL)
 
 
-def joined(*parts):
-    return torch.cat(parts, -1)
-
-
 def test_the_value_regresses_on_the_smaller_target_critic():
     algo, b = make(), batch()
-    x = joined(b["obs"], b["value_goal"], b["act"]).unsqueeze(-3)
-    gap = algo.critics_target(x).min(0).values - algo.values(joined(b["obs"], b["value_goal"]))
+    s, goal = b["obs"], b["value_goal"]
+    gap = algo.critics_target(s, goal, b["act"]).min(0).values - algo.values(s, goal)
     weight = torch.where(gap >= 0, 0.9, 0.1)
     torch.testing.assert_close(algo.value_loss(b)[0], (weight * gap.square()).mean())
 
 
 def test_critics_regress_on_the_online_value_and_stop_at_the_goal():
     algo, b = make(), batch() | {"success": torch.ones(32)}
-    q = algo.critics(joined(b["obs"], b["value_goal"], b["act"]).unsqueeze(-3))
+    q = algo.critics(b["obs"], b["value_goal"], b["act"])
     torch.testing.assert_close(algo.critic_loss(b)[0], q.square().mean(-1).sum())
     b["success"] = torch.zeros(32)
-    y = -1 + 0.99 * algo.values(joined(b["next_obs"], b["value_goal"]))
+    y = -1 + 0.99 * algo.values(b["next_obs"], b["value_goal"])
     torch.testing.assert_close(algo.critic_loss(b)[0], (q - y).square().mean(-1).sum())
 
 
@@ -48,3 +51,11 @@ def test_the_pull_of_the_critics_does_not_depend_on_their_scale():
 
 def test_engineering():
     passes_engineering(gciql, make, ["value_loss", "critic_loss", "actor_loss"])
+
+
+def test_images_go_through_encoders_of_their_own():
+    passes_with_images(
+        gciql,
+        SMALL,
+        {"value_loss": ["values"], "critic_loss": ["critics"], "actor_loss": ["actor"]},
+    )

@@ -3,7 +3,13 @@ from copy import deepcopy
 import torch
 
 from offrl.algos import gcivl
-from tests.algos.goal_conditioned import batch, maker, passes_engineering, reaches
+from tests.algos.goal_conditioned import (
+    batch,
+    maker,
+    passes_engineering,
+    passes_with_images,
+    reaches,
+)
 
 SMALL = gcivl.Config(hidden=(16, 16), batch=16)
 make = maker(gcivl, SMALL)
@@ -11,18 +17,15 @@ make = maker(gcivl, SMALL)
 
 def test_joined_passes_equal_each_term_by_itself():
     algo, b = make(dtype=torch.float64), batch(dtype=torch.float64)
-
-    def heads(net, obs, goal):
-        return net(torch.cat([obs, goal], -1).unsqueeze(-3))
-
-    s, after, goal = b["obs"], b["next_obs"], b["value_goal"]
+    online, target, s, after = algo.values, algo.values_target, b["obs"], b["next_obs"]
+    goal = b["value_goal"]
     reward, discount = b["success"] - 1, 0.99 * (1 - b["success"])
-    later = heads(algo.values_target, after, goal)
-    error = reward + discount * later.min(0).values - heads(algo.values_target, s, goal).mean(0)
+    later = target(after, goal)
+    error = reward + discount * later.min(0).values - target(s, goal).mean(0)
     weight = torch.where(error >= 0, 0.9, 0.1)
-    gap = reward + discount * later - heads(algo.values, s, goal)
+    gap = reward + discount * later - online(s, goal)
     torch.testing.assert_close(algo.value_loss(b)[0], (weight * gap.square()).mean(-1).sum())
-    gain = (heads(algo.values, after, b["goal"]) - heads(algo.values, s, b["goal"])).mean(0)
+    gain = (online(after, b["goal"]) - online(s, b["goal"])).mean(0)
     log_prob = algo.actor.log_prob(s, b["goal"], b["act"])
     actor = -((10 * gain).exp().clamp(max=100).detach() * log_prob).mean()
     torch.testing.assert_close(algo.actor_loss(b)[0], actor)
@@ -46,3 +49,7 @@ def test_targets_move_towards_the_weights_from_before_the_step():
 
 def test_engineering():
     passes_engineering(gcivl, make, ["value_loss", "actor_loss"])
+
+
+def test_images_go_through_encoders_of_their_own():
+    passes_with_images(gcivl, SMALL, {"value_loss": ["values"], "actor_loss": ["actor"]})

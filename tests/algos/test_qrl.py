@@ -1,7 +1,13 @@
 import torch
 
 from offrl.algos import qrl
-from tests.algos.goal_conditioned import batch, maker, passes_engineering, reaches
+from tests.algos.goal_conditioned import (
+    batch,
+    maker,
+    passes_engineering,
+    passes_with_images,
+    reaches,
+)
 
 SMALL = qrl.Config(hidden=(16, 16), latent=16, batch=16)
 make = maker(qrl, SMALL)
@@ -42,3 +48,7 @@ def test_losses_are_those_of_the_formulas():
 
 def test_engineering():
     passes_engineering(qrl, make, ["value_loss", "actor_loss"])
+
+
+def test_images_go_through_encoders_of_their_own():
+    passes_with_images(qrl, SMALL, {"value_loss": ["metric"], "actor_loss": ["actor"]})
