@@ -55,7 +55,7 @@ def certified(method: "Method", device: torch.device) -> float:
     """Share of the actor's own queries that the lists certify, over forty updates."""
     search = method.algo.neighbors
     method.algo.neighbors = Watched(search, None, generator(0, "noise", device=device))
-    method.runner()(40)
+    method.runner("eager")(40)
     shares, method.algo.neighbors = method.algo.neighbors.shares, search
     return 1 - float(torch.stack([info["uncertified"] for info in shares]).mean())
 

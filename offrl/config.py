@@ -183,11 +183,11 @@ def convert(name: str, value: Any, hint: Any) -> Any:
                  for w in typing.get_args(part)]  # fmt: skip
         if value in words:
             return value
-        (kind,) = [p for p in parts if p is not type(None) and typing.get_origin(p) is not Literal]
+        kinds = [p for p in parts if p is not type(None) and typing.get_origin(p) is not Literal]
         try:
-            return convert(name, value, kind)
+            return convert(name, value, kinds[0] if kinds else Literal[*words])
         except ConfigError as error:
-            also = f"; {', '.join(words)} would do too" if words else ""
+            also = f"; {', '.join(words)} would do too" if words and kinds else ""
             raise ConfigError(f"{error}{also}") from None
     if origin is Literal:
         if value in parts:

@@ -110,10 +110,25 @@ def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) ->
 
 
 def prepare(resolved: Resolved, folder: Path, device: torch.device) -> None:
-    """Threads, allocator and products of this process, as the run in `folder` has them."""
+    """Threads, allocator and products of this process, as the run in `folder` has them.
+
+    Raises:
+        Failed: if the run's products are not to be had.
+    """
     process.prepare(resolved.settings.threads, resolved.settings.keep_memory)
-    if device.type == "cpu":
-        products.use(json.loads((folder / "run.json").read_text()).get("products", ()))
+    if device.type == "cuda":
+        return
+    kept = json.loads((folder / "run.json").read_text())
+    if "products" not in kept:  # of a run that an earlier version started
+        products.choose(home(), cpu_name())
+        return
+    if kept["products"] and not products.onednn_works():
+        raise Failed(
+            f"{folder} was started with products by oneDNN, which this torch "
+            f"({torch.__version__}) does not offer; continue it with the version it was started "
+            f"with ({kept['versions']['torch']}), or start a new run"
+        )
+    products.use(kept["products"])
 
 
 def load_data(resolved: Resolved) -> Dataset | None:
@@ -320,7 +335,9 @@ def train_group(
             lambda told: report(group, told),
             s.speed,
             beside,
-            candidates(share(resolved, device)) if s.threads == "auto" else (),
+            candidates(share(resolved, device))
+            if s.threads == "auto" and device.type == "cpu"
+            else (),
         )
 
 

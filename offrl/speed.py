@@ -17,6 +17,7 @@ from typing import Any, cast, get_args
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from offrl import config as configuration
@@ -26,7 +27,7 @@ from offrl.data.dataset import home
 from offrl.data.replay import Replay
 from offrl.engine import process
 from offrl.engine.capture import Speed, Updates
-from offrl.engine.recording import Recorder, Recording, tensors
+from offrl.engine.recording import NotRecordable, Recorder, Recording, tensors
 from offrl.engine.stage import Run, Sampler, Spec, Stage
 from offrl.experiment import pick_device
 from offrl.machine import cores, cpu_name
@@ -169,7 +170,7 @@ def compared(
         if name in counts:
             row |= counts[name].about(device)
             calls = f"{row['calls']:.0f}"
-            memory = f"{row['state_mb'] + row['working_mb']:.1f}"
+            memory = f"{row['state_mb'] + (row['working_mb'] or 0):.1f}"
             alone = f"products of {counts[name].beside(options.speeds[0])}"
             row["products"] = round(statistics.median(times[alone])
                                     / statistics.median(times[name]), 3)  # fmt: skip
@@ -181,7 +182,8 @@ def compared(
             proved = round(certified(method, device), 4)
             found["methods"][method.label]["certified"] = proved
             print(f"{method.label:<16} {proved:.2%} of its rows certified")
-            found["certificate"] = by_share(method, first, options, device)
+            if device.type == "cpu":  # its noise comes from a generator that no graph knows
+                found["certificate"] = by_share(method, first, options, device)
     shown = {n: t for n, t in times.items() if not n.startswith("products of")}
     return found, {n: (counts[n].count if n in counts else 1) / np.array(t)
                    for n, t in shown.items()}  # fmt: skip
@@ -243,9 +245,9 @@ class Method:
         parts += [f"x{self.count}"] if len(self.options.seeds) > 1 else []
         return " ".join(parts)
 
-    def runner(self) -> Callable[[int], None]:
-        """Updates from here on, captured anew where they are captured."""
-        update = Updates(self.stage, self.sample, self.algo.generator, self.speed)
+    def runner(self, speed: Speed | None = None) -> Callable[[int], None]:
+        """Updates from here on, made as this row's or as told; captured anew if so."""
+        update = Updates(self.stage, self.sample, self.algo.generator, speed or self.speed)
 
         def run(count: int) -> None:
             for _ in range(count):
@@ -264,7 +266,8 @@ class Method:
     def products(self) -> Callable[[int], None]:
         """The matrix products of a cycle and nothing else."""
         calls = self.recorded().calls
-        parts = [(c.run, c.args, c.kwargs) for c in calls if str(c.run).split(".")[1] in PRODUCTS]
+        parts = [tree_map(detached, (c.run, c.args, c.kwargs)) for c in calls
+                 if str(c.run).split(".")[1] in PRODUCTS]  # fmt: skip
         share = self.algo.cycle
 
         def run(count: int) -> None:
@@ -280,19 +283,27 @@ class Method:
         on_gpu = device.type == "cuda"
         calls = self.launches() if on_gpu else len(self.recorded().calls) / self.algo.cycle
         held = sum(x.nbytes for x in tensors(self.algo.state()))
-        working = self.peak() if on_gpu else self.planned()
+        working = self.peak() if on_gpu else self.planned()  # None: it cannot be recorded
         return {
             "options": chosen(self.name, self.options), "calls": calls,
-            "state_mb": round(held / 1e6, 3), "working_mb": round(working / 1e6, 3),
+            "state_mb": round(held / 1e6, 3),
+            "working_mb": None if working is None else round(working / 1e6, 3),
         }  # fmt: skip
 
     def once(self) -> dict[str, torch.Tensor]:
         self.step += 1
         return self.stage.update(self.sample(self.algo.generator), self.step - 1)
 
-    def planned(self) -> int:
-        """Bytes of the intermediate results of an update on a CPU, the most within a cycle."""
-        return max(Recording(self.once).memory for _ in range(self.algo.cycle))
+    def planned(self) -> int | None:
+        """Bytes of intermediate results on a CPU.
+
+        Those of the largest update of a cycle; of all together where each is captured apart.
+        """
+        try:
+            found = [Recording(self.once).memory for _ in range(self.algo.cycle)]
+        except NotRecordable:
+            return None
+        return max(found) if self.speed in ("eager", "compile") else sum(found)
 
     def peak(self) -> int:
         """Bytes that a cycle of updates as written takes above what lies on the GPU."""
@@ -309,8 +320,9 @@ class Method:
             for _ in range(self.algo.cycle):
                 self.once()
             torch.cuda.synchronize()
-        on_gpu = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        return len(on_gpu) / self.algo.cycle
+        cuda = torch.autograd.DeviceType.CUDA
+        work = [e for e in found.events() if e.device_type == cuda and not e.is_user_annotation]
+        return len(work) / self.algo.cycle
 
 
 def together(options: Options) -> dict[str, float]:
@@ -347,6 +359,11 @@ def one_of(options: Options, place: int, start: Any, rates: Any) -> None:
         start.wait()
         found.append(options.updates / seconds(method.run, options.updates, device))
     rates.put(found)
+
+
+def detached(x: Any) -> Any:
+    """Without the graph of gradients, whose nodes must not outlive an update that is captured."""
+    return x.detach() if isinstance(x, torch.Tensor) else x
 
 
 def replayed(data: Dataset, seeds: tuple[int, ...], device: torch.device) -> Replay:

@@ -18,9 +18,10 @@ from offrl import cli, experiment
 from offrl import config as configuration
 from offrl.engine import checkpoint, process
 from offrl.engine.fit import Curve, Progress
+from offrl.engine.threads import candidates
 from offrl.machine import cores
 from offrl.nets import products
-from offrl.parallel import Display
+from offrl.parallel import Display, Failed
 
 EPISODES = ["eval_episodes=2", "final_episodes=2"]
 SIZES = ["algo.hidden=[16]", "algo.batch=16", *EPISODES]
@@ -97,26 +98,50 @@ def test_threads_by_measurement_are_told_and_stored(capsys):
         "algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", "threads=auto", *SIZES
     )
     result = json.loads((only_run() / "result.json").read_text())
-    assert result["threads"] in (1, cores())
+    assert result["threads"] in candidates(cores())
     assert "thread(s): an update takes" in capsys.readouterr().out
 
 
 def test_processes_and_resumed_runs_keep_the_products_a_run_was_started_with(monkeypatch):
     """Whatever the machine's choice has become since."""
-    seen = []
     monkeypatch.setattr(products, "measured", lambda: ["forward"])
     train("algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", *SIZES)
     folder = only_run()
     assert json.loads((folder / "run.json").read_text())["products"] == ["forward"]
-    (folder / "result.json").unlink()
     Path("home/products.json").unlink()
     monkeypatch.setattr(products, "measured", lambda: ["weight gradient"])
+    products.use(())
+    assert resumed(folder, monkeypatch) == [{"forward"}]
+
+
+def resumed(folder, monkeypatch, **changes):
+    """What products a run goes on with whose run.json was changed."""
+    about = json.loads((folder / "run.json").read_text()) | changes
+    kept = {name: value for name, value in about.items() if value is not None}
+    (folder / "run.json").write_text(json.dumps(kept))
+    seen = []
     monkeypatch.setattr(experiment, "fit", lambda *args: seen.append(products.chosen) or Curve())
     monkeypatch.setattr(experiment, "finish", lambda *args: {})
-    products.use(())
-    experiment.train(configuration.from_yaml((folder / "config.yaml").read_text()), folder, True)
-    assert seen == [{"forward"}]
-    products.use(())
+    try:
+        run = configuration.from_yaml((folder / "config.yaml").read_text())
+        experiment.train(run, folder, resume=True)
+    finally:
+        products.use(())
+    return seen
+
+
+def test_a_run_without_stored_products_goes_on_with_the_machines(monkeypatch):
+    train("algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", *SIZES)
+    monkeypatch.setattr(products, "measured", lambda: ["forward"])
+    Path("home/products.json").unlink()
+    assert resumed(only_run(), monkeypatch, products=None) == [{"forward"}]
+
+
+def test_a_run_does_not_go_on_with_products_that_are_gone(monkeypatch):
+    train("algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", *SIZES)
+    monkeypatch.setattr(products, "onednn_works", lambda: False)
+    with pytest.raises(Failed, match="does not offer; continue it with the version"):
+        resumed(only_run(), monkeypatch, products=["forward"])
 
 
 def test_a_return_conditioned_run_scores_every_target_and_the_best(capsys):

@@ -211,9 +211,7 @@ class Captured:
         self.replay: Any
         try:
             if generator.device.type == "cuda":
-                with Recorder() as recorder:
-                    first = packed()
-                recorder.check(first)
+                first = tried(packed)
                 self.replay = CudaGraph(packed, generator, pool)
             else:
                 self.replay = Recording(packed)
@@ -231,6 +229,22 @@ class Captured:
         parts = values.split([shape.numel() for shape in self.shapes.values()])
         pairs = zip(self.shapes.items(), parts, strict=True)
         return {name: part.view(shape) for (name, shape), part in pairs}
+
+
+def tried(work: Callable[[], Tensor]) -> Tensor:
+    """Do work that is to be captured, and keep nothing of it but its result.
+
+    What a recorder keeps holds the nodes of parameters in the graph of gradients; met again within
+    the capture, they would make it wait for the stream they were made on, which ends it.
+
+    Raises:
+        NotRecordable: after the work, if it cannot be captured.
+    """
+    with Recorder() as recorder:
+        result = work()
+    recorder.calls.clear()
+    recorder.check(result)
+    return result
 
 
 class CudaGraph:

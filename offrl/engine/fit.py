@@ -191,12 +191,15 @@ class Runner:
 
     def run_stage(self, stage: Stage, stopping: "StopRequests") -> None:
         with stopping.at_once():  # nothing is lost: the last stage's end is in the checkpoint
+            if self.threads:
+                torch.set_num_threads(1)  # until this stage's are known
             if not self.begun and stage.before is not None:
                 stage.before()
             self.begun = True
             sample = stage.start()
             self.set_threads(stage, sample)
-            update = Updates(stage, sample, self.algo.generator, self.speed, self.notes.append)
+            say: Callable[[str], None] = lambda text: self.notes.append(text)  # noqa: E731
+            update = Updates(stage, sample, self.algo.generator, self.speed, say)
         while stage.steps is None or self.step < stage.steps:
             at_border = self.step % stage.cycle == 0
             if stage.steps is None and at_border and stage.stop is not None and stage.stop():
@@ -211,9 +214,10 @@ class Runner:
                 self.save()
                 raise Interrupted(f"stopped at step {self.shown}; checkpoint written")
         self.flush(stage)
+        self.settle()
 
     def set_threads(self, stage: Stage, sample: Sampler) -> None:
-        if not self.threads:
+        if len(self.threads) < 2:
             return
         if stage.name not in self.curve.threads:
             best, told = fastest(self.algo, stage, sample, self.threads, self.speed)

@@ -53,10 +53,10 @@ def chain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         layers: (weight (*lead, in, out), bias (*lead, 1, out)) of each map; detached ones receive
             no gradient.
     """
-    if x.is_cuda:
-        return plain(x, layers)
     if layers[0][0].dim() == 2 and x.dim() > 2:  # one network on stacked rows
         return chain(x.flatten(0, -2), layers).unflatten(0, x.shape[:-1])
+    if x.is_cuda:
+        return plain(x, layers)
     if torch.is_grad_enabled():
         return Chain.apply(x, *[p for layer in layers for p in layer])
     return forward(x, layers)[0]

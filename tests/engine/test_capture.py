@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offrl.engine import capture
-from offrl.engine.capture import ROUNDS, WARM_UP, Updates
+from offrl.engine.capture import ROUNDS, WARM_UP, Updates, tried
 from offrl.engine.recording import NotRecordable, Recording
 from offrl.engine.stage import Stage
 from offrl.opaque import opaque
@@ -90,6 +90,25 @@ def test_results_that_are_done_with_lend_their_memory():
     assert len(storages) == 2
     assert replay.memory == 2 * 1000 * 4
     assert torch.equal(replay(), work())
+
+
+def test_trying_work_that_is_to_be_captured_leaves_no_node_of_its_graph():
+    """A parameter's node is made anew by the next forward pass, on that pass's stream."""
+    p = torch.ones(3, requires_grad=True)
+    node = lambda: (p * 2).grad_fn.next_functions[0][0]  # noqa: E731
+    kept = []
+
+    def work():
+        kept.append(p * 2)
+        kept[-1].grad_fn.next_functions[0][0].metadata["of"] = "the trial"
+        (grad,) = torch.autograd.grad(kept.pop().sum(), p)
+        return grad
+
+    tried(work)
+    assert "of" not in node().metadata
+    held = p * 2  # while something holds the graph, the node is the same
+    held.grad_fn.next_functions[0][0].metadata["of"] = "another"
+    assert node().metadata["of"] == "another"
 
 
 def test_what_is_changed_from_outside_is_known():

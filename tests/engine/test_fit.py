@@ -139,6 +139,15 @@ def test_captured_runs_write_the_files_of_runs_as_written(tmp_path, monkeypatch,
     assert_same_files(tmp_path / "eager", tmp_path / "graph")
 
 
+def test_how_updates_are_made_is_told_once_it_is_decided(tmp_path):
+    algo, (stage,) = offline()
+    told = []
+    fit(algo, [stage], tmp_path, None, SCHEDULE, [0], "toy", report=lambda p: told.extend(p.notes))
+    assert len(told) == 1
+    assert "as written" in told[0]
+    assert "captured" in told[0]
+
+
 def test_interrupted_between_two_rows_of_metrics_and_resumed_equals_uninterrupted(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     whole.mkdir(), stopped.mkdir()

@@ -2,6 +2,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from offrl.nets import MLP, Critics, Linear
 from offrl.nets.linear import chain
@@ -26,6 +27,15 @@ def drawn(lead, rows, dims, dtype=torch.float32, batch=5):
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=dtype, requires_grad=True)  # noqa: E731
     params = [draw(*lead, n, o) for i, o in pairwise(dims) for n in (i, 1)]
     return draw(*rows, batch, dims[0]), params
+
+
+@pytest.mark.parametrize(("lead", "rows"), [*SHAPES, ((), (2,)), ((), (3, 2))])
+def test_shapes_on_cuda_are_those_on_a_cpu(lead, rows):
+    x, params = drawn(lead, rows, (4, 7, 3))
+    wanted = chain(x, pairs(params)).shape
+    with FakeTensorMode():
+        x, *params = (torch.empty(value.shape, device="cuda") for value in (x, *params))
+        assert chain(x, pairs(params)).shape == wanted
 
 
 @pytest.mark.parametrize("dims", [(4, 3), (4, 7, 3), (4, 7, 6, 1)])
