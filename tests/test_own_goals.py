@@ -87,7 +87,8 @@ def test_a_policy_trained_on_own_walks_reaches_both_ends(line):
     assert np.mean(result["final_returns"]) > 0.6  # a policy without goals reaches one end
 
 
-def test_images_go_from_a_file_through_training_to_the_score(line):
+@pytest.mark.parametrize("algo", ["ota", "gcbc", "gciql"])  # samplers of three kinds
+def test_images_go_from_a_file_through_training_to_the_score(line, algo):
     walk = np.linspace(-1, 1, 20)
     np.savez(
         "pictures.npz",
@@ -96,9 +97,9 @@ def test_images_go_from_a_file_through_training_to_the_score(line):
         terminals=np.arange(20) == 19,
     )
     cli.train([
-        "algo=ota", "env=Picture-v0", "source=ogbench", "dataset=pictures.npz", "algo.images=true",
-        "algo.low_actor_rep_grad=true", "algo.crop_share=0.5", "algo.hidden=[16]", "algo.batch=4",
-        "steps=3", "eval_every=3", "eval_episodes=1", "final_episodes=1",
+        f"algo={algo}", "env=Picture-v0", "source=ogbench", "dataset=pictures.npz",
+        "algo.images=true", "algo.crop_share=0.5", "algo.hidden=[16]", "algo.batch=4", "steps=3",
+        "evaluation=inline", "eval_every=3", "eval_episodes=1", "final_episodes=1",
     ])  # fmt: skip
     (path,) = Path("runs").rglob("result.json")
     result = json.loads(path.read_text())
