@@ -41,6 +41,10 @@ class Settings:
     # auto: what a Gymnasium id says, else v4 for source=d4rl and v5 for the rest
     env_version: Literal["auto", "v4", "v5"] = "auto"
     legacy_mass: bool = False  # capsule masses of the engines behind D4RL's data
+    action_repeat: int = 1  # steps of the simulator per action; all steps here count actions
+    envs: int = 1  # environments that an online method steps together, per seed
+    # processes that step them; 0: the training's own; None: whichever a short measurement favors
+    env_workers: int | None = None
     seed: int = 0  # the first seed
     seeds: int = 1  # how many, counting up from `seed`
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -227,7 +231,8 @@ def check_key(key: str, algo: str) -> None:
 
 
 COUNTS = ("seeds", "threads", "log_every", "eval_every", "eval_episodes", "final_episodes",
-          "snapshot_every", "rows", "algo.steps", "algo.batch")  # fmt: skip
+          "snapshot_every", "rows", "action_repeat", "envs", "algo.steps",
+          "algo.batch")  # fmt: skip
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from offrl.engine import checkpoint
 from offrl.engine.evaluate import Episodes, Evaluator
 from offrl.engine.stage import Algorithm, Policy, Spec
 from offrl.envs.make import env_id, factory, tasks
-from offrl.envs.vector import flat
+from offrl.envs.vector import flat, sizes
 from offrl.experiment import evaluator_of, make_env, prepare, version
 from offrl.outcome import UNITS, rows, scored, summary
 from offrl.parallel import Failed
@@ -129,10 +128,8 @@ def load_algorithm(
     group = saved["seeds"]
     axes = (len(group),) if len(group) > 1 else ()
     env = make_env(resolved)()
-    spec = Spec(
-        int(np.prod(env.observation_space.shape or ())),
-        int(np.prod(env.action_space.shape or ())),
-    )
+    obs_dim, act_dim, discrete = sizes(env)
+    spec = Spec(obs_dim, act_dim, discrete=discrete)
     env.close()
     method = configuration.module(resolved.algo)
     algo = method.make(resolved.config(), spec, generator(0, "evaluation", device=device), axes)
@@ -179,7 +176,7 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
     """
     algo, group = loaded
     s = resolved.settings
-    env = factory(s.env, version(resolved), s.legacy_mass, render=True)()
+    env = factory(s.env, version(resolved), s.legacy_mass, True, s.action_repeat)()
     stream = generator(seed, "film")
     obs, info = env.reset(seed=derive(seed, "film"), options=next(iter(tasks(env)), None))
     goal = None if "goal" not in info else flat([info["goal"]])
@@ -204,7 +201,8 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
             if goal is not None:
                 now["goal"] = goal.expand(*lead, -1)
             act, memory = algo.act(now, memory, generator=stream)
-            obs, gained, terminal, timeout, _ = env.step(act.reshape(-1, act.shape[-1])[0].numpy())
+            first = act.flatten(0, len(lead) - 1)[0].numpy()
+            obs, gained, terminal, timeout, _ = env.step(first)
             over, start, reward = terminal or timeout, 0.0, float(gained)
             bar.update()
     env.close()

@@ -34,7 +34,8 @@ from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
 from offrl.engine.stage import Algorithm, Run, Spec, scenarios
 from offrl.engine.threads import candidates
 from offrl.envs.make import VERSIONS, env_id, factory, tasks
-from offrl.envs.vector import Vector
+from offrl.envs.vector import sizes
+from offrl.envs.workers import environments
 from offrl.machine import cores, cpu_name
 from offrl.nets import products
 from offrl.outcome import finish, provenance, write_json
@@ -60,7 +61,7 @@ def train(
     """
     device = pick_device(resolved.settings.device)
     check_robot(resolved)
-    make_env(resolved)().close()  # a wrong name stops the run before anything is loaded
+    check_actions(resolved)  # a wrong name stops the run before anything is loaded
     data = load_data(resolved)
     if data is not None:
         say(f"data: {data.name}, {len(data)} transitions in {data.episodes} episodes; "
@@ -145,9 +146,29 @@ def load_data(resolved: Resolved) -> Dataset | None:
     return data
 
 
+def check_actions(resolved: Resolved) -> None:
+    """Raises ConfigError if the method and the environment differ in the kind of actions.
+
+    A method says by `ACTIONS` if it takes others than continuous ones.
+    """
+    env = make_env(resolved)()
+    kind = "discrete" if sizes(env)[2] else "continuous"
+    env.close()
+    if kind not in actions(resolved.algo):
+        fit = [name for name in configuration.algorithms() if kind in actions(name)]
+        raise ConfigError(
+            f"{resolved.algo} is for {' or '.join(actions(resolved.algo))} actions, "
+            f"{resolved.settings.env} has {kind} ones; methods for these: {', '.join(fit)}"
+        )
+
+
+def actions(algo: str) -> tuple[str, ...]:
+    return getattr(configuration.module(algo), "ACTIONS", ("continuous",))
+
+
 def make_env(resolved: Resolved) -> Callable[[], Any]:
     s = resolved.settings
-    return factory(s.env, version(resolved), s.legacy_mass)
+    return factory(s.env, version(resolved), s.legacy_mass, action_repeat=s.action_repeat)
 
 
 def version(resolved: Resolved) -> str:
@@ -243,11 +264,12 @@ def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool
     stream = generator(group[0], "run", *group[1:], device=device)
     run = Run(options.steps, axes, device, str(home()), progress)
     if data is None:
-        envs = Vector([make] * len(group), [derive(seed, "training", 0) for seed in group])
-        spec = Spec(envs.obs_dim, envs.act_dim)
+        starts = [derive(seed, "training", i) for seed in group for i in range(s.envs)]
+        most = share(resolved, device)
+        envs = environments([make] * len(starts), starts, s.env_workers, most)
+        spec = Spec(envs.obs_dim, envs.act_dim, discrete=envs.discrete)
         algo = method.make(options, spec, stream, axes)
-        capacity = min(options.capacity, options.steps)
-        stages = method.stages(algo, Collector(envs, capacity, axes, device), run)
+        stages = method.stages(algo, Collector(envs, axes, device), run)
     else:
         mean, std = data.statistics()
         spec = Spec(data.obs_dim, data.act_dim, mean, std, data.discrete)
@@ -343,8 +365,7 @@ def train_group(
 
 def share(resolved: Resolved, device: torch.device) -> int:
     """Cores that each training process has."""
-    groups = layout(resolved, device)
-    return 1 if device.type == "cuda" else cores() // at_once(resolved, len(groups)) or 1
+    return cores() // at_once(resolved, len(layout(resolved, device))) or 1
 
 
 def has_room(resolved: Resolved, device: torch.device) -> bool:

@@ -171,6 +171,7 @@ def provenance(
 ) -> dict[str, Any]:
     """What a run rests on, stored before it begins."""
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    repeat = resolved.settings.action_repeat
     return {
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
@@ -179,7 +180,8 @@ def provenance(
         "device_type": device.type,
         "cores": cores(),
         "products": sorted(products.chosen),
-        "env": {"id": env, "legacy_mass": resolved.settings.legacy_mass},
+        "env": {"id": env, "legacy_mass": resolved.settings.legacy_mass}
+        | ({"action_repeat": repeat} if repeat > 1 else {}),
         "dataset": None
         if data is None
         else {

@@ -25,7 +25,8 @@ class Options:
 
     runs=[DIR,...]   folders that are searched for finished runs
     out=DIR          receives table.md, table.json, scores.png and curves.png
-    metrics=[NAME]   metrics whose last logged mean is added, such as actor/self_match
+    metrics=[NAME]   metrics whose last logged mean is added, such as actor/self_match, and whose
+                     course is drawn beside the score in metrics.png, such as rank/feature
     """
 
     runs: tuple[str, ...]
@@ -40,14 +41,14 @@ class Cell:
     Attributes:
         score: seed -> mean of the final episodes, normalized where the task allows.
         curve: seed -> score of every point of the learning curve; steps are their updates.
-        metrics: name -> seed -> last logged mean.
+        metrics: name -> seed -> logged means, (points, 2) of step and value.
         sources: relative run folder -> command, versions and date.
     """
 
     score: dict[int, float]
     curve: dict[int, np.ndarray]
     steps: list[int]
-    metrics: dict[str, dict[int, float]]
+    metrics: dict[str, dict[int, np.ndarray]]
     sources: dict[str, Any]
     same: tuple[Any, ...]  # what must agree between the runs of a cell
 
@@ -84,7 +85,16 @@ def make_report(options: Options) -> dict[str, Any]:
         }
         for task in tasks
     }
-    plots.curves(out / "curves.png", panels, "updates", "score")
+    online = all(configuration.online(name.split()[0]) for name in labels)
+    xlabel = "environment steps" if online else "updates"
+    plots.curves(out / "curves.png", panels, xlabel, "score")
+    if options.metrics:
+        rows = {
+            task: {"score": panels[task]}
+            | {name: courses(cells, name, task, labels) for name in options.metrics}
+            for task in tasks
+        }
+        plots.grid(out / "metrics.png", rows, xlabel)
     bars = {
         task: {label: cells[label, task].values for label in labels if (label, task) in cells}
         for task in tasks
@@ -120,8 +130,8 @@ def gather(folders: Iterable[Path], metrics: Iterable[str]) -> dict[tuple[str, s
             curve = scored(resolved, np.array(result["curve"]["mean_return"]))[1]
             for seed, value, points in zip(result["seeds"], final, curve, strict=True):
                 cell.score[seed], cell.curve[seed] = float(value), points
-            for name, seed, last in last_values(run, set(metrics)):
-                cell.metrics[name][seed] = last
+            for name, seed, course in logged(run, set(metrics)):
+                cell.metrics[name][seed] = course
             about = {k: result[k] for k in ("date", "versions", "seconds", "threads")}
             words = result["command"].split()  # without the place of the runs, which says nothing
             about["command"] = " ".join(
@@ -150,15 +160,29 @@ def label(resolved: configuration.Resolved) -> str:
     return " ".join([resolved.algo, *given])
 
 
-def last_values(run: Path, names: set[str]) -> Iterable[tuple[str, int, float]]:
-    """The last logged value of each metric and seed."""
-    last: dict[tuple[str, int], float] = {}
+def logged(run: Path, names: set[str]) -> Iterable[tuple[str, int, np.ndarray]]:
+    """The steps and values (points, 2) of each metric and seed."""
+    found: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
     for path in sorted(run.glob("seed*/metrics.csv")) if names else ():
         with open(path, newline="") as file:
             for entry in csv.DictReader(file):
                 if entry["name"] in names:
-                    last[entry["name"], int(entry["seed"])] = float(entry["value"])
-    return [(name, seed, value) for (name, seed), value in last.items()]
+                    point = float(entry["step"]), float(entry["value"])
+                    found[entry["name"], int(entry["seed"])].append(point)
+    return [(name, seed, np.array(points)) for (name, seed), points in found.items()]
+
+
+def courses(
+    cells: dict[tuple[str, str], Cell], name: str, task: str, labels: list[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """One metric on one task: method -> steps (points,) and values (seeds, points)."""
+    out = {}
+    for label in labels:
+        cell = cells.get((label, task))
+        if cell is not None and (seeds := sorted(cell.metrics.get(name, {}))):
+            course = [cell.metrics[name][seed] for seed in seeds]
+            out[label] = course[0][:, 0], np.stack([points[:, 1] for points in course])
+    return out
 
 
 def stacked(curve: dict[int, np.ndarray]) -> np.ndarray:
@@ -179,7 +203,7 @@ def row(cells: dict[tuple[str, str], Cell], label: str, tasks: list[str]) -> dic
             "episodes": cell.same[2],
             "unit": cell.same[3],
             "metrics": {
-                name: [values[seed] for seed in sorted(values)]
+                name: [float(values[seed][-1, 1]) for seed in sorted(values)]
                 for name, values in cell.metrics.items()
             },
         }
@@ -206,7 +230,10 @@ def table(found: dict[str, Any], metrics: Iterable[str]) -> str:
     kept = [place for e in found["methods"].values() for place in e["tasks"].values()]
     for name in metrics:
         if any(name in place["metrics"] for place in kept):
-            text += f"\nLast logged {name}, mean over seeds:\n\n" + metric_table(found, name)
+            text += (
+                f"\nLast logged {name}, IQM over seeds [95 % bootstrap interval]:\n\n"
+                + metric_table(found, name)
+            )
     said = {key: sorted({place[key] for place in kept}) for key in ("steps", "episodes", "unit")}
     counts = sorted({len(place["seeds"]) for place in kept})
     text += (
@@ -222,8 +249,14 @@ def metric_table(found: dict[str, Any], name: str) -> str:
     for label, entry in found["methods"].items():
         given = [entry["tasks"].get(t, {}).get("metrics", {}).get(name) for t in found["tasks"]]
         if any(given):
-            lines.append([label, *(f"{np.mean(v):.3f}" if v else "" for v in given)])
+            lines.append([label, *(metric_text(np.array(v)) if v else "" for v in given)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def metric_text(values: np.ndarray) -> str:
+    interval = stats.interval(values)
+    spread = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+    return f"{stats.iqm(values):.3f}{spread}"
 
 
 def numbers(values: list[int]) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -394,6 +395,41 @@ def test_an_online_run_and_its_evaluation(capsys):
     stored = json.loads((folder / "result.json").read_text())
     assert np.shape(found["returns"]) == np.shape(stored["final_returns"])
     cli.evaluate([f"run={folder / 'seed-0' / 'snapshots' / '000000060.pt'}", "episodes=2"])
+
+
+def test_an_online_run_logs_ranks_and_bias_at_every_point_of_its_curve():
+    train("algo=td3", "env=Pendulum-v1", "algo.beer=1e-3", "steps=80", "algo.warmup=40",
+          "eval_every=20", "seeds=1", *SIZES)  # fmt: skip
+    with open(only_run() / "seed-0" / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["stage"] == "evaluation"]
+    found = {name: [int(row["step"]) for row in rows if row["name"] == name]
+             for name in ("rank/feature", "rank/effective", "bias", "return")}  # fmt: skip
+    assert found == {name: [60, 80] for name in found}
+
+
+@pytest.mark.parametrize(
+    ("algo", "steps"),
+    [("dqn", ["steps=400", "algo.warmup=100", "algo.update_every=10"]),
+     ("ppo", ["steps=640", "algo.rollout=32"])],
+)  # fmt: skip
+def test_discrete_runs_count_environment_steps_and_are_scored(algo, steps, capsys):
+    train(f"algo={algo}", "env=CartPole-v1", "envs=2", "eval_every=200", *steps, *SIZES)
+    folder = only_run()
+    result = json.loads((folder / "result.json").read_text())
+    last = int(steps[0].removeprefix("steps="))
+    assert result["curve"]["steps"][-1] == last
+    assert all(b - a <= 220 for a, b in pairwise([0, *result["curve"]["steps"]]))
+    cli.evaluate([f"run={folder}", "episodes=2", "out=scores.json"])
+    assert np.shape(json.loads(Path("scores.json").read_text())["returns"]) == (1, 2)
+
+
+def test_methods_and_environments_of_other_actions_are_told_apart(capsys):
+    assert "dqn is for discrete actions, hopper has continuous ones; methods for these: bc" in (
+        fails(capsys, "algo=dqn", "env=hopper")
+    )
+    err = fails(capsys, "algo=sac", "env=CartPole-v1")
+    assert "sac is for continuous actions, CartPole-v1 has discrete ones" in err
+    assert "methods for these: dqn, ppo" in err
 
 
 def test_evaluate_names_missing_options_and_files(capsys):

@@ -43,7 +43,9 @@ class Still:
 def filmed(monkeypatch):
     def go(screen, seeds):
         monkeypatch.setattr(evaluation, "factory", lambda *_, **__: lambda: Robot(screen))
-        settings = SimpleNamespace(env="robot", env_version="v5", legacy_mass=False)
+        settings = SimpleNamespace(
+            env="robot", env_version="v5", legacy_mass=False, action_repeat=1
+        )
         return film(SimpleNamespace(settings=settings), (Still(), seeds), 0)
 
     return go

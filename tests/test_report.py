@@ -7,7 +7,7 @@ import pytest
 
 from offrl import config
 from offrl.config import ConfigError
-from offrl.report import Options, make_report
+from offrl.report import Options, courses, gather, make_report
 
 
 def write_run(folder, algo, seeds, returns, overrides=None, date="2026-01-01T00:00:00", digest="d"):
@@ -52,9 +52,18 @@ def test_a_cell_is_the_mean_over_seeds_of_their_final_episodes(tmp_path):
     assert list(found["methods"]) == ["prdc", "td3bc alpha=40.0"]
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| prdc | 30.0 [20.0, 40.0] |" in text
-    assert {"table.json", "curves.png", "scores.png"} < {
+    assert "| prdc | 0.100 [0.000, 0.200] |" in text
+    assert {"table.json", "curves.png", "scores.png", "metrics.png"} < {
         p.name for p in (tmp_path / "out").iterdir()
     }
+
+
+def test_the_course_of_a_metric_is_drawn_for_every_seed(tmp_path):
+    write_run(tmp_path / "a", "prdc", [0, 2], [[1.0], [2.0]])
+    cells = gather([tmp_path], ["actor/self_match"])
+    steps, values = courses(cells, "actor/self_match", "halfcheetah-medium", ["prdc"])["prdc"]
+    assert steps.tolist() == [5, 10]
+    assert values.tolist() == [[0.1, 0.0], [0.1, 0.2]]
 
 
 def test_methods_are_told_apart_by_values_and_not_by_where_they_were_given(tmp_path):

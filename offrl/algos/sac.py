@@ -4,11 +4,15 @@ Haarnoja et al., "Soft Actor-Critic Algorithms and Applications", 2018, arXiv:18
 
     policy   u = mean(s) + std(s) eps,  a = tanh(u),  log pi(a|s) with the tanh's determinant
     target   y = r + discount (1 - terminal) (min_e Q'_e(s', a') - alpha log pi(a'|s'))
-    critics  L = 1/2 sum_e mean_b (Q_e(s, a) - y)^2
+    critics  L = 1/2 sum_e mean_b (Q_e(s, a) - y)^2  [+ beer mean_eb R_e]
     actor    L = mean_b (alpha log pi(a|s) - min_e Q_e(s, a))
     alpha    L = -log alpha mean_b (log pi(a|s) + target entropy),  target entropy = -dim(a)
 
-Shapes: *S optional leading seed axes, B batch, E critics. Primes are target networks.
+R_e is BEER's penalty (offrl/algos/beer.py) on each critic's features of (s, a) and those of its own
+target at (s', a'), with r - discount alpha log pi(a'|s') for r, as the soft Bellman equation asks;
+the norm in its bound is of the online critics at the same a'.
+
+Shapes: *S optional leading seed axes, B batch, E critics, m features. Primes are target networks.
 
 Order of an update (as in Stable-Baselines3): temperature, critics, actor, targets; the critics'
 target and the actor's loss use the temperature from before the step.
@@ -29,6 +33,7 @@ from offrl.data.collect import off_policy
 from offrl.engine.optim import adam, descend, frozen, polyak
 from offrl.engine.stage import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.nets import Critics, GaussianActor
+from offrl.regularizers.rank import beer_penalty, ranks
 
 FIELDS = ()  # needs no data set: it collects its own
 
@@ -42,6 +47,7 @@ class Config:
     tau: float = 0.005  # share of the online weights in each target update
     hidden: tuple[int, ...] = (256, 256)
     alpha: float = 1.0  # first temperature
+    beer: float = 0.0  # weight of BEER's penalty on the rank of the features; 1e-3 in its paper
     warmup: int = 10_000  # uniformly random environment steps before the first update
     capacity: int = 1_000_000  # rows of the replay
 
@@ -82,17 +88,33 @@ class SAC:
         return loss, {"alpha": log_alpha.exp(), "actor/entropy": -log_prob.mean(-1)}
 
     def critics_loss(self, batch: Batch, alpha: Tensor) -> tuple[Tensor, Metrics]:
-        y = self.target(batch, alpha)
-        q = self.critics(batch["obs"], batch["act"])  # (*S, E, B)
+        y, (act, log_prob, t) = self.target(batch, alpha)
+        f = self.critics.features(batch["obs"], batch["act"])  # (*S, E, B, m)
+        q = self.critics.head(f)  # (*S, E, B)
         loss = 0.5 * (q - y.unsqueeze(-2)).square().mean(-1).sum(-1)  # (*S,)
-        return loss, {"critics/loss": loss, "critics/q": q.mean((-2, -1))}
+        metrics = {"critics/loss": loss, "critics/q": q.mean((-2, -1))}
+        c = self.config
+        if c.beer == 0:
+            return loss, metrics
+        with torch.no_grad():
+            g = self.critics.features(batch["next_obs"], act)
+        reward = batch["reward"] - c.discount * alpha.unsqueeze(-1) * log_prob
+        penalty, stats = beer_penalty(
+            f, t, reward.unsqueeze(-2), self.critics.last[0], c.discount, g=g,
+            terminal=batch["terminal"].unsqueeze(-2),
+        )  # fmt: skip
+        loss = loss + c.beer * penalty.mean((-2, -1))
+        return loss, metrics | {f"beer/{name}": stats[name].mean(-1) for name in ("open", "cos")}
 
     @torch.no_grad()
-    def target(self, batch: Batch, alpha: Tensor) -> Tensor:
+    def target(self, batch: Batch, alpha: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """y (*S, B), and what it comes from: a', log pi(a'|s') and the target critics' features."""
         act, log_prob = self.actor.sample(batch["next_obs"], self.generator)
-        q = self.critics_target(batch["next_obs"], act).amin(-2)  # (*S, B)
+        t = self.critics_target.features(batch["next_obs"], act)  # (*S, E, B, m)
+        q = self.critics_target.head(t).amin(-2)  # (*S, B)
         soft = q - alpha.unsqueeze(-1) * log_prob
-        return batch["reward"] + self.config.discount * (1 - batch["terminal"]) * soft
+        y = batch["reward"] + self.config.discount * (1 - batch["terminal"]) * soft
+        return y, (act, log_prob, t)
 
     def actor_loss(
         self, batch: Batch, act: Tensor, log_prob: Tensor, alpha: Tensor
@@ -112,6 +134,17 @@ class SAC:
         if explore:
             return self.actor.sample(now["obs"], generator or self.generator)[0], memory
         return self.actor(now["obs"])[0].tanh(), memory
+
+    @torch.no_grad()
+    def estimate(self, now: Batch, act: Tensor) -> Tensor:
+        """Of the soft return, entropy included: its bias is not that of the plain one."""
+        return self.critics(now["obs"], act).mean(-2)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> Metrics:
+        """Ranks (*S,) of the critics' features on a batch of the replay, means over critics."""
+        found = ranks(self.critics.features(batch["obs"], batch["act"]))
+        return {name: value.mean(-1) for name, value in found.items()}
 
     def state(self) -> dict[str, Any]:
         return modules_state(self, self.NAMES)

@@ -4,11 +4,14 @@ Fujimoto, van Hoof and Meger, "Addressing Function Approximation Error in Actor-
 ICML 2018, arXiv:1802.09477.
 
     target   y = r + discount (1 - terminal) min_e Q'_e(s', clip(pi'(s') + clipped noise))
-    critics  L = sum_e mean_b (Q_e(s, a) - y)^2
+    critics  L = sum_e mean_b (Q_e(s, a) - y)^2  [+ beer mean_eb R_e]
     actor    L = -mean_b Q_0(s, pi(s)), every second update, and only then the targets move
     explore  a = clip(pi(s) + N(0, explore_noise^2))
 
-Shapes: *S optional leading seed axes, B batch, E critics. Primes are target networks.
+R_e is BEER's penalty (offrl/algos/beer.py) on each critic's features of (s, a) and those of its own
+target at (s', a'), a' the noisy action of y; the norm in its bound is of the online networks.
+
+Shapes: *S optional leading seed axes, B batch, E critics, m features. Primes are target networks.
 
 Differences from the authors' code: none to its current version, which itself differs from the
 paper (there 400,300 units, learning rate 1e-3, batch 100). Actions live in [-1, 1], so noise
@@ -26,6 +29,7 @@ from offrl.data.collect import off_policy
 from offrl.engine.optim import adam, descend, frozen, polyak
 from offrl.engine.stage import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.nets import Actor, Critics
+from offrl.regularizers.rank import beer_penalty, ranks
 
 FIELDS = ()  # needs no data set: it collects its own
 
@@ -40,6 +44,7 @@ class Config:
     noise: float = 0.2  # std of the target-action noise
     noise_clip: float = 0.5
     explore_noise: float = 0.1  # std of the noise on collected actions
+    beer: float = 0.0  # weight of BEER's penalty on the rank of the features; 1e-3 in its paper
     actor_every: int = 2  # critic updates per actor update
     hidden: tuple[int, ...] = (256, 256)
     warmup: int = 25_000  # uniformly random environment steps before the first update
@@ -72,18 +77,35 @@ class TD3:
         return metrics
 
     def critics_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
-        y = self.target(batch)
-        q = self.critics(batch["obs"], batch["act"])  # (*S, E, B)
+        y, t = self.target(batch)
+        f = self.critics.features(batch["obs"], batch["act"])  # (*S, E, B, m)
+        q = self.critics.head(f)  # (*S, E, B)
         loss = (q - y.unsqueeze(-2)).square().mean(-1).sum(-1)  # (*S,)
-        return loss, {"critics/loss": loss, "critics/q": q.mean((-2, -1))}
+        metrics = {"critics/loss": loss, "critics/q": q.mean((-2, -1))}
+        if self.config.beer == 0:
+            return loss, metrics
+        penalty, stats = self.penalty(f, t, batch)
+        loss = loss + self.config.beer * penalty.mean((-2, -1))
+        return loss, metrics | {f"beer/{name}": stats[name].mean(-1) for name in ("open", "cos")}
+
+    def penalty(self, f: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        """BEER's R (*S, E, B) for features f and t (*S, E, B, m), with statistics (*S, E)."""
+        with torch.no_grad():
+            g = self.critics.features(batch["next_obs"], self.actor(batch["next_obs"]))
+        return beer_penalty(
+            f, t, batch["reward"].unsqueeze(-2), self.critics.last[0], self.config.discount, g=g,
+            terminal=batch["terminal"].unsqueeze(-2),
+        )  # fmt: skip
 
     @torch.no_grad()
-    def target(self, batch: Batch) -> Tensor:
+    def target(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """y (*S, B), and the target critics' features (*S, E, B, m) that it comes from."""
         c = self.config
         noise = torch.empty_like(batch["act"]).normal_(0, c.noise, generator=self.generator)
         act = self.actor_target(batch["next_obs"]) + noise.clamp(-c.noise_clip, c.noise_clip)
-        q = self.critics_target(batch["next_obs"], act.clamp(-1, 1)).amin(-2)  # (*S, B)
-        return batch["reward"] + c.discount * (1 - batch["terminal"]) * q
+        t = self.critics_target.features(batch["next_obs"], act.clamp(-1, 1))
+        q = self.critics_target.head(t).amin(-2)  # (*S, B)
+        return batch["reward"] + c.discount * (1 - batch["terminal"]) * q, t
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         q = self.critics.first(batch["obs"], self.actor(batch["obs"]))  # (*S, B)
@@ -104,6 +126,16 @@ class TD3:
             noise.normal_(0, self.config.explore_noise, generator=generator or self.generator)
             act = (act + noise).clamp(-1, 1)
         return act, memory
+
+    @torch.no_grad()
+    def estimate(self, now: Batch, act: Tensor) -> Tensor:
+        return self.critics(now["obs"], act).mean(-2)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> Metrics:
+        """Ranks (*S,) of the critics' features on a batch of the replay, means over critics."""
+        found = ranks(self.critics.features(batch["obs"], batch["act"]))
+        return {name: value.mean(-1) for name, value in found.items()}
 
     def state(self) -> dict[str, Any]:
         return modules_state(self, self.NAMES)

@@ -1,12 +1,13 @@
 """Environment steps into a replay, for online methods."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from offrl.data.replay import Replay
-from offrl.engine.stage import Algorithm, Run, Stage
+from offrl.engine.stage import Algorithm, Metrics, Run, Stage
 
 
 class Environments(Protocol):
@@ -15,6 +16,7 @@ class Environments(Protocol):
     count: int
     obs_dim: int
     act_dim: int
+    discrete: bool
 
     def reset(self) -> Tensor: ...
 
@@ -30,35 +32,46 @@ class Collector:
 
     Args:
         envs: len(seeds) * n environments; each stacked seed owns a group of n.
-        capacity: rows of each seed's replay.
         seeds: stacked seed axes.
         device: of the replay and the policy.
+
+    Attributes:
+        replay: fields obs, act, reward, next_obs, terminal and timeout, once `keep` has made it.
     """
+
+    replay: Replay
 
     def __init__(
         self,
         envs: Environments,
-        capacity: int,
         seeds: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
     ):
         self.envs, self.seeds, self.device = envs, seeds, torch.device(device)
         groups = int(torch.Size(seeds).numel())
         self.group = envs.count // groups  # environments per seed
-        scalar: tuple[tuple[int, ...], torch.dtype] = ((), torch.float32)
-        vector = lambda width: ((width,), torch.float32)  # noqa: E731
-        fields = {
-            "obs": vector(envs.obs_dim), "act": vector(envs.act_dim), "reward": scalar,
-            "next_obs": vector(envs.obs_dim), "terminal": scalar,
-        }  # fmt: skip
-        self.replay = Replay(capacity, fields, seeds, device)
         self.obs: Tensor | None = None  # (*S, n, o) on the device
+
+    def keep(self, capacity: int) -> None:
+        """Store the newest `capacity` rows of each seed."""
+        scalar: tuple[tuple[int, ...], torch.dtype] = ((), torch.float32)
+        obs = ((self.envs.obs_dim,), torch.float32)
+        act = ((), torch.int64) if self.envs.discrete else ((self.envs.act_dim,), torch.float32)
+        fields = {
+            "obs": obs, "act": act, "reward": scalar, "next_obs": obs, "terminal": scalar,
+            "timeout": scalar,
+        }  # fmt: skip
+        self.replay = Replay(capacity, fields, self.seeds, self.device)
 
     def random(self, steps: int, generator: Generator) -> None:
         """Take `steps` uniformly random steps per seed."""
         for _ in range(0, steps, self.group):
-            shape = (*self.seeds, self.group, self.envs.act_dim)
-            act = torch.rand(shape, generator=generator, device=self.device) * 2 - 1
+            shape, to = (*self.seeds, self.group), self.device
+            if self.envs.discrete:
+                act = torch.randint(self.envs.act_dim, shape, generator=generator, device=to)
+            else:
+                shape = (*shape, self.envs.act_dim)
+                act = torch.rand(shape, generator=generator, device=to) * 2 - 1
             self.step(act)
 
     def follow(self, algo: Algorithm) -> None:
@@ -73,13 +86,14 @@ class Collector:
         return self.obs
 
     def step(self, act: Tensor) -> None:
-        """Apply actions (*S, n, a) in [-1, 1] and store the transitions."""
+        """Apply actions (*S, n, a) in [-1, 1], or int64 (*S, n), and store the transitions."""
         obs = self.observe()
-        flat = act.detach().reshape(self.envs.count, -1).to("cpu")
-        next_obs, reward, terminal, _, start_obs = self.envs.step(flat)
+        flat = act.detach().flatten(0, len(self.seeds)).to("cpu")
+        next_obs, reward, terminal, timeout, start_obs = self.envs.step(flat)
         self.replay.add({
             "obs": obs, "act": act.detach(), "reward": self.grouped(reward),
             "next_obs": self.grouped(next_obs), "terminal": self.grouped(terminal),
+            "timeout": self.grouped(timeout),
         })  # fmt: skip
         self.obs = self.grouped(start_obs)
 
@@ -99,14 +113,29 @@ class Collector:
         self.obs = self.grouped(self.envs.load(state["envs"], obs))
 
 
+def watched(algo: Any, data: Collector, rows: int = 2048) -> Callable[[], Metrics]:
+    """What `algo.measure` says of rows of the replay, always drawn by the same numbers.
+
+    Args:
+        rows: at least four times the width of a representation whose rank is measured.
+    """
+
+    def measure() -> Metrics:
+        generator = Generator(data.device).manual_seed(0)
+        return algo.measure(data.replay.sampler(rows)(generator))
+
+    return measure
+
+
 def off_policy(algo: Any, data: Collector, run: Run) -> list[Stage]:
     """The stage of a method that learns from its own replay: one update per environment step.
 
     Args:
-        algo: with `config.warmup` random environment steps, counted in `run.steps`, and
-            `config.batch`.
+        algo: with `config.warmup` random environment steps, counted in `run.steps`,
+            `config.batch` and `config.capacity`.
     """
     warmup = algo.config.warmup
+    data.keep(min(algo.config.capacity, run.steps))
     return [
         Stage(
             "train",
@@ -117,6 +146,7 @@ def off_policy(algo: Any, data: Collector, run: Run) -> list[Stage]:
             before=lambda: data.random(warmup, algo.generator),
             between=[(data.group, lambda: data.follow(algo))],
             offset=warmup,
+            measure=watched(algo, data),
             parts={"collector": data},
         )
     ]

@@ -1,14 +1,16 @@
 """Episodes of a policy in vectorized environments, raw returns kept."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium
 import torch
+from scipy.signal import lfilter
 from torch import Generator, Tensor
 
-from offrl.engine.stage import Policy
+from offrl.engine.stage import Batch, Policy
 from offrl.envs.vector import Vector
 from offrl.seeding import derive
 
@@ -23,18 +25,60 @@ class Episodes:
 
     Attributes:
         scenarios: name -> the episodes of that scenario; empty where there is one without a name.
+        bias: (*S, episodes), of a method that estimates its returns; see `Bias`.
     """
 
     returns: Tensor
     lengths: Tensor
     scenarios: "dict[str, Episodes]" = field(default_factory=dict)
+    bias: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """Raw values for the learning curve: return, length, and return/<scenario>, ..."""
+        """Raw values for the learning curve: return, length, bias, and return/<scenario>, ..."""
         values = {"return": self.returns, "length": self.lengths}
+        if self.bias is not None:
+            values["bias"] = self.bias
         for name, episodes in self.scenarios.items():
             values |= {f"{key}/{name}": value for key, value in episodes.named().items()}
         return values
+
+
+class Bias:
+    """A method's estimates of its discounted return, minus what the rest of the episode paid.
+
+    Means over the steps of an episode. Where it was cut off, only steps count whose return the cut
+    weighs by a hundredth or less, and the first step in any case.
+
+    Args:
+        algo: with `estimate`; see `engine.stage.Policy`.
+        count: of environments.
+        each: episodes of each.
+
+    Attributes:
+        values: (count, each).
+    """
+
+    def __init__(self, algo: Any, count: int, each: int):
+        self.estimate, self.discount = algo.estimate, algo.config.discount
+        fades = 0 < self.discount < 1
+        self.tail = math.ceil(math.log(0.01) / math.log(self.discount)) if fades else 0
+        self.values = torch.zeros(count, each)
+        self.past: list[Tensor] = []  # (2, count) each: estimate and reward
+        self.begin = [0] * count
+
+    def add(
+        self, now: Batch, act: Tensor, reward: Tensor, terminal: Tensor, timeout: Tensor,
+        finished: Tensor,
+    ) -> None:  # fmt: skip
+        """One step of all environments, before `finished` counts the episodes that end with it."""
+        self.past.append(torch.stack([self.estimate(now, act).flatten().cpu(), reward]))
+        for i in (terminal + timeout).nonzero().flatten().tolist():
+            if finished[i] < self.values.shape[1]:
+                guess, paid = torch.stack(self.past[self.begin[i] :])[..., i].T.numpy()
+                rest = lfilter([1.0], [1.0, -self.discount], paid[::-1])[::-1]
+                whole = len(rest) if terminal[i] else max(1, len(rest) - self.tail)
+                self.values[i, finished[i]] = float((guess - rest)[:whole].mean())
+            self.begin[i] = len(self.past)
 
 
 class Evaluator:
@@ -95,6 +139,7 @@ class Evaluator:
         memory, start, reward = None, torch.ones(count), torch.zeros(count)
         scenario = self.grouped(rows // self.width % self.parts)
         obs = self.envs.reset()
+        bias = Bias(algo, count, each) if self.parts == 1 and hasattr(algo, "estimate") else None
         while bool((finished < each).any()):
             now = {
                 "obs": self.grouped(obs), "start": self.grouped(start),
@@ -103,8 +148,10 @@ class Evaluator:
             if self.envs.goal is not None:
                 now["goal"] = self.grouped(self.envs.goal)
             act, memory = algo.act(now, memory, explore=False, generator=generator)
-            step = self.envs.step(act.reshape(count, -1).cpu())
+            step = self.envs.step(act.flatten(0, len(self.seeds)).cpu())
             _, reward, terminal, timeout, obs = step
+            if bias is not None:
+                bias.add(now, act, reward, terminal, timeout, finished)
             running = (finished < each).float()
             slot = finished.clamp(max=each - 1)
             returns[rows, slot] += reward * running
@@ -115,7 +162,10 @@ class Evaluator:
             if tick is not None and bool(done.any()):
                 tick(int(done.sum()))
         shape = (*self.seeds, self.parts, episodes)
-        return self.summed_up(returns.view(shape), lengths.view(shape))
+        found = self.summed_up(returns.view(shape), lengths.view(shape))
+        if bias is None:
+            return found
+        return replace(found, bias=bias.values.view(*self.seeds, episodes))
 
     def summed_up(self, returns: Tensor, lengths: Tensor) -> Episodes:
         """Episodes from values (*S, scenarios, episodes)."""

@@ -230,10 +230,14 @@ class Runner:
         if self.step % every.log_every == 0:
             self.flush(stage)
         last = self.step == stage.steps
-        if self.shown % every.eval_every == 0 or last:
+        if self.passes(every.eval_every) or last:
             if self.evaluate is not None:
                 self.flush(stage)
                 self.settle()
+                if stage.measure is not None:
+                    found = stage.measure().items()
+                    means = {name: value.double().reshape(-1).tolist() for name, value in found}
+                    self.log.write(self.shown, "evaluation", means)
                 self.pending = self.shown
                 if self.beside is None or last:
                     self.collect(self.evaluate(self.algo, every.eval_episodes))
@@ -241,7 +245,7 @@ class Runner:
                 self.save()
             if self.pending is not None:
                 self.begin()
-        if every.snapshot_every and (self.shown % every.snapshot_every == 0 or last):
+        if every.snapshot_every and (self.passes(every.snapshot_every) or last):
             snapshots = self.folder / "snapshots"
             snapshots.mkdir(exist_ok=True)
             content = {"format": 1, "label": self.label, "seeds": self.seeds, "step": self.shown}
@@ -253,7 +257,17 @@ class Runner:
     @property
     def shown(self) -> int:
         """The step that people see: updates, or environment steps of an online method."""
-        return self.step + (self.stages[self.index].offset if self.index < len(self.stages) else 0)
+        return self.shown_at(self.step)
+
+    def shown_at(self, step: int) -> int:
+        if self.index == len(self.stages):
+            return step
+        stage = self.stages[self.index]
+        return stage.offset + int(step * stage.stride)
+
+    def passes(self, period: int) -> bool:
+        """Whether the last update reached or passed a multiple of a period of shown steps."""
+        return self.shown // period > self.shown_at(self.step - 1) // period
 
     def begin(self) -> None:
         """Play the point of the checkpoint just written or loaded."""
@@ -295,13 +309,14 @@ class Runner:
         now = time.perf_counter()
         if now - self.told < 0.5 and self.step != stage.steps:
             return
-        speed = (self.step - self.told_step) / (now - self.told) if self.told else 0.0
+        updates = (self.step - self.told_step) / (now - self.told) if self.told else 0.0
+        speed = updates * float(stage.stride)
         if self.step >= self.told_step:
             self.log.speed(self.shown, speed)
         self.told, self.told_step = now, self.step
         point = self.curve.points[-1] if self.curve.points else {}
         score = float(next(iter(point.values())).mean()) if point else None
-        total = stage.offset + stage.steps if stage.steps else 0
+        total = self.shown_at(stage.steps) if stage.steps else 0
         notes, self.notes = self.notes, []
         self.report(Progress(stage.name, self.first, self.shown, total, speed, score, notes))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
@@ -36,8 +37,11 @@ class Policy(Protocol):
     `now` holds obs (*S, B, o), start (*S, B), 1 where an episode begins, and in evaluation reward
     (*S, B) of the action before, scenario (*S, B), int64 index into the algorithm's `scenarios`,
     and goal (*S, B, g), an observation, where the environment names one.
-    Actions lie in [-1, 1]; `explore` samples as in training; random draws come from `generator`
-    only.
+    Actions lie in [-1, 1], or are int64 (*S, B) if discrete; `explore` samples as in training;
+    random draws come from `generator` only.
+
+    A method may also have `estimate(now, act)`, its own guess of the return discounted by
+    `config.discount` that follows, (*S, B): evaluation then reports its bias.
     """
 
     def act(
@@ -99,6 +103,9 @@ class Stage:
         stop: of a stage without `steps`: asked before each `cycle`; True ends the stage.
         offset: added to the update's number wherever a step is shown; an online method's
             environment steps before its first update.
+        stride: steps that are shown per update; environment steps of an online method.
+        measure: values (*S,) that are logged at every point of the learning curve, such as ranks of
+            a representation; draws nothing from the run's generator.
         parts: state beside the algorithm's, saved in every checkpoint.
     """
 
@@ -111,6 +118,8 @@ class Stage:
     before: Callable[[], None] | None = None
     stop: Callable[[], bool] | None = None
     offset: int = 0
+    stride: int | Fraction = 1
+    measure: Callable[[], Metrics] | None = None
     parts: dict[str, Part] = field(default_factory=dict)
 
 

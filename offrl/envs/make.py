@@ -1,4 +1,4 @@
-"""Environments by name: Gymnasium MuJoCo robots, OGBench's tasks and any registered id."""
+"""Environments by name: Gymnasium's robots, other suites' tasks and any registered id."""
 
 import difflib
 import functools
@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from offrl.envs import ogbench
+from offrl.envs import dm_control, grid, ogbench
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,23 @@ class ScaleAction(gymnasium.ActionWrapper):
         return np.clip(action, -1.0, 1.0) * self.half + self.middle
 
 
+class RepeatAction(gymnasium.Wrapper):
+    """Takes every action `times` times and sums the rewards; stops where the episode ends."""
+
+    def __init__(self, env: gymnasium.Env, times: int):
+        super().__init__(env)
+        self.times = times
+
+    def step(self, action: Any):
+        total = 0.0
+        for _ in range(self.times):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
 def env_id(name: str, version: str | None = None) -> str:
     """The Gymnasium id of a name such as `halfcheetah`; registered ids pass through.
 
@@ -56,9 +73,13 @@ def env_id(name: str, version: str | None = None) -> str:
         raise ValueError(f"env_version must be one of {', '.join(VERSIONS)}, got {version!r}")
     if name in ROBOTS:
         return f"{ROBOTS[name]}-{version or 'v5'}"
+    if name == grid.NAME:
+        return grid.ID
     if ogbench.known(name):
         ogbench.register()
         return f"{name}-{ogbench.VERSION}"
+    if name.startswith(dm_control.PREFIX) and name not in gymnasium.registry:
+        return dm_control.register(name)
     if name in gymnasium.registry:
         named = name.rpartition("-")[2]
         if version and named in VERSIONS and named != version:
@@ -69,25 +90,30 @@ def env_id(name: str, version: str | None = None) -> str:
             f"there is no environment for {name!r} yet, so training on it could not be scored; "
             "offrl.data.d4rl.load reads its data"
         )
-    known = [*ROBOTS, *ogbench.NAMES, *gymnasium.registry]
+    known = [*ROBOTS, grid.NAME, *ogbench.NAMES, *gymnasium.registry]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown environment {name!r}{hint} (robots: {', '.join(ROBOTS)})")
 
 
 def factory(
-    name: str, version: str | None = None, legacy_mass: bool = False, render: bool = False
+    name: str,
+    version: str | None = None,
+    legacy_mass: bool = False,
+    render: bool = False,
+    action_repeat: int = 1,
 ) -> Callable[[], gymnasium.Env]:
-    """A picklable maker of the environment, with actions in [-1, 1].
+    """A picklable maker of the environment, with actions in [-1, 1] or discrete ones.
 
     Args:
-        name: a robot such as `halfcheetah`, or a Gymnasium id.
+        name: a robot such as `halfcheetah`, `dmc-<domain>-<task>`, or a Gymnasium id.
         version: of the MuJoCo robots, v5 (default) or v4; must not contradict an id.
         legacy_mass: give capsules the mass rho pi r^2 (L + r) of the engines that D4RL's data
             came from, instead of the exact rho pi r^2 (L + 4r/3): Hopper 15.26 instead of 15.82.
         render: make RGB frames available.
+        action_repeat: simulator's steps per action; the time limit counts the simulator's.
     """
-    return functools.partial(build, env_id(name, version), legacy_mass, render)
+    return functools.partial(build, env_id(name, version), legacy_mass, render, action_repeat)
 
 
 def simulator_warning(message: str) -> None:
@@ -99,23 +125,34 @@ def simulator_warning(message: str) -> None:
         logger.warning("mujoco: %s", message)
 
 
-def build(id: str, legacy_mass: bool, render: bool) -> gymnasium.Env:
+def build(id: str, legacy_mass: bool, render: bool, action_repeat: int) -> gymnasium.Env:
     import mujoco
 
     mujoco.set_mju_user_warning(simulator_warning)
     from_ogbench = ogbench.known(id.removesuffix(f"-{ogbench.VERSION}"))
     if from_ogbench:
         ogbench.register()  # in a process of its own nobody has done it
+    if id.startswith(dm_control.PREFIX) and id not in gymnasium.registry:
+        dm_control.register(id.removesuffix(f"-{dm_control.VERSION}"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*out of date.*")  # v4, chosen on purpose
-        env = gymnasium.make(
-            id, disable_env_checker=True, render_mode="rgb_array" if render else None
-        )
+        try:
+            env = gymnasium.make(
+                id, disable_env_checker=True, render_mode="rgb_array" if render else None
+            )
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise ValueError(
+                f"{id} needs a package that is not installed ({error}); LunarLander and "
+                "BipedalWalker come with the extra: pip install 'offrl[box2d]'"
+            ) from error
     if legacy_mass:
         lighten(env)
     if render:
         follow(env)
-    return ScaleAction(ogbench.OwnRandomness(env) if from_ogbench else env)
+    env = ogbench.OwnRandomness(env) if from_ogbench else env
+    env = RepeatAction(env, action_repeat) if action_repeat > 1 else env
+    discrete = isinstance(env.action_space, gymnasium.spaces.Discrete)
+    return env if discrete else ScaleAction(env)
 
 
 def tasks(env: gymnasium.Env) -> tuple[dict[str, Any], ...]:

@@ -15,8 +15,9 @@ class Vector:
     """n environments stepped one after the other; on few cores faster than worker processes.
 
     Observations are float32, actions come in [-1, 1] and are rescaled to the environment's own
-    range by `offrl.envs.make`. An episode that ends restarts at once: `step` returns the true last
-    observation and, apart from it, the one to act on next.
+    range by `offrl.envs.make`, or are int64 numbers of discrete actions. An episode that ends
+    restarts at once: `step` returns the true last observation and, apart from it, the one to act
+    on next.
 
     Args:
         factories: makers of the environments.
@@ -24,6 +25,7 @@ class Vector:
         options: of every reset, one per environment.
 
     Attributes:
+        obs_dim, act_dim, discrete: as in `engine.stage.Spec`.
         goal: (n, g) goals of the running episodes, where the environments name them in the info of
             a reset; else None.
     """
@@ -38,8 +40,8 @@ class Vector:
         self.seeds, self.count = list(seeds), len(self.envs)
         self.options = [None] * self.count if options is None else list(options)
         self.goal: Tensor | None = None
-        self.obs_dim = int(np.prod(self.envs[0].observation_space.shape or ()))
-        self.act_dim = int(np.prod(self.envs[0].action_space.shape or ()))
+        self.obs_dim, self.act_dim, self.discrete = sizes(self.envs[0])
+        self.act_shape = self.envs[0].action_space.shape or ()
         if len(self.seeds) != self.count:
             raise ValueError(f"{self.count} environments need as many seeds, got {self.seeds}")
 
@@ -57,16 +59,17 @@ class Vector:
         return self.envs[i].reset(seed=seed, options=self.options[i])
 
     def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Apply actions (n, a).
+        """Apply actions (n, a), or (n,) if discrete.
 
         Returns:
             next_obs (n, o): the true successors; reward, terminal, timeout (n,): terminal is 1
             where the process ended, timeout where a limit cut it off (never both); now (n, o): the
             observations to act on next, which differ from next_obs where an episode restarted.
         """
+        actions = act.view(self.count, *self.act_shape).numpy()
         rows, now = [], []
         scalars = np.zeros((3, self.count), dtype=np.float32)
-        for i, (env, a) in enumerate(zip(self.envs, act.numpy(), strict=True)):
+        for i, (env, a) in enumerate(zip(self.envs, actions, strict=True)):
             obs, reward, terminated, truncated, _ = env.step(a)
             scalars[:, i] = reward, terminated, truncated and not terminated
             rows.append(obs)
@@ -105,6 +108,18 @@ class Vector:
             env.close()
 
 
+def sizes(env: gymnasium.Env) -> tuple[int, int, bool]:
+    """Numbers of an observation and of an action, and whether actions are discrete.
+
+    Of discrete actions the second is how many there are.
+    """
+    space = env.action_space
+    obs_dim = int(np.prod(env.observation_space.shape or ()))
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return obs_dim, int(space.n), True
+    return obs_dim, int(np.prod(space.shape or ())), False
+
+
 def flat(rows: Sequence[Any]) -> Tensor:
     """Observations as rows of float32, images too."""
     return torch.from_numpy(np.stack(rows).astype(np.float32)).flatten(1)
@@ -114,10 +129,13 @@ def snapshot(env: gymnasium.Env) -> dict[str, Any]:
     """What decides the future of an environment: its state, clock and generator.
 
     MuJoCo's integration state with the body positions that rewards read before a step (of the last
-    substep, so nothing computes them anew), or the `state` of Gymnasium's classic control. Other
-    environments give their generator only, and `restore` says so.
+    substep, so nothing computes them anew), or the `state` of Gymnasium's classic control. An
+    environment that has `snapshot` and `restore` of its own is asked. Others, Box2D's among them,
+    give their generator only, and `restore` says so.
     """
     core: Any = env.unwrapped
+    if hasattr(core, "snapshot"):
+        return {"own": core.snapshot(), "elapsed": elapsed(env)}
     found: dict[str, Any] = {"generator": generator_state(core.np_random)}
     if hasattr(core, "model") and hasattr(core, "data"):
         import mujoco
@@ -139,8 +157,11 @@ def restore(env: gymnasium.Env, state: dict[str, Any]) -> bool:
         False if only the generator could be restored, so that the episode must start anew.
     """
     core: Any = env.unwrapped
-    set_generator_state(core.np_random, state["generator"])
-    if "physics" in state:
+    if "own" not in state:
+        set_generator_state(core.np_random, state["generator"])
+    if "own" in state:
+        core.restore(state["own"])
+    elif "physics" in state:
         import mujoco
 
         kind = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -149,23 +170,27 @@ def restore(env: gymnasium.Env, state: dict[str, Any]) -> bool:
             getattr(core.data, name)[:] = state[name].numpy()
     elif "state" in state:
         core.state = state["state"].numpy().copy()
+        if hasattr(core, "steps_beyond_terminated"):  # CartPole's own mark of an episode's end
+            core.steps_beyond_terminated = None
     else:
         return False
-    limit(env)._elapsed_steps = state["elapsed"]
+    if (clock := limit(env)) is not None:
+        clock._elapsed_steps = state["elapsed"]
     return True
 
 
 def elapsed(env: gymnasium.Env) -> int:
-    return limit(env)._elapsed_steps or 0
+    clock = limit(env)
+    return 0 if clock is None else clock._elapsed_steps or 0
 
 
 def limit(env: gymnasium.Env) -> Any:
-    """The time-limit wrapper around an environment."""
-    while not isinstance(env, gymnasium.wrappers.TimeLimit):
-        if not isinstance(env, gymnasium.Wrapper):
-            raise TypeError(f"{env} has no time limit whose clock could be saved")
+    """The time-limit wrapper around an environment, which has the clock, or None."""
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, gymnasium.wrappers.TimeLimit):
+            return env
         env = env.env
-    return env
+    return None
 
 
 def generator_state(generator: np.random.Generator) -> dict[str, Any]:

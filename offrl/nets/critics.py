@@ -27,6 +27,19 @@ class Critics(nn.Module):
         x = torch.cat([obs, act], -1).unsqueeze(-3)  # (*S, 1, B, o + a)
         return self.net(x, frozen).squeeze(-1)
 
+    def features(self, obs: Tensor, act: Tensor) -> Tensor:
+        """The representation of every network, after the last ReLU: (*S, E, B, m)."""
+        return self.net.features(torch.cat([obs, act], -1).unsqueeze(-3))
+
+    def head(self, features: Tensor) -> Tensor:
+        """All values from features: (*S, E, B)."""
+        return self.net.head(features).squeeze(-1)
+
+    @property
+    def last(self) -> tuple[Tensor, Tensor]:
+        """Weight (*S, E, m, 1) and bias (*S, E, 1, 1) of the last layer."""
+        return self.net.pairs()[-1]
+
     def first(self, obs: Tensor, act: Tensor) -> Tensor:
         """Q of the first network, (*S, B), with its weights held fixed: what a DPG actor climbs."""
         x = torch.cat([obs, act], -1)

@@ -39,7 +39,7 @@ class Linear(nn.Module):
         return chain(x, [(self.weight, self.bias)])
 
 
-def chain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def chain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], rectified: bool = False) -> Tensor:
     """Affine maps with ReLU between them: (..., B, in) -> (*lead, B, out).
 
     On a CPU the products run member by member straight into one result, forward and backward: a
@@ -52,26 +52,27 @@ def chain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         x: has at most the leading axes of the weights, each equal or 1.
         layers: (weight (*lead, in, out), bias (*lead, 1, out)) of each map; detached ones receive
             no gradient.
+        rectified: ReLU after the last map too.
     """
     if layers[0][0].dim() == 2 and x.dim() > 2:  # one network on stacked rows
-        return chain(x.flatten(0, -2), layers).unflatten(0, x.shape[:-1])
+        return chain(x.flatten(0, -2), layers, rectified).unflatten(0, x.shape[:-1])
     if x.is_cuda:
-        return plain(x, layers)
+        return plain(x, layers, rectified)
     if torch.is_grad_enabled():
-        return Chain.apply(x, *[p for layer in layers for p in layer])
-    return forward(x, layers)[0]
+        return Chain.apply(x, rectified, *[p for layer in layers for p in layer])
+    return forward(x, layers, rectified)[0]
 
 
-def plain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def plain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], rectified: bool = False) -> Tensor:
     """The chain in ordinary operators."""
     for i, (weight, bias) in enumerate(layers):
         x = x @ weight + bias if weight.dim() > 2 else torch.addmm(bias, x, weight)
-        x = x.relu() if i < len(layers) - 1 else x
+        x = x.relu() if rectified or i < len(layers) - 1 else x
     return x
 
 
 def forward(
-    x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]
+    x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], rectified: bool = False
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """The chain's result, and what every member's maps but the last return, in turn."""
     split = [[matrices(part) for part in layer] for layer in layers]
@@ -83,7 +84,10 @@ def forward(
         for weight, bias in split[:-1]:
             x_m = products.forward(x_m, weight[m], bias[m])
             inner[-1].append(x_m)
-        products.multiply(x_m, weights[m], out_m, biases[m])
+        if rectified:
+            out_m.copy_(products.forward(x_m, weights[m], biases[m]))
+        else:
+            products.multiply(x_m, weights[m], out_m, biases[m])
     return out, inner
 
 
@@ -101,19 +105,26 @@ class Chain(torch.autograd.Function):
     """The chain on a CPU with its gradients; see `chain`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *params: Tensor) -> Tensor:
-        out, inner = forward(x, list(zip(params[::2], params[1::2], strict=True)))
-        ctx.save_for_backward(x, *params, *[value for values in inner for value in values])
+    def forward(ctx: Any, x: Tensor, rectified: bool, *params: Tensor) -> Tensor:
+        out, inner = forward(x, list(zip(params[::2], params[1::2], strict=True)), rectified)
+        ctx.rectified, kept = rectified, [value for values in inner for value in values]
+        ctx.save_for_backward(x, *params, *kept, *([out] if rectified else []))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
+        asked_x, _, *asked = ctx.needs_input_grad
+        needs = (asked_x, *asked)
         count = len(needs) // 2  # of maps
         x, params, inner = (ctx.saved_tensors[part] for part in
                             (0, slice(1, 2 * count + 1), slice(2 * count + 1, None)))  # fmt: skip
+        (last,) = grads
         if torch.is_grad_enabled():  # differentiated twice: ordinary autograd operators
-            return again(needs, x, params, *grads)
+            of_x, *others = again(needs, x, params, last, ctx.rectified)
+            return of_x, None, *others
+        if ctx.rectified:
+            *inner, result = inner
+            last = torch.ops.aten.threshold_backward(last, result, 0)
         weights = params[::2]
         out = [torch.empty_like(p, memory_format=torch.contiguous_format) if need else None
                for p, need in zip((x, *params), needs, strict=True)]  # fmt: skip
@@ -123,9 +134,7 @@ class Chain(torch.autograd.Function):
         of = [None if o is None else matrices(o, like)
               for o, like in zip(out, (weights[0], *params), strict=True)]  # fmt: skip
         w, lowest = list(map(matrices, weights)), lowest_asked(needs)
-        for m, (x_m, grad) in enumerate(
-            zip(matrices(x, weights[0]), matrices(grads[0]), strict=True)
-        ):
+        for m, (x_m, grad) in enumerate(zip(matrices(x, weights[0]), matrices(last), strict=True)):
             values = [x_m, *inner[m * (count - 1) : (m + 1) * (count - 1)]]
             for i in reversed(range(lowest, count)):
                 if (of_weight := of[2 * i + 1]) is not None:
@@ -142,7 +151,7 @@ class Chain(torch.autograd.Function):
                         of_input[m].addmm_(grad, w[i][m].mT)
                     else:
                         products.multiply(grad, w[i][m].mT, of_input[m])
-        return tuple(out)
+        return out[0], None, *out[1:]
 
 
 def lowest_asked(needs: Sequence[bool]) -> int:
@@ -151,12 +160,12 @@ def lowest_asked(needs: Sequence[bool]) -> int:
 
 
 def again(
-    needs: Sequence[bool], x: Tensor, params: Sequence[Tensor], grad: Tensor
+    needs: Sequence[bool], x: Tensor, params: Sequence[Tensor], grad: Tensor, rectified: bool
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the chain as functions of its inputs."""
     with torch.enable_grad():
         layers = list(zip(params[::2], params[1::2], strict=True))
-        y = plain(x, layers)
+        y = plain(x, layers, rectified)
     asked = [value for value, need in zip((x, *params), needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, asked, grad, create_graph=True))
     return tuple(next(found) if need else None for need in needs)

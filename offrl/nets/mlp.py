@@ -31,6 +31,14 @@ class MLP(nn.Module):
             pairs = [(weight.detach(), bias.detach()) for weight, bias in pairs]
         return chain(x, pairs)
 
+    def features(self, x: Tensor) -> Tensor:
+        """What the last map is applied to, after its ReLU: (*lead, B, dims[-2])."""
+        return chain(x, self.pairs()[:-1], rectified=True)
+
+    def head(self, features: Tensor) -> Tensor:
+        """The last map: head(features(x)) is the network's output."""
+        return chain(features, self.pairs()[-1:])
+
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Weight and bias of every map, as `chain` takes them."""
         return [(layer.weight, layer.bias) for layer in cast(list[Linear], self.layers)]

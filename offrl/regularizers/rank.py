@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from offrl.regularizers.base import RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import Coefficient
-from offrl.regularizers.reductions import keep, masked_reduce
+from offrl.regularizers.reductions import keep, masked_mean, masked_reduce
 
 Stats = dict[str, Tensor]
 
@@ -51,7 +51,8 @@ def beer_penalty(
         t: features of (s', a') of the target network, the target policy's a', (*L, m).
         r: rewards, L. For soft values r - gamma alpha log pi(a'|s'); for n steps their return, with
             gamma^n and the features n steps on.
-        w: weight of the last layer of the online network, any shape of m entries; its norm counts.
+        w: weight of the last layer of the online network, whose norm counts: m entries in one or
+            two axes; or (*K, m, n) for a stack of networks, K the leading axes of L.
         gamma: discount, above 0.
         g: features of (s', pi(s')) of the online network and policy, (*L, m): their norm replaces
             that of t in the numerator of U, as in the released code (norms mixed; then even r = 0
@@ -66,8 +67,8 @@ def beer_penalty(
             and its gradient are 0.
 
     Returns:
-        Penalty L, to be averaged and weighted (1e-3 in the paper), and detached 0-d statistics over
-        what counts: "open" share, mean "cos", mean "bound" U.
+        Penalty L, to be averaged and weighted (1e-3 in the paper), and detached statistics over
+        what counts, 0-d, or K for a stack: "open" share, mean "cos", mean "bound" U.
 
     For the value head of a language model L is (B, T - 1): features of consecutive tokens, rewards
     per token, `mask` on pairs of valid tokens. With a reward at the end alone and `g` None the
@@ -85,26 +86,34 @@ def beer_penalty(
     """
     f, t = vectors(f, mask), vectors(t, mask).detach()
     r = keep(r.detach(), mask)
+    lead = w.dim() - 2 if w.dim() > 2 else 0  # axes of K
     if bias is not None:
-        r = r - (1 - gamma) * keep(bias.detach(), None).squeeze()
-    lead = torch.linalg.vector_norm(f.detach(), dim=-1)
+        r = r - (1 - gamma) * per_network(keep(bias.detach(), None), lead, r.dim())
+    length = torch.linalg.vector_norm(f.detach(), dim=-1)
     follow = torch.linalg.vector_norm(t, dim=-1)
     online = follow if g is None else torch.linalg.vector_norm(vectors(g, mask).detach(), dim=-1)
-    weight = keep(w.detach(), None).square().sum().clamp(min=1e-12)
-    numerator = lead.square() + (gamma * online).square() - r.square() / weight
-    product = lead * follow
+    weight = per_network(keep(w.detach(), None).square(), lead, r.dim()).clamp(min=1e-12)
+    numerator = length.square() + (gamma * online).square() - r.square() / weight
+    product = length * follow
     bound = numerator / (2 * gamma * product.clamp(min=1e-12))
     cosine = F.cosine_similarity(f, t, dim=-1, eps=eps)
     counted = product >= 1e-12
     if terminal is not None:
         counted = counted & ~keep(terminal, mask).bool()
     penalty = keep((cosine - bound).clamp(min=0), counted)
-    seen = counted if mask is None else counted & mask.bool()
-    return penalty, {
-        "open": masked_reduce((penalty.detach() > 0).to(penalty.dtype), seen),
-        "cos": masked_reduce(cosine.detach(), seen),
-        "bound": masked_reduce(bound, seen),
+    seen = (counted if mask is None else counted & mask.bool()).flatten(lead)
+    values = {
+        "open": (penalty.detach() > 0).to(penalty.dtype),
+        "cos": cosine.detach(),
+        "bound": bound,
     }
+    return penalty, {name: masked_mean(x.flatten(lead), seen) for name, x in values.items()}
+
+
+def per_network(x: Tensor, lead: int, dims: int) -> Tensor:
+    """The sum over all but `lead` axes, as a tensor that broadcasts against `dims` axes."""
+    total = x.flatten(lead).sum(-1)
+    return total.view(*total.shape, *[1] * (dims - lead))
 
 
 def vectors(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -126,7 +135,8 @@ def action_features(features: Tensor, action: Tensor, count: int) -> Tensor:
     >>> action_features(torch.tensor([[1.0, 2.0]]), torch.tensor([1]), 2)
     tensor([[0., 0., 1., 2.]])
     """
-    place = F.one_hot(action, count).to(features.dtype)
+    # not one_hot, which looks at the values to check them
+    place = action.unsqueeze(-1) == torch.arange(count, device=action.device)
     return (place.unsqueeze(-1) * features.unsqueeze(-2)).flatten(-2)
 
 
@@ -301,3 +311,23 @@ def representation_rank(
     total = singular.cumsum(-1)
     effective = (total < (1 - delta) * total[-1]).sum() + (total[-1] > 0)
     return Rank((singular > threshold).sum(), effective, singular)
+
+
+def ranks(features: Tensor) -> Stats:
+    """Both ranks of every network of a stack, as metrics.
+
+    Args:
+        features: (*K, N, m) of N rows; see `representation_rank`.
+
+    Returns:
+        "rank/feature" and "rank/effective", float32 K.
+
+    >>> ranks(torch.eye(4).expand(2, 4, 4))["rank/feature"]
+    tensor([4., 4.])
+    """
+    lead = features.shape[:-2]
+    found = [representation_rank(rows) for rows in features.reshape(-1, *features.shape[-2:])]
+    return {
+        "rank/feature": torch.stack([rank.feature for rank in found]).view(lead).float(),
+        "rank/effective": torch.stack([rank.effective for rank in found]).view(lead).float(),
+    }

@@ -47,20 +47,55 @@ def curves(
         panels: task -> method -> steps (points,) and values (seeds, points).
     """
     colors = colors_of(panels)
-    figure, grid = plt.subplots(
+    figure, places = plt.subplots(
         1, len(panels), figsize=(4.2 * len(panels), 3.8), dpi=120, squeeze=False
     )
-    for axes, (task, methods) in zip(grid[0], panels.items(), strict=True):
-        for name, (steps, values) in methods.items():
-            axes.plot(steps, values.mean(0), color=colors[name], linewidth=1.6, label=name)
-            axes.fill_between(steps, values.min(0), values.max(0), color=colors[name], alpha=0.15,
-                              linewidth=0)  # fmt: skip
+    for axes, (task, methods) in zip(places[0], panels.items(), strict=True):
+        shaded(axes, methods, colors)
         axes.set(title=task, xlabel=xlabel)
-        axes.grid(alpha=0.3)
-    grid[0][0].set_ylabel(ylabel)
+    places[0][0].set_ylabel(ylabel)
     with_legend(figure, colors)
     figure.savefig(path)
     plt.close(figure)
+
+
+def grid(
+    path: Path,
+    rows: Mapping[str, Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]],
+    xlabel: str,
+) -> None:
+    """Several quantities side by side, one row of panels per task, as PNG; else like `curves`.
+
+    Args:
+        rows: task -> quantity -> method -> steps (points,) and values (seeds, points).
+    """
+    colors = colors_of({f"{t} {q}": m for t, row in rows.items() for q, m in row.items()})
+    columns = list(next(iter(rows.values())))
+    figure, places = plt.subplots(
+        len(rows), len(columns), figsize=(3.8 * len(columns), 3.0 * len(rows) + 0.6), dpi=120,
+        squeeze=False,
+    )  # fmt: skip
+    for line, (task, quantities) in zip(places, rows.items(), strict=True):
+        for axes, (quantity, methods) in zip(line, quantities.items(), strict=True):
+            shaded(axes, methods, colors)
+            axes.set(title=quantity, xlabel=xlabel)
+        line[0].set_ylabel(task)
+    with_legend(figure, colors)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def shaded(
+    axes: plt.Axes,
+    methods: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    colors: Mapping[str, str],
+) -> None:
+    """Each method's mean over seeds, shaded from lowest to highest."""
+    for name, (steps, values) in methods.items():
+        axes.plot(steps, values.mean(0), color=colors[name], linewidth=1.6, label=name)
+        axes.fill_between(steps, values.min(0), values.max(0), color=colors[name], alpha=0.15,
+                          linewidth=0)  # fmt: skip
+    axes.grid(alpha=0.3)
 
 
 def scores(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: str) -> None:
@@ -70,19 +105,19 @@ def scores(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: s
         panels: task -> method -> values (seeds,).
     """
     colors = colors_of(panels)
-    figure, grid = plt.subplots(
+    figure, places = plt.subplots(
         1, len(panels), figsize=(3.4 * len(panels), 0.8 + 0.4 * len(colors)), dpi=120,
         squeeze=False, sharey=True,
     )  # fmt: skip
     place = {name: i for i, name in enumerate(colors)}
-    for axes, (task, methods) in zip(grid[0], panels.items(), strict=True):
+    for axes, (task, methods) in zip(places[0], panels.items(), strict=True):
         for name, values in methods.items():
             axes.barh(place[name], values.mean(), color=colors[name], alpha=0.6)
             axes.plot(values, [place[name]] * len(values), "o", color="black", markersize=3)
         axes.set(title=task, xlabel=xlabel, yticks=list(place.values()),
                  yticklabels=list(place))  # fmt: skip
         axes.grid(alpha=0.3, axis="x")
-    grid[0][0].invert_yaxis()
+    places[0][0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -47,9 +47,9 @@ def test_target_subtracts_the_entropy_term_and_stops_at_terminal_steps():
     algo, b = make(), batch()
     zero, one = torch.zeros(()), torch.ones(())
     state = algo.generator.get_state()
-    plain = algo.target(b, zero)
+    plain, _ = algo.target(b, zero)
     algo.generator.set_state(state)
-    soft = algo.target(b, one)
+    soft, _ = algo.target(b, one)
     algo.generator.set_state(state)
     _, log_prob = algo.actor.sample(b["next_obs"], algo.generator)
     expected = -0.99 * (1 - b["terminal"]) * log_prob

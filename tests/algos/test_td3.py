@@ -19,7 +19,7 @@ def make(config=SMALL, seeds=(), device="cpu"):
 
 def test_truncated_steps_bootstrap_and_terminated_ones_do_not():
     algo, b = make(replace(SMALL, noise=0.0)), batch()
-    y = algo.target(b)
+    y, _ = algo.target(b)
     ended = b["terminal"] == 1
     assert torch.equal(y[ended], b["reward"][ended])
     act = algo.actor_target(b["next_obs"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offrl.algos import decision_mamba, sac, td3bc
+from offrl.algos import decision_mamba, dqn, ppo, sac, td3bc
 from offrl.data import Dataset
 from offrl.data.collect import Collector
 from offrl.engine import checkpoint
@@ -27,7 +27,7 @@ from offrl.envs.make import factory
 from offrl.envs.vector import Vector
 
 SCHEDULE = Schedule(log_every=10, eval_every=40, eval_episodes=2, final_episodes=4)
-HOPPER = factory("hopper")
+HOPPER, CARTPOLE = factory("hopper"), factory("CartPole-v1")
 
 
 def toy_data():
@@ -48,7 +48,7 @@ def online():
     config = sac.Config(batch=16, hidden=(16,), warmup=50, capacity=120)  # the ring wraps
     envs = Vector([HOPPER], [5])
     algo = sac.make(config, Spec(11, 3), torch.Generator().manual_seed(1))
-    return algo, sac.stages(algo, Collector(envs, 120), Run(steps=250))
+    return algo, sac.stages(algo, Collector(envs), Run(steps=250))
 
 
 def sequence():
@@ -58,11 +58,28 @@ def sequence():
     return algo, decision_mamba.stages(algo, toy_data(), Run(steps=200))
 
 
-KINDS = {"offline": offline, "online": online, "sequence": sequence}
+def discrete():
+    config = dqn.Config(batch=16, hidden=(16,), warmup=50, capacity=120, steps=900, update_every=4,
+                        target_every=40)  # fmt: skip
+    envs = Vector([CARTPOLE] * 2, [5, 6])
+    algo = dqn.make(config, Spec(4, 2, discrete=True), torch.Generator().manual_seed(1))
+    return algo, dqn.stages(algo, Collector(envs), Run(steps=900))
 
 
-def evaluation():
-    player = Evaluator(HOPPER, width=2)
+def on_policy():
+    """With a rate that falls, a pass that is under way, and statistics that move."""
+    config = ppo.Config(batch=16, hidden=(16,), rollout=32, epochs=3)
+    envs = Vector([HOPPER] * 2, [5, 6])
+    algo = ppo.make(config, Spec(11, 3), torch.Generator().manual_seed(1))
+    return algo, ppo.stages(algo, Collector(envs), Run(steps=1100))
+
+
+KINDS = {"offline": offline, "online": online, "sequence": sequence, "discrete": discrete,
+         "on_policy": on_policy}  # fmt: skip
+
+
+def evaluation(kind=None):
+    player = Evaluator(CARTPOLE if kind == "discrete" else HOPPER, width=2)
     return lambda algo, episodes: {"return": player(algo, episodes).returns}
 
 
@@ -74,7 +91,7 @@ def run(kind, folder, resume=False, pace=0.0, speed="auto"):
         wait = (1, lambda: time.sleep(pace))
         stages = [replace(stages[0], between=[*stages[0].between, wait])]
     curve = fit(
-        algo, stages, Path(folder), evaluation(), SCHEDULE, [0], kind, resume, report, speed
+        algo, stages, Path(folder), evaluation(kind), SCHEDULE, [0], kind, resume, report, speed
     )
     return algo, curve
 
@@ -102,8 +119,9 @@ def assert_same(left, right, path=""):
 
 @pytest.mark.parametrize(
     ("kind", "moment"),
-    [*itertools.product(["offline", "online"], [0.15, 0.5, 0.85]), ("sequence", 0.5)],
-)
+    [*itertools.product(["offline", "online"], [0.15, 0.5, 0.85]), ("sequence", 0.5),
+     ("discrete", 0.5), ("on_policy", 0.5)],
+)  # fmt: skip
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, moment):
     """SIGKILL, then resume: parameters, generators, replay, metrics and score are bit-equal."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -1,11 +1,15 @@
+import gymnasium
 import mujoco
 import numpy as np
 import pytest
 import torch
 
 from offrl.engine.evaluate import Evaluator
+from offrl.envs.grid import GridWorld
 from offrl.envs.make import ROBOTS, VERSIONS, env_id, factory
 from offrl.envs.vector import Vector, restore, snapshot
+
+HOPPER = factory("hopper")
 
 
 def test_hopper_weighs_as_in_either_engine():
@@ -49,6 +53,73 @@ def test_actions_are_clipped_and_stretched_to_the_range():
     env = factory("Pendulum-v1")()
     np.testing.assert_allclose(env.action(np.array([0.5])), [1.0])
     np.testing.assert_allclose(env.action(np.array([-7.0])), [-2.0])
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "grid-world"])
+def test_a_snapshot_of_a_discrete_task_continues_through_the_next_episode(name):
+    env, other = factory(name)(), factory(name)()
+    acts = np.random.default_rng(0).integers(env.action_space.n, size=400)
+    env.reset(seed=3)
+    other.reset(seed=99)
+    for act in acts[:5]:
+        env.step(act)
+    assert restore(other, snapshot(env))
+    ended = 0
+    for act in acts[5:]:
+        expected, found = env.step(act), other.step(act)
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert found[1:4] == expected[1:4]
+        if expected[2] or expected[3]:
+            ended += 1
+            np.testing.assert_array_equal(other.reset()[0], env.reset()[0])
+    assert ended > 0
+
+
+def test_the_optimal_values_of_the_grid_world_are_what_its_best_moves_are_paid():
+    env = GridWorld(4)
+    obs, values = env.optimal(0.9)
+    for row, value in zip(obs, values, strict=True):
+        for act, expected in enumerate(value):
+            env.reset(seed=0)
+            env.place = np.round((row + 1) * 1.5).astype(int)
+            total, factor, over = 0.0, 1.0, False
+            while not over:
+                seen, reward, over, _, _ = env.step(act)
+                total, factor = total + factor * reward, factor * 0.9
+                if not over:
+                    act = int(values[(obs == seen).all(1)][0].argmax())
+            assert total == pytest.approx(expected)
+
+
+def test_discrete_actions_are_numbers_and_continuous_ones_vectors():
+    carts, arms = Vector([factory("CartPole-v1")] * 3, [0, 1, 2]), Vector([HOPPER], [0])
+    assert (carts.obs_dim, carts.act_dim, carts.discrete) == (4, 2, True)
+    assert (arms.obs_dim, arms.act_dim, arms.discrete) == (11, 3, False)
+    start = carts.reset()
+    pushed, *_ = carts.step(torch.tensor([0, 1, 0]))
+    assert ((pushed - start)[:, 1].sign() == torch.tensor([-1.0, 1.0, -1.0])).all()
+
+
+def test_an_environment_without_a_snapshot_starts_its_episode_anew():
+    """Box2D's; what a resumed run does with them."""
+
+    class Plain(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(0, 1, (1,))
+        action_space = gymnasium.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return self.np_random.random(1), {}
+
+        def step(self, action):
+            return self.np_random.random(1), 0.0, False, False, {}
+
+    one, two = Vector([Plain], [3]), Vector([Plain], [9])
+    one.reset()
+    *_, obs = one.step(torch.tensor([0]))
+    found = two.load(one.state(), obs)
+    assert float(found) == pytest.approx(float(one.envs[0].reset()[0][0]))
+    assert not torch.equal(found, obs)
 
 
 @pytest.mark.parametrize("name", ["hopper", "halfcheetah", "Pendulum-v1"])
@@ -194,3 +265,43 @@ def test_stacked_seeds_meet_the_same_start_states():
     found = player(Shared(), 4)
     assert found.returns.shape == (2, 4)
     assert torch.equal(found.returns[0], found.returns[1])
+
+
+class Certain:
+    """Knows what Pendulum-like episodes of constant reward are worth, but for an error of 2."""
+
+    class config:
+        discount = 0.9
+
+    def act(self, now, memory=None, explore=False, generator=None):
+        return torch.zeros(*now["obs"].shape[:-1], 1), memory
+
+    def estimate(self, now, act):
+        return torch.full(now["obs"].shape[:-1], 12.0)
+
+
+class Constant(gymnasium.Env):
+    """Pays 1 for a thousand steps, or ends with the third."""
+
+    observation_space = gymnasium.spaces.Box(0, 1, (1,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, ends):
+        self.ends = ends
+
+    def reset(self, *, seed=None, options=None):
+        self.at = 0
+        return np.zeros(1), {}
+
+    def step(self, action):
+        self.at += 1
+        return np.zeros(1), 1.0, self.ends and self.at == 3, self.at == 1000, {}
+
+
+def test_the_bias_of_estimates_leaves_out_steps_whose_return_is_cut_off():
+    cut = Evaluator(lambda: Constant(False), width=1)(Certain(), 1).bias
+    assert float(cut) == pytest.approx(2.0, abs=0.1)  # 12 against 10 (1 - 0.9^n), n >= 44
+    ended = Evaluator(lambda: Constant(True), width=2)(Certain(), 4).bias
+    returns = [2.71, 1.9, 1.0]
+    assert ended.tolist() == pytest.approx([12 - sum(returns) / 3] * 4)
+    assert Evaluator(HOPPER, width=1)(Still(), 1).bias is None

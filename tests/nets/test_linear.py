@@ -10,10 +10,10 @@ from offrl.nets.linear import chain
 SHAPES = [((), ()), ((2,), ()), ((2,), (1,)), ((3, 2), (3, 1)), ((3, 2), (3, 2)), ((3,), (3,))]
 
 
-def plain(x, layers):
+def plain(x, layers, rectified=False):
     for i, (weight, bias) in enumerate(layers):
         x = x @ weight + bias
-        x = x.relu() if i < len(layers) - 1 else x
+        x = x.relu() if rectified or i < len(layers) - 1 else x
     return x
 
 
@@ -38,11 +38,12 @@ def test_shapes_on_cuda_are_those_on_a_cpu(lead, rows):
         assert chain(x, pairs(params)).shape == wanted
 
 
+@pytest.mark.parametrize("rectified", [False, True])
 @pytest.mark.parametrize("dims", [(4, 3), (4, 7, 3), (4, 7, 6, 1)])
 @pytest.mark.parametrize(("lead", "rows"), SHAPES)
-def test_values_and_gradients_equal_the_plain_product(lead, rows, dims):
+def test_values_and_gradients_equal_the_plain_product(lead, rows, dims, rectified):
     x, params = drawn(lead, rows, dims)
-    outs = chain(x, pairs(params)), plain(x, pairs(params))
+    outs = chain(x, pairs(params), rectified), plain(x, pairs(params), rectified)
     torch.testing.assert_close(*outs)
     seed = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(1))
     kept = seed.clone()
@@ -75,11 +76,12 @@ def test_a_part_of_the_gradients_is_that_part_of_all(asked):
         torch.testing.assert_close(grad, whole[i])
 
 
-def test_second_derivatives_exist_and_are_right():
+@pytest.mark.parametrize("rectified", [False, True])
+def test_second_derivatives_exist_and_are_right(rectified):
     x, params = drawn((2,), (1,), (4, 7, 3), torch.float64)
 
     def value(x, *params):
-        return chain(x, pairs(params)).square()
+        return chain(x, pairs(params), rectified).square()
 
     assert torch.autograd.gradgradcheck(value, (x, *params))
 
@@ -115,6 +117,16 @@ def test_stacked_critics_hold_independent_networks():
     assert q.shape == (4, 2, 5)
     assert not torch.allclose(q[:, 0], q[:, 1])
     torch.testing.assert_close(critics.first(obs, act), q[:, 0])
+
+
+@pytest.mark.parametrize("dims", [(5, 8, 3), (64, 256, 256, 1)])
+def test_features_and_head_make_the_network_bit_for_bit(dims):
+    net = MLP(dims, (2,), torch.Generator().manual_seed(0))
+    x = torch.randn(64, dims[0], generator=torch.Generator().manual_seed(1))
+    outs = net(x), net.head(net.features(x))
+    assert torch.equal(*outs)
+    grads = [torch.autograd.grad(out.square().sum(), list(net.parameters())) for out in outs]
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 def test_mlp_is_affine_maps_with_relu_between():

@@ -1,0 +1,178 @@
+"""DQN: Q-learning with a replay and a target network, for discrete actions.
+
+Mnih et al., "Human-level Control through Deep Reinforcement Learning", Nature 2015; double targets:
+van Hasselt, Guez and Silver, AAAI 2016, arXiv:1509.06461.
+
+    target   y = r + discount (1 - terminal) max_a Q'(s', a)
+             double: Q'(s', argmax_a Q(s', a))
+    network  L = mean_b (Q(s, a) - y)^2  [+ beer mean_b R]
+    explore  a uniform with probability epsilon, which falls linearly from 1 with the steps taken
+    target   Q' <- Q, every `target_every` environment steps
+
+R is BEER's penalty (offrl/algos/beer.py) between psi(s) in the block of a and psi'(s') in the block
+of the action that the target takes, psi being the features of the last layer: 0 where the two
+actions differ, as features of different actions are orthogonal then. What the authors of BEER did
+for discrete actions is not known.
+
+Shapes: *S optional leading seed axes, B batch, A actions. Primes are the target network.
+
+Differences from the authors' code: the settings and the squared loss are those of CleanRL's classic
+control; theirs are for Atari's images.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from offrl.data.collect import Collector, watched
+from offrl.engine.optim import adam, descend, frozen, polyak
+from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.nets import MLP
+from offrl.regularizers.rank import action_features, beer_penalty, ranks
+
+FIELDS = ()  # needs no data set: it collects its own
+ACTIONS = ("discrete",)
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 500_000  # environment steps, warm-up included
+    batch: int = 128
+    lr: float = 2.5e-4  # Adam
+    discount: float = 0.99
+    double: bool = False  # the online network picks the action of the target
+    beer: float = 0.0  # weight of BEER's penalty on the rank of the features; 1e-3 in the paper
+    hidden: tuple[int, ...] = (120, 84)
+    warmup: int = 10_000  # uniformly random environment steps before the first update
+    capacity: int = 10_000  # rows of the replay
+    update_every: int = 10  # environment steps per update
+    target_every: int = 500  # environment steps per copy to the target network
+    epsilon: float = 0.05  # last share of random actions
+    explore: float = 0.5  # share of `steps` in which epsilon falls to its last value
+
+
+class DQN:
+    NAMES = ("network", "target_network", "opt")
+
+    def __init__(
+        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
+    ):
+        c = config
+        self.config, self.generator, self.cycle = c, generator, 1
+        self.actions = spec.act_dim
+        self.network = MLP((spec.obs_dim, *c.hidden, spec.act_dim), seeds, generator)
+        self.target_network = frozen(deepcopy(self.network))
+        self.opt = adam(self.network, c.lr)
+        self.taken = torch.tensor(c.warmup)  # environment steps per seed
+
+    def update(self, batch: Batch, step: int) -> Metrics:
+        return descend(self.opt, *self.loss(batch))
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        y, act, after = self.target(batch)
+        features = self.network.features(batch["obs"])  # (*S, B, m)
+        q = self.network.head(features).gather(-1, batch["act"].unsqueeze(-1)).squeeze(-1)
+        loss = (q - y).square().mean(-1)  # (*S,)
+        metrics = {"loss": loss, "q": q.mean(-1)}
+        if self.config.beer == 0:
+            return loss, metrics
+        with torch.no_grad():
+            online = self.network.features(batch["next_obs"])
+        penalty, stats = beer_penalty(
+            action_features(features, batch["act"], self.actions),
+            action_features(after, act, self.actions),
+            batch["reward"], self.network.pairs()[-1][0], self.config.discount,
+            g=action_features(online, act, self.actions), terminal=batch["terminal"],
+        )  # fmt: skip
+        loss = loss + self.config.beer * penalty.mean(-1)
+        return loss, metrics | {"beer/open": stats["open"], "beer/cos": stats["cos"]}
+
+    @torch.no_grad()
+    def target(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """y (*S, B), the action (*S, B) it takes in s', and the target's features there."""
+        after = self.target_network.features(batch["next_obs"])  # (*S, B, m)
+        q = self.target_network.head(after)  # (*S, B, A)
+        act = (self.network(batch["next_obs"]) if self.config.double else q).argmax(-1)
+        best = q.gather(-1, act.unsqueeze(-1)).squeeze(-1)
+        y = batch["reward"] + self.config.discount * (1 - batch["terminal"]) * best
+        return y, act, after
+
+    def renew_target(self) -> None:
+        polyak(self.target_network, self.network, 1.0)
+
+    @torch.no_grad()
+    def act(
+        self,
+        now: Batch,
+        memory: Any = None,
+        explore: bool = False,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Any]:
+        best = self.network(now["obs"]).argmax(-1)  # (*S, B)
+        if not explore:
+            return best, memory
+        draw = {"generator": generator or self.generator, "device": best.device}
+        other = torch.randint(self.actions, best.shape, **draw)
+        return torch.where(torch.rand(best.shape, **draw) < self.epsilon(), other, best), memory
+
+    def epsilon(self) -> float:
+        """The share of random actions after the steps taken so far."""
+        c = self.config
+        return max(c.epsilon, 1 - (1 - c.epsilon) * float(self.taken) / (c.explore * c.steps))
+
+    @torch.no_grad()
+    def estimate(self, now: Batch, act: Tensor) -> Tensor:
+        return self.network(now["obs"]).gather(-1, act.unsqueeze(-1)).squeeze(-1)
+
+    def measure(self, batch: Batch) -> Metrics:
+        """Ranks (*S,) of the features of a batch of the replay."""
+        return ranks(self.network.features(batch["obs"]))
+
+    def state(self) -> dict[str, Any]:
+        return modules_state(self, self.NAMES) | {"taken": self.taken}
+
+    def load(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        self.taken = state.pop("taken", self.taken)
+        load_modules(self, self.NAMES, state)
+
+
+def stages(algo: DQN, data: Collector, run: Run) -> list[Stage]:
+    """One update per `update_every` environment steps.
+
+    Raises:
+        ValueError: if the environments cannot share these evenly.
+    """
+    c = algo.config
+    if c.update_every % data.group:
+        raise ValueError(f"update_every={c.update_every} is no multiple of envs={data.group}")
+    data.keep(min(c.capacity, run.steps))
+
+    def collect() -> None:
+        for _ in range(0, c.update_every, data.group):
+            data.follow(algo)
+            algo.taken += data.group
+
+    return [
+        Stage(
+            "train",
+            (run.steps - c.warmup) // c.update_every,
+            start=lambda: data.replay.sampler(c.batch),
+            update=algo.update,
+            before=lambda: data.random(c.warmup, algo.generator),
+            between=[
+                (1, collect),
+                (max(1, c.target_every // c.update_every), algo.renew_target),
+            ],
+            offset=c.warmup,
+            stride=c.update_every,
+            measure=watched(algo, data),
+            parts={"collector": data},
+        )
+    ]
+
+
+make = DQN

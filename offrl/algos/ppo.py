@@ -1,0 +1,274 @@
+"""PPO: policy gradient on fresh rollouts with a clipped probability ratio.
+
+Schulman et al., "Proximal Policy Optimization Algorithms", 2017, arXiv:1707.06347; advantages by
+GAE, Schulman et al., ICLR 2016, arXiv:1506.02438.
+
+    delta_t  = r_t + discount (1 - terminal_t) V(s_{t+1}) - V(s_t)
+    A_t      = delta_t + discount trace (1 - end_t) A_{t+1},   R_t = A_t + V(s_t)
+    policy   L = mean_b max(-A rho, -A clip(rho, 1 - c, 1 + c)),   rho = pi(a|s) / pi_old(a|s)
+    value    L = 1/2 mean_b max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2)
+    both     L = policy + value_weight value - entropy mean_b H(pi(.|s))
+
+Per iteration `rollout` steps of every environment, then `epochs` passes over them in minibatches;
+one update is one minibatch, whose advantages are standardized. Observations and rewards are divided
+by running standard deviations (rewards by that of the discounted return), clipped to +-10.
+
+Shapes: *S optional leading seed axes, B rows of a minibatch, T steps, n environments per seed.
+
+Differences from the authors' code: the settings are CleanRL's. A time limit is no end: its step
+bootstraps from its true last observation (`bootstrap_timeouts=false` is CleanRL). Statistics move
+once per iteration, not at every step, so that a rollout is from one policy; they begin with a
+rollout that is not learned from.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from offrl.data.collect import Collector
+from offrl.data.table import columns, pack, unpack
+from offrl.engine.optim import adamw, descend
+from offrl.engine.stage import (
+    Batch,
+    Metrics,
+    Run,
+    Sampler,
+    Spec,
+    Stage,
+    load_modules,
+    modules_state,
+)
+from offrl.nets.on_policy import Categorical, Gaussian, Running, TanhMLP
+
+FIELDS = ()  # needs no data set: it collects its own
+ACTIONS = ("continuous", "discrete")
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 1_000_000  # environment steps, the first rollout included
+    rollout: int = 2048  # steps of every environment per iteration
+    epochs: int = 10  # passes over a rollout
+    batch: int = 64  # rows of a minibatch; divides rollout * envs
+    lr: float = 3e-4  # Adam; falls linearly to 0 over the iterations
+    discount: float = 0.99
+    trace: float = 0.95  # GAE's lambda
+    clip: float = 0.2  # of the ratio, and of the change of a value
+    clip_value: bool = True
+    value_weight: float = 0.5
+    entropy: float = 0.0  # weight of the policy's entropy
+    max_norm: float = 0.5  # of the joint gradient
+    bootstrap_timeouts: bool = True
+    hidden: tuple[int, ...] = (64, 64)  # tanh units, policy and value apart
+
+
+class PPO:
+    NAMES = ("actor", "critic", "opt", "observations", "returns")
+
+    def __init__(
+        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
+    ):
+        c = config
+        self.config, self.generator, self.cycle = c, generator, 1
+        head = Categorical if spec.discrete else Gaussian
+        self.actor = head(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
+        self.critic = TanhMLP((spec.obs_dim, *c.hidden, 1), 1.0, seeds, generator)
+        both = [*self.actor.parameters(), *self.critic.parameters()]
+        self.opt = adamw([(both, 0.0)], c.lr, eps=1e-5)
+        self.observations = Running(spec.obs_dim, seeds, generator.device)
+        self.returns = Running(1, seeds, generator.device)  # discounted, of plain rewards
+
+    def update(self, batch: Batch, step: int) -> Metrics:
+        return descend(self.opt, *self.loss(batch), clip=self.config.max_norm)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        c, advantage = self.config, standardized(batch["advantage"])
+        log_prob, entropy = self.actor.judge(batch["obs"], batch["act"])  # (*S, B)
+        change = log_prob - batch["log_prob"]
+        ratio = change.exp()
+        near = ratio.clamp(1 - c.clip, 1 + c.clip)
+        policy = torch.maximum(-advantage * ratio, -advantage * near).mean(-1)  # (*S,)
+        value, old = self.critic(batch["obs"]).squeeze(-1), batch["value"]
+        error = (value - batch["return"]).square()
+        if c.clip_value:
+            close = old + (value - old).clamp(-c.clip, c.clip)
+            error = torch.maximum(error, (close - batch["return"]).square())
+        error, entropy = 0.5 * error.mean(-1), entropy.mean(-1)
+        loss = policy + c.value_weight * error - c.entropy * entropy
+        return loss, {
+            "policy/loss": policy, "value/loss": error, "policy/entropy": entropy,
+            "policy/kl": (ratio - 1 - change).mean(-1),
+            "policy/clipped": (near != ratio).float().mean(-1),
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def act(
+        self,
+        now: Batch,
+        memory: Any = None,
+        explore: bool = False,
+        generator: Generator | None = None,
+    ) -> tuple[Tensor, Any]:
+        obs = self.observations(now["obs"])
+        if explore:
+            return self.actor.sample(obs, generator or self.generator), memory
+        return self.actor.best(obs), memory
+
+    @torch.no_grad()
+    def estimate(self, now: Batch, act: Tensor) -> Tensor:
+        """V(s) in units of the plain rewards."""
+        value = self.critic(self.observations(now["obs"])).squeeze(-1)
+        return value * self.returns.std().squeeze(-1)
+
+    def state(self) -> dict[str, Any]:
+        return modules_state(self, self.NAMES)
+
+    def load(self, state: dict[str, Any]) -> None:
+        load_modules(self, self.NAMES, state)
+
+
+class Rollouts:
+    """The rows that an iteration learns from, (*S, T n) in the order of time, and their making.
+
+    Raises:
+        ValueError: if minibatches do not divide a rollout, or `run.steps` hold less than two.
+    """
+
+    def __init__(self, algo: PPO, data: Collector, run: Run):
+        c, self.algo, self.data = algo.config, algo, data
+        self.rows = c.rollout * data.group
+        if self.rows % c.batch:
+            raise ValueError(f"batch={c.batch} does not divide a rollout of {self.rows} rows")
+        self.iterations = run.steps // self.rows - 1
+        if self.iterations < 1:
+            raise ValueError(f"steps={run.steps} hold less than two rollouts of {self.rows} rows")
+        self.minibatches = self.rows // c.batch
+        data.keep(self.rows)
+        layout, scalar = data.replay.columns, ((), torch.float32)
+        fields: Any = {name: (layout[name].shape, layout[name].dtype) for name in ("obs", "act")}
+        fields |= dict.fromkeys(("log_prob", "advantage", "return", "value"), scalar)
+        self.columns, width = columns(fields)
+        seeds, device = run.seeds, data.device
+        self.table = torch.zeros(*seeds, self.rows, width, device=device)
+        self.order = torch.zeros(*seeds, self.rows, dtype=torch.int64, device=device)
+        self.place = torch.zeros((), dtype=torch.int64, device=device)  # of the next minibatch
+        self.running = torch.zeros(*seeds, data.group, device=device)  # discounted returns
+        self.iteration = 0
+
+    def begin(self) -> None:
+        """A rollout of the first policy, for the statistics."""
+        rows = self.play()
+        self.scaled_reward(rows)
+        self.algo.observations.add(rows["obs"].flatten(-3, -2))
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """A rollout of the current policy, its advantages, and the learning rate that is due."""
+        algo, c, rows = self.algo, self.algo.config, self.play()
+        reward = self.scaled_reward(rows)  # (*S, T, n)
+        obs, next_obs = (algo.observations(rows[name].flatten(-3, -2))
+                         for name in ("obs", "next_obs"))  # fmt: skip
+        shape = reward.shape
+        value, later = (algo.critic(x).squeeze(-1).view(shape) for x in (obs, next_obs))
+        end = (rows["terminal"] + rows["timeout"]).clamp(max=1)
+        last = rows["terminal"] if c.bootstrap_timeouts else end
+        delta = reward + c.discount * (1 - last) * later - value
+        advantage = accumulated(delta.flip(-2), c.discount * c.trace * (1 - end).flip(-2)).flip(-2)
+        act = rows["act"].flatten(len(shape) - 2, len(shape) - 1)
+        fields = {
+            "obs": obs, "act": act, "log_prob": algo.actor.judge(obs, act)[0],
+            "advantage": advantage.flatten(-2), "return": (advantage + value).flatten(-2),
+            "value": value.flatten(-2),
+        }  # fmt: skip
+        self.table.copy_(pack(fields, self.columns, len(shape) - 1))
+        algo.observations.add(rows["obs"].flatten(-3, -2))
+        for group in algo.opt.param_groups:
+            group["lr"].fill_(c.lr * (1 - self.iteration / self.iterations))
+        self.iteration += 1
+
+    def play(self) -> Batch:
+        """A rollout as it was paid: fields (*S, T, n, ...)."""
+        for _ in range(self.algo.config.rollout):
+            self.data.follow(self.algo)
+        rows, at = unpack(self.data.replay.table, self.data.replay.columns), len(self.data.seeds)
+        return {name: x.unflatten(at, (-1, self.data.group)) for name, x in rows.items()}
+
+    def scaled_reward(self, rows: Batch) -> Tensor:
+        """Rewards over the standard deviation of discounted returns so far; moves it."""
+        end = (rows["terminal"] + rows["timeout"]).clamp(max=1)
+        goes_on = torch.cat([torch.ones_like(end[..., :1, :]), 1 - end[..., :-1, :]], -2)
+        keep = self.algo.config.discount * goes_on
+        running = accumulated(rows["reward"], keep, self.running)
+        self.running.copy_(running[..., -1, :] * (1 - end[..., -1, :]))
+        self.algo.returns.add(running.flatten(-2).unsqueeze(-1))
+        return (rows["reward"] / self.algo.returns.std()).clamp(-10, 10)
+
+    def shuffle(self) -> None:
+        """A new order for the next pass."""
+        uniform = torch.rand(
+            self.order.shape, dtype=torch.float64, generator=self.algo.generator,
+            device=self.order.device,
+        )  # fmt: skip
+        self.order.copy_(uniform.argsort(-1))
+        self.place.zero_()
+
+    def sampler(self) -> Sampler:
+        """The minibatches of a pass in turn."""
+        offset = torch.arange(self.algo.config.batch, device=self.order.device)
+        seeds = self.order.shape[:-1]
+        first = (torch.arange(seeds.numel(), device=offset.device) * self.rows).view(*seeds, 1)
+
+        def sample(generator: Generator) -> Batch:
+            place = (self.place + offset).expand(*seeds, -1)
+            index = self.order.gather(-1, place) + first  # (*S, B)
+            self.place.add_(self.algo.config.batch)
+            rows = self.table.flatten(0, -2).index_select(0, index.flatten())
+            return unpack(rows.view(*index.shape, -1), self.columns)
+
+        return sample
+
+    def state(self) -> dict[str, Any]:
+        names = ("table", "order", "place", "running", "iteration")
+        return {name: getattr(self, name) for name in names}
+
+    def load(self, state: dict[str, Any]) -> None:
+        for name in ("table", "order", "place", "running"):
+            getattr(self, name).copy_(state[name])
+        self.iteration = state["iteration"]
+
+
+def accumulated(x: Tensor, keep: Tensor, start: Tensor | None = None) -> Tensor:
+    """y_t = x_t + keep_t y_{t-1} along the axis before the last, y_{-1} = start or 0."""
+    out, y = [], torch.zeros_like(x[..., 0, :]) if start is None else start
+    for now, share in zip(x.unbind(-2), keep.unbind(-2), strict=True):
+        y = now + share * y
+        out.append(y)
+    return torch.stack(out, -2)
+
+
+def standardized(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-8)
+
+
+def stages(algo: PPO, data: Collector, run: Run) -> list[Stage]:
+    rollouts = Rollouts(algo, data, run)
+    updates = algo.config.epochs * rollouts.minibatches  # of an iteration
+    return [
+        Stage(
+            "train",
+            rollouts.iterations * updates,
+            start=rollouts.sampler,
+            update=algo.update,
+            before=rollouts.begin,
+            between=[(updates, rollouts.collect), (rollouts.minibatches, rollouts.shuffle)],
+            offset=rollouts.rows,
+            stride=Fraction(rollouts.rows, updates),
+            parts={"collector": data, "rollouts": rollouts},
+        )
+    ]
+
+
+make = PPO

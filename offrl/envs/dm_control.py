@@ -1,0 +1,134 @@
+"""dm-control's suite (extra `dmc`) as Gymnasium environments `dmc-<domain>-<task>`.
+
+Tassa et al., "dm_control: Software and tasks for continuous control", 2020, arXiv:2006.12983. The
+observation is the task's own, flattened in its own order; rewards lie in [0, 1]; an episode has a
+thousand steps, after which it is cut off, not ended.
+
+An adapter of our own: the maintained one (shimmy) sorts the parts of an observation by name, lets
+the suite count the time, which an action repeat or a resumed run cannot set, and has no exact
+snapshot.
+"""
+
+import difflib
+import warnings
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+PREFIX, VERSION = "dmc-", "v0"
+HORIZON = 1000  # of every task of the suite but lqr, which has none of its own
+# what tasks draw for their model, once (lqr) or at a reset: places and sizes of targets, tendons,
+# terrain, springs
+MODEL = (
+    "body_pos", "body_quat", "geom_pos", "geom_quat", "geom_size", "geom_rgba", "site_pos",
+    "site_size", "light_pos", "wrap_prm", "hfield_data", "jnt_stiffness",
+)  # fmt: skip
+
+
+def suite() -> Any:
+    """The suite's module.
+
+    Raises:
+        ValueError: without the extra.
+    """
+    # of a viewer that nobody opens
+    warnings.filterwarnings("ignore", message=".*DISPLAY environment variable is missing")
+    try:
+        from dm_control import suite
+    except ImportError as error:
+        raise ValueError("dm-control's tasks need the extra: pip install 'offrl[dmc]'") from error
+    return suite
+
+
+def register(name: str) -> str:
+    """Make a task known to Gymnasium; returns its id.
+
+    Args:
+        name: such as `dmc-cheetah-run` or `dmc-ball_in_cup-catch`.
+
+    Raises:
+        ValueError: for an unknown task, naming the nearest, and without the extra.
+    """
+    tasks = {f"{PREFIX}{domain}-{task}": (domain, task) for domain, task in suite().ALL_TASKS}
+    if name not in tasks:
+        near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"dm-control has no task {name!r}{hint} ({', '.join(tasks)})")
+    domain, task = tasks[name]
+    id = f"{name}-{VERSION}"
+    if id not in gymnasium.registry:
+        gymnasium.register(
+            id, "offrl.envs.dm_control:DMControl", max_episode_steps=HORIZON,
+            kwargs={"domain": domain, "task": task},
+        )  # fmt: skip
+    return id
+
+
+class DMControl(gymnasium.Env):
+    """One task of the suite, without a time limit of its own."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, domain: str, task: str, render_mode: str | None = None):
+        self.render_mode = render_mode
+        self.env = suite().load(domain, task, {"time_limit": float("inf")})
+        spec = self.env.action_spec()
+        self.action_space = gymnasium.spaces.Box(
+            spec.minimum.astype(np.float32), spec.maximum.astype(np.float32), dtype=np.float32
+        )
+        width = sum(int(np.prod(s.shape)) for s in self.env.observation_spec().values())
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (width,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.env.task.random.seed(seed)
+        return row(self.env.reset()), {}
+
+    def step(self, action: np.ndarray):
+        now = self.env.step(action)
+        # without a time limit the last step is one that a task ended itself
+        return row(now), float(now.reward), now.last(), False, {}
+
+    def render(self) -> Any:
+        return self.env.physics.render(480, 480, camera_id=0)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Simulator, model and random stream: what decides the future. For `restore`."""
+        import mujoco
+
+        physics = self.env.physics
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        state = np.empty(mujoco.mj_stateSize(physics.model.ptr, kind))
+        mujoco.mj_getState(physics.model.ptr, physics.data.ptr, state, kind)
+        draws = self.env.task.random.get_state(legacy=False)
+        return {
+            "physics": torch.from_numpy(state),
+            "model": {name: torch.tensor(getattr(physics.model, name)) for name in MODEL},
+            "keys": torch.from_numpy(draws["state"]["key"].astype(np.int64)),
+            "draws": [draws["state"]["pos"], draws["has_gauss"], draws["gauss"]],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a `snapshot`; the environment must have been reset before."""
+        import mujoco
+
+        physics = self.env.physics
+        for name, value in state["model"].items():
+            getattr(physics.model, name)[:] = value.numpy()
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        mujoco.mj_setState(physics.model.ptr, physics.data.ptr, state["physics"].numpy(), kind)
+        mujoco.mj_step1(physics.model.ptr, physics.data.ptr)  # what a control step ends with
+        position, has_gauss, gauss = state["draws"]
+        self.env.task.random.set_state({
+            "bit_generator": "MT19937", "has_gauss": has_gauss, "gauss": gauss,
+            "state": {"key": state["keys"].numpy().astype(np.uint32), "pos": position},
+        })  # fmt: skip
+
+
+def row(step: Any) -> np.ndarray:
+    """The parts of an observation side by side."""
+    parts = [np.ravel(part) for part in step.observation.values()]
+    return np.concatenate(parts).astype(np.float32)

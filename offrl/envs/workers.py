@@ -1,0 +1,139 @@
+"""Environments stepped by worker processes, where a machine has cores to spare for them."""
+
+import math
+import multiprocessing
+import pickle
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from torch import Tensor
+
+from offrl.envs.vector import Vector
+
+Makers = Sequence[Callable[[], gymnasium.Env]]
+
+EXCHANGE = 2e-4  # seconds to send actions to a worker and to wait for what it sends back
+GAIN = 1.2  # workers must be so many times faster
+
+
+def environments(makers: Makers, seeds: Sequence[int], processes: int | None, cores: int) -> Any:
+    """A `Vector`, or `Workers` that give the same.
+
+    Args:
+        makers, seeds: one per environment.
+        processes: workers; 0 for none; None for whichever is faster, by thirty measured steps.
+        cores: that this process and its workers have.
+    """
+    if processes is None:
+        processes = min(len(makers), cores - 1)
+        processes = processes if processes > 1 and worthwhile(makers, processes) else 0
+    return Workers(makers, seeds, processes) if processes else Vector(makers, seeds)
+
+
+def worthwhile(makers: Makers, workers: int) -> bool:
+    env = makers[0]()
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    start, steps = time.perf_counter(), 30
+    for _ in range(steps):
+        if any(env.step(env.action_space.sample())[2:4]):
+            env.reset()
+    each = (time.perf_counter() - start) / steps
+    env.close()
+    return each * len(makers) > GAIN * (each * math.ceil(len(makers) / workers) + EXCHANGE)
+
+
+class Workers:
+    """The interface, the order and the results of `Vector`, in processes that own a share each.
+
+    Args:
+        makers: of the environments; can be pickled.
+        seeds: one per environment.
+        processes: how many.
+
+    Every method raises OSError if a worker died.
+    """
+
+    def __init__(self, makers: Makers, seeds: Sequence[int], processes: int):
+        self.count = len(makers)
+        self.places = np.array_split(np.arange(self.count), min(processes, self.count))
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for places in self.places:
+            ours, theirs = context.Pipe()
+            share = pickle.dumps([(makers[i], seeds[i]) for i in places])
+            process = context.Process(target=serve, args=(share, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        self.obs_dim, self.act_dim, self.discrete = self.ask([("sizes",)] * len(self.pipes))[0]
+
+    def reset(self) -> Tensor:
+        return self.joined(self.ask([("reset",)] * len(self.pipes)))[0]
+
+    def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        array = act.numpy()
+        orders = [("step", array[places]) for places in self.places]
+        next_obs, reward, terminal, timeout, now = self.joined(self.ask(orders))
+        return next_obs, reward, terminal, timeout, now
+
+    def state(self) -> dict[str, Any]:
+        parts = [pickle.loads(part) for part in self.ask([("state",)] * len(self.pipes))]
+        pairs = zip(self.places, parts, strict=True)
+        return {str(i): part[str(k)] for places, part in pairs for k, i in enumerate(places)}
+
+    def load(self, state: dict[str, Any], obs: Tensor) -> Tensor:
+        orders = []
+        for places in self.places:
+            own = {str(k): state[str(i)] for k, i in enumerate(places)}
+            orders.append(("load", pickle.dumps(own), obs.numpy()[places]))
+        return self.joined(self.ask(orders))[0]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def ask(self, orders: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Each worker's answer to its order."""
+        try:
+            for pipe, order in zip(self.pipes, orders, strict=True):
+                pipe.send(order)
+            return [pipe.recv() for pipe in self.pipes]
+        except (EOFError, OSError) as error:
+            raise OSError("a process that steps environments died; resume the run") from error
+
+    @staticmethod
+    def joined(answers: list[list[np.ndarray]]) -> list[Tensor]:
+        return [torch.from_numpy(np.concatenate(parts)) for parts in zip(*answers, strict=True)]
+
+
+def serve(share: bytes, orders: Any) -> None:
+    """Body of a worker, which ends with the training. Tensors travel as arrays."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training decides when to stop
+    torch.set_num_threads(1)
+    makers, seeds = zip(*pickle.loads(share), strict=True)
+    envs = Vector(makers, seeds)
+    while True:
+        try:
+            name, *given = orders.recv()
+        except EOFError:
+            return
+        answer: Any
+        if name == "step":
+            answer = [x.numpy() for x in envs.step(torch.from_numpy(given[0]))]
+        elif name == "reset":
+            answer = [envs.reset().numpy()]
+        elif name == "state":
+            answer = pickle.dumps(envs.state())
+        elif name == "load":
+            answer = [envs.load(pickle.loads(given[0]), torch.from_numpy(given[1])).numpy()]
+        else:
+            answer = envs.obs_dim, envs.act_dim, envs.discrete
+        orders.send(answer)

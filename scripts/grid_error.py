@@ -1,0 +1,32 @@
+"""How far the values of DQN runs on the grid world are from the optimal ones.
+
+python scripts/train.py -m algo=dqn env=grid-world algo.beer=0,1e-3 seed=0,1,2
+python scripts/grid_error.py runs/dqn/grid-world/*
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from offrl import config
+from offrl.envs.grid import GridWorld
+from offrl.evaluation import checkpoints, load_algorithm
+from offrl.report import label
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        folder, files = checkpoints(Path(name))
+        resolved = config.from_yaml((folder / "config.yaml").read_text())
+        options = resolved.config()
+        obs, optimal = map(torch.from_numpy, GridWorld().optimal(options.discount))
+        for file in files:
+            algo, (seed, *_) = load_algorithm(resolved, file)
+            with torch.no_grad():
+                error = (algo.network(obs) - optimal).abs().mean()
+            print(f"{label(resolved)}, seed {seed}: mean |Q - Q*| {float(error):.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offrl.algos import dqn
+from offrl.algos.dqn import DQN, Config
+from offrl.engine.stage import Spec
+from tests.algos import engineering
+
+SMALL = Config(hidden=(32, 32), beer=1e-3, double=True)
+
+
+def make(config=SMALL, seeds=(), device="cpu"):
+    generator = torch.Generator(device).manual_seed(0)
+    return DQN(config, Spec(obs_dim=3, act_dim=4, discrete=True), generator, seeds)
+
+
+def batch(seeds=(), size=64, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=g)  # noqa: E731
+    return dict(obs=normal(3), act=torch.randint(4, (*seeds, size), generator=g), reward=normal(),
+                next_obs=normal(3), terminal=(normal() > 1).float())  # fmt: skip
+
+
+def test_target_takes_the_largest_value_and_stops_at_terminal_steps():
+    algo, b = make(replace(SMALL, double=False)), batch()
+    y, act, _ = algo.target(b)
+    q = algo.target_network(b["next_obs"])
+    torch.testing.assert_close(y, b["reward"] + 0.99 * (1 - b["terminal"]) * q.amax(-1))
+    assert torch.equal(act, q.argmax(-1))
+
+
+def test_a_double_target_values_the_online_network_s_choice():
+    algo, b = make(), batch()
+    with torch.no_grad():
+        for p in algo.network.parameters():
+            p.mul_(-1)
+    _, act, _ = algo.target(b)
+    assert torch.equal(act, algo.network(b["next_obs"]).argmax(-1))
+    assert not torch.equal(act, algo.target_network(b["next_obs"]).argmax(-1))
+
+
+def test_epsilon_falls_linearly_with_the_steps_taken():
+    algo = make(replace(SMALL, steps=1000, warmup=0))
+    found = []
+    for taken in (0, 250, 500, 1000):
+        algo.taken.fill_(taken)
+        found.append(algo.epsilon())
+    assert found == pytest.approx([1.0, 0.525, 0.05, 0.05])
+
+
+def test_exploring_actions_are_greedy_but_for_the_random_share():
+    algo = make(replace(SMALL, steps=1000, warmup=500))  # epsilon 0.05, a quarter of it greedy
+    obs = torch.zeros(40_000, 3)
+    best, _ = algo.act({"obs": obs})
+    act, _ = algo.act({"obs": obs}, explore=True)
+    assert abs(float((act != best).float().mean()) - 0.75 * 0.05) < 0.004
+
+
+def test_the_target_network_becomes_the_network():
+    algo = make()
+    algo.update(batch(), 0)
+    assert not torch.equal(algo.network(batch()["obs"]), algo.target_network(batch()["obs"]))
+    algo.renew_target()
+    assert torch.equal(algo.network(batch()["obs"]), algo.target_network(batch()["obs"]))
+
+
+def test_without_the_penalty_a_step_is_that_of_the_squared_error_alone():
+    plain, b = make(replace(SMALL, beer=0.0)), batch()
+    other, huge = deepcopy(plain), make(replace(SMALL, beer=1e3))
+    loss, _ = plain.loss(b)
+    y, _, _ = other.target(b)
+    q = other.network(b["obs"]).gather(-1, b["act"].unsqueeze(-1)).squeeze(-1)
+    assert torch.equal(loss, (q - y).square().mean(-1))
+    assert float(huge.loss(b)[0]) > float(loss)
+
+
+def test_the_penalty_reaches_the_features_and_not_the_last_layer():
+    algo, b = make(replace(SMALL, beer=1.0)), batch()
+    plain = make(replace(SMALL, beer=0.0))
+    params = list(algo.network.parameters()), list(plain.network.parameters())
+    with_, without = (torch.autograd.grad(a.loss(b)[0], p)
+                      for a, p in zip((algo, plain), params, strict=True))  # fmt: skip
+    same = [torch.allclose(x, y, atol=1e-7) for x, y in zip(with_, without, strict=True)]
+    assert same[-2:] == [True, True]
+    assert not any(same[:2])
+
+
+def test_value_of_a_two_state_chain_is_found():
+    """From state 0 the reward is 0 and state 1 follows; there it is 1 and the process ends."""
+    algo = make(replace(SMALL, lr=3e-3, discount=0.5, beer=0.0))
+    g = torch.Generator().manual_seed(0)
+    for step in range(600):
+        here = torch.randint(2, (64,), generator=g)
+        b = {
+            "obs": torch.nn.functional.one_hot(here, 3).float(),
+            "act": torch.randint(4, (64,), generator=g), "reward": here.float(),
+            "terminal": here.float(), "next_obs": torch.tensor([0.0, 1.0, 0.0]).expand(64, 3),
+        }  # fmt: skip
+        algo.update(b, step)
+        if step % 20 == 0:
+            algo.renew_target()
+    expected = torch.tensor([[0.5], [1.0]]).expand(2, 4)
+    torch.testing.assert_close(algo.network(torch.eye(3)[:2]), expected, atol=0.05, rtol=0)
+
+
+def test_a_saved_run_remembers_its_steps():
+    algo, other = make(), make()
+    algo.taken += 123
+    other.load(algo.state())
+    assert int(other.taken) == SMALL.warmup + 123
+
+
+def test_updates_never_wait_for_the_device():
+    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
+
+
+def test_captured_updates_equal_written_ones():
+    engineering.captured_equals_written(make, lambda step: batch(seed=step))
+
+
+@pytest.mark.slow
+def test_compiled_updates_follow_written_ones():
+    engineering.compiled_follows_written(make, lambda step: batch(seed=step))
+
+
+@pytest.mark.gpu
+def test_updates_on_cuda_never_wait():
+    engineering.on_cuda_updates_never_wait(
+        lambda: make(device="cuda"), lambda step: batch(seed=step)
+    )
+
+
+@pytest.mark.gpu
+def test_captured_updates_on_cuda_follow_written_ones():
+    engineering.captured_equals_written(
+        lambda: make(device="cuda"), lambda step: batch(seed=step), tolerance=1e-4
+    )
+
+
+def test_every_seed_of_a_stacked_run_ends_where_its_own_run_does(monkeypatch):
+    engineering.stacked_run_equals_single_runs(make, batch, monkeypatch)
+
+
+def test_calls_stay_within_budget():
+    engineering.calls_stay_within_budget(
+        "dqn", lambda: make(Config()), lambda step: batch(seed=step)
+    )
+
+
+def test_same_seed_same_run():
+    engineering.same_seed_same_run(make, lambda step: batch(seed=step))
+
+
+def test_resume_is_exact():
+    engineering.resume_is_exact(make, lambda step: batch(seed=step))
+
+
+def test_a_stage_takes_ten_steps_per_update_and_renews_the_target_every_five_hundred():
+    class Counting:
+        group, seen = 1, 0
+
+        def keep(self, capacity):
+            assert capacity == 10_000
+
+        def follow(self, algo):
+            self.seen += 1
+
+    data, algo = Counting(), make()
+    run = type("Run", (), {"steps": 500_000})
+    (stage,) = dqn.stages(algo, data, run)
+    (every, collect), (period, renew) = stage.between
+    collect()
+    assert (every, data.seen, int(algo.taken)) == (1, 10, 10_010)
+    assert period * stage.stride == 500
+    assert renew == algo.renew_target
+    assert stage.offset + stage.steps * stage.stride == 500_000

@@ -1,0 +1,245 @@
+from dataclasses import replace
+
+import gymnasium
+import pytest
+import torch
+
+from offrl.algos import ppo
+from offrl.algos.ppo import PPO, Config, Rollouts, accumulated
+from offrl.data.collect import Collector
+from offrl.engine.stage import Run, Spec
+from offrl.envs.make import factory
+from offrl.envs.vector import Vector
+from tests.algos import engineering
+
+SMALL = Config(hidden=(16, 16), rollout=32, batch=16, epochs=3, entropy=0.01)
+
+
+def make(config=SMALL, seeds=(), device="cpu", discrete=False, obs_dim=3, act_dim=2):
+    generator = torch.Generator(device).manual_seed(0)
+    return PPO(config, Spec(obs_dim, act_dim, discrete=discrete), generator, seeds)
+
+
+def batch(seeds=(), size=64, seed=1, discrete=False):
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=g)  # noqa: E731
+    act = torch.randint(2, (*seeds, size), generator=g) if discrete else normal(2)
+    return {"obs": normal(3), "act": act, "log_prob": normal() - 2, "advantage": normal(),
+            "return": normal(), "value": normal()}  # fmt: skip
+
+
+def rollouts(name="Pendulum-v1", config=SMALL, seeds=(), envs=2, steps=10_000):
+    groups = max(1, len(seeds) and seeds[0])
+    made = Vector([factory(name)] * (envs * groups), range(envs * groups))
+    algo = make(config, seeds, discrete=made.discrete, obs_dim=made.obs_dim, act_dim=made.act_dim)
+    return algo, Rollouts(algo, Collector(made, seeds), Run(steps, seeds))
+
+
+def test_advantages_of_the_worked_example():
+    """Discount 0.99, trace 0.95, r = (1, 0, 2), V = (0.5, 0.4, 0.3), bootstrap 0.2."""
+    reward, value = torch.tensor([[1.0], [0.0], [2.0]]), torch.tensor([[0.5], [0.4], [0.3]])
+    delta = reward + 0.99 * torch.tensor([[0.4], [0.3], [0.2]]) - value
+    found = accumulated(delta.flip(0), torch.full((3, 1), 0.99 * 0.95)).flip(0)
+    expected = torch.tensor([[2.477986], [1.682069], [1.898]])
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+class Line(gymnasium.Env):
+    """Counts its steps; a reward of 1 each; ends after three steps."""
+
+    observation_space = gymnasium.spaces.Box(-9, 9, (1,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at = 0
+        return torch.zeros(1).numpy(), {}
+
+    def step(self, action):
+        self.at += 1
+        over = self.at == 3
+        obs = torch.full((1,), float(self.at)).numpy()
+        return obs, 1.0, over and self.terminal, over and not self.terminal, {}
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_time_limit_bootstraps_from_its_true_last_observation(terminal, bootstrap):
+    config = replace(SMALL, rollout=6, batch=6, bootstrap_timeouts=bootstrap, trace=0.0)
+    algo = make(config, obs_dim=1, act_dim=1)
+    made = Rollouts(algo, Collector(Vector([lambda: Line(terminal)], [0])), Run(100))
+    made.collect()
+    rows = ppo.unpack(made.table, made.columns)
+    with torch.no_grad():  # of the statistics that the rollout was read with: none
+        ahead = algo.critic(torch.tensor([[1.0], [2.0], [3.0]])).squeeze(-1)
+    reward = 1 / algo.returns.std().flatten()
+    ends = terminal or not bootstrap
+    expected = reward + 0.99 * ahead * torch.tensor([1.0, 1.0, 0.0 if ends else 1.0])
+    torch.testing.assert_close(rows["return"], expected.repeat(2))
+
+
+@pytest.mark.parametrize("name", ["Pendulum-v1", "CartPole-v1"])
+def test_the_first_minibatch_is_judged_as_it_was_drawn(name):
+    algo, made = rollouts(name)
+    made.begin()
+    made.collect()
+    made.shuffle()
+    _, metrics = algo.loss(made.sampler()(algo.generator))
+    assert float(metrics["policy/kl"]) == pytest.approx(0, abs=1e-6)
+    assert float(metrics["policy/clipped"]) == 0
+    assert float(metrics["policy/loss"]) == pytest.approx(0, abs=1e-5)  # standardized advantages
+
+
+def test_a_pass_meets_every_row_once_and_the_next_in_another_order():
+    algo, made = rollouts(seeds=(2,))
+    made.begin()
+    made.collect()
+    sample, passes = made.sampler(), []
+    for _ in range(2):
+        made.shuffle()
+        parts = [sample(algo.generator)["obs"] for _ in range(made.minibatches)]
+        passes.append(torch.cat(parts, 1))
+    whole = ppo.unpack(made.table, made.columns)["obs"]
+    for seen in passes:
+        for i in range(2):
+            assert torch.equal(seen[i].sort(0).values, whole[i].sort(0).values)
+    assert not torch.equal(*passes)
+
+
+def test_rewards_are_over_the_deviation_of_discounted_returns():
+    _, made = rollouts(config=replace(SMALL, rollout=300, batch=60), envs=1)  # ends at 200
+    rows = made.play()
+    scaled = made.scaled_reward(rows)
+    total, seen = 0.0, []
+    for reward, end in zip(rows["reward"][:, 0], rows["timeout"][:, 0], strict=True):
+        total = total * 0.99 + float(reward)
+        seen.append(total)
+        total *= 1 - float(end)
+    std = torch.tensor(seen).std(unbiased=False)
+    torch.testing.assert_close(scaled[:, 0], rows["reward"][:, 0] / std, rtol=1e-4, atol=1e-5)
+    assert float(made.running) == pytest.approx(total, rel=1e-5)
+
+
+def test_statistics_of_parts_are_those_of_the_whole():
+    from offrl.nets.on_policy import Running
+
+    rows = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) * 4 + 7
+    one = Running(3, (), torch.device("cpu"))
+    for part in rows.split(30):
+        one.add(part)
+    torch.testing.assert_close(one.mean[0], rows.mean(0))
+    torch.testing.assert_close(one.variance[0], rows.var(0, unbiased=False))
+
+
+def test_clipping_stops_the_gradient_of_a_ratio_that_went_too_far():
+    algo, b = make(replace(SMALL, entropy=0.0, value_weight=0.0)), batch()
+    log_prob, _ = algo.actor.judge(b["obs"], b["act"])
+    far = b | {"log_prob": log_prob.detach() - 1, "advantage": torch.ones(64)}
+    far["advantage"][0] = 0.5  # standardized: all but the first are positive
+    grads = torch.autograd.grad(algo.loss(far)[0], list(algo.actor.parameters()))
+    only = {name: value[:1] for name, value in far.items()}
+    alone, _ = algo.actor.judge(only["obs"], only["act"])
+    ratio = (alone - only["log_prob"]).exp()
+    advantage = ppo.standardized(far["advantage"])[0]
+    expected = torch.autograd.grad(-(advantage * ratio).sum() / 64, list(algo.actor.parameters()))
+    for found, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_actions_of_both_kinds_have_the_log_probabilities_of_their_distribution():
+    obs = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    algo = make()
+    with torch.no_grad():
+        algo.actor.log_std.fill_(0.3)
+    normal = torch.distributions.Normal(algo.actor.net(obs), algo.actor.log_std.exp())
+    act = torch.ones(5, 2)
+    found = algo.actor.judge(obs, act)
+    torch.testing.assert_close(found[0], normal.log_prob(act).sum(-1))
+    torch.testing.assert_close(found[1], normal.entropy().sum(-1))
+    discrete = make(discrete=True)
+    choice = torch.distributions.Categorical(logits=discrete.actor.net(obs))
+    act = torch.tensor([0, 1, 1, 0, 1])
+    found = discrete.actor.judge(obs, act)
+    torch.testing.assert_close(found[0], choice.log_prob(act))
+    torch.testing.assert_close(found[1], choice.entropy())
+
+
+def test_discrete_actions_are_drawn_with_their_probabilities():
+    algo = make(discrete=True)
+    with torch.no_grad():
+        algo.actor.net.layers[-1].bias.copy_(torch.tensor([[0.0, 1.0]]))
+    act, _ = algo.act({"obs": torch.zeros(40_000, 3)}, explore=True)
+    assert abs(float(act.float().mean()) - 0.7311) < 0.01
+
+
+def test_the_learning_rate_falls_linearly_to_zero():
+    algo, made = rollouts(steps=64 * 5)  # four iterations after the first rollout
+    rates = []
+    for _ in range(4):
+        made.collect()
+        rates.append(float(algo.opt.param_groups[0]["lr"]))
+    assert rates == pytest.approx([3e-4, 2.25e-4, 1.5e-4, 0.75e-4])
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(ValueError, match="batch=48 does not divide a rollout of 64"):
+        rollouts(config=replace(SMALL, batch=48))
+    with pytest.raises(ValueError, match="less than two rollouts of 64"):
+        rollouts(steps=100)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_captured_updates_equal_written_ones(discrete):
+    engineering.captured_equals_written(
+        lambda: make(discrete=discrete), lambda step: batch(seed=step, discrete=discrete)
+    )
+
+
+def test_updates_never_wait_for_the_device():
+    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
+
+
+@pytest.mark.slow
+def test_compiled_updates_follow_written_ones():
+    engineering.compiled_follows_written(make, lambda step: batch(seed=step))
+
+
+@pytest.mark.gpu
+def test_updates_on_cuda_never_wait():
+    engineering.on_cuda_updates_never_wait(
+        lambda: make(device="cuda"), lambda step: batch(seed=step)
+    )
+
+
+@pytest.mark.gpu
+def test_captured_updates_on_cuda_follow_written_ones():
+    engineering.captured_equals_written(
+        lambda: make(device="cuda"), lambda step: batch(seed=step), tolerance=1e-4
+    )
+
+
+def test_every_seed_of_a_stacked_run_ends_where_its_own_run_does(monkeypatch):
+    engineering.stacked_run_equals_single_runs(make, batch, monkeypatch)
+
+
+def test_calls_stay_within_budget():
+    engineering.calls_stay_within_budget(
+        "ppo", lambda: make(Config()), lambda step: batch(seed=step)
+    )
+
+
+def test_same_seed_same_run():
+    engineering.same_seed_same_run(make, lambda step: batch(seed=step))
+
+
+def test_resume_is_exact():
+    engineering.resume_is_exact(make, lambda step: batch(seed=step))
+
+
+def test_seeds_do_not_touch_each_other():
+    engineering.seeds_do_not_touch_each_other(
+        lambda seeds: make(seeds=seeds), lambda step: batch((3,), seed=step), "actor"
+    )
