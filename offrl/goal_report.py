@@ -18,7 +18,7 @@ from offrl import mazes
 from offrl.config import ConfigError, Resolved
 from offrl.envs import ogbench
 from offrl.evaluation import checkpoints, load_algorithm
-from offrl.outcome import write_json
+from offrl.outcome import placeless, write_json
 from offrl.report import label
 from offrl.results import plots, stats
 
@@ -71,7 +71,7 @@ def make_goal_report(options: Options) -> dict[str, Any]:
     write_json(out / "table.json", found)
     (out / "table.md").write_text(table(found))
     for task in {c["task"] for c in found}:
-        plots.curves(out / f"{task}.png", panels(task, found), "updates", "success (%)")
+        plots.curves(out / f"{task}.png", panels(task, found), "updates", "success (%)", (-2, 102))
     print(table(found))
     return {"cells": found}
 
@@ -130,7 +130,7 @@ def cell(task: str, method: str, steps: int, results: list[dict[str, Any]]) -> d
         }},
         "published": published(task, method.split(" ")[0]),
         "versions": results[0]["versions"],
-        "commands": [result["command"] for result in results],
+        "commands": [placeless(result["command"]) for result in results],
     }  # fmt: skip
 
 

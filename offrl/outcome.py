@@ -195,6 +195,11 @@ def provenance(
     }
 
 
+def placeless(command: str) -> str:
+    """A command without the place of its runs, which says nothing elsewhere."""
+    return " ".join(w for w in command.split() if not w.lstrip("+").startswith("runs="))
+
+
 def write_json(path: Path, content: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1))

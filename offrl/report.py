@@ -15,7 +15,7 @@ import numpy as np
 
 from offrl import config as configuration
 from offrl.config import ConfigError
-from offrl.outcome import scored, write_json
+from offrl.outcome import placeless, scored, write_json
 from offrl.results import plots, stats
 
 
@@ -133,10 +133,7 @@ def gather(folders: Iterable[Path], metrics: Iterable[str]) -> dict[tuple[str, s
             for name, seed, course in logged(run, set(metrics)):
                 cell.metrics[name][seed] = course
             about = {k: result[k] for k in ("date", "versions", "seconds", "threads")}
-            words = result["command"].split()  # without the place of the runs, which says nothing
-            about["command"] = " ".join(
-                word for word in words if not word.lstrip("+").startswith("runs=")
-            )
+            about["command"] = placeless(result["command"])
             hardware = json.loads((run / "run.json").read_text())
             about |= {k: hardware[k] for k in ("device", "cores")}
             cell.sources[str(run.relative_to(folder))] = about

@@ -40,11 +40,13 @@ def curves(
     panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
     xlabel: str,
     ylabel: str,
+    limits: tuple[float, float] | None = None,
 ) -> None:
     """Learning curves, one panel per task, as PNG: mean over seeds, shaded from lowest to highest.
 
     Args:
         panels: task -> method -> steps (points,) and values (seeds, points).
+        limits: of all values; None for each panel's own.
     """
     colors = colors_of(panels)
     figure, places = plt.subplots(
@@ -52,7 +54,7 @@ def curves(
     )
     for axes, (task, methods) in zip(places[0], panels.items(), strict=True):
         shaded(axes, methods, colors)
-        axes.set(title=task, xlabel=xlabel)
+        axes.set(title=task, xlabel=xlabel, ylim=limits)
     places[0][0].set_ylabel(ylabel)
     with_legend(figure, colors)
     figure.savefig(path)
