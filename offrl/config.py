@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import importlib
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -82,10 +83,16 @@ class Resolved:
 
     @property
     def data_name(self) -> str:
-        """The data set in a form fit for a folder's name."""
+        """The data set in a form fit for a folder's name, and for the patterns of task values.
+
+        A published file counts as its data set: antmaze-giant-stitch-v0.npz is stitch.
+        """
         name = self.settings.dataset
         path = Path(name)
-        return path.stem if path.suffix in (".npz", ".h5", ".hdf5") else name.replace("/", "-")
+        if path.suffix not in (".npz", ".h5", ".hdf5"):
+            return name.replace("/", "-")
+        published = re.fullmatch(rf"{re.escape(self.settings.env)}[-_](.+)-v\d+", path.stem)
+        return published[1] if published else path.stem
 
     def config(self) -> Any:
         """The method's Config."""

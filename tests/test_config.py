@@ -99,6 +99,16 @@ def test_task_patterns_cannot_match_across_benchmarks():
     assert got.task == "d4rl-antmaze-large-play"
 
 
+@pytest.mark.parametrize(
+    ("env", "path", "task"),
+    [("antmaze-giant", "/x/antmaze-giant-stitch-v0.npz", "antmaze-giant-stitch"),
+     ("halfcheetah", "/x/halfcheetah_medium-v2.hdf5", "halfcheetah-medium"),
+     ("hopper", "/x/logs-v2.npz", "hopper-logs-v2")],
+)  # fmt: skip
+def test_a_published_file_has_the_task_values_of_its_data_set(env, path, task):
+    assert resolve("td3bc", {"env": env, "dataset": path}, TASKS).task == task
+
+
 def test_every_shipped_task_value_fits_its_method():
     from pathlib import Path
 

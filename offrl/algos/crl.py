@@ -7,7 +7,8 @@ Learning", NeurIPS 2022, arXiv:2206.07568; as in OGBench (Park et al., ICLR 2025
             L = mean_e,b,b' BCE(Q_e(s_b, a_b, g_b'), 1[b = b'])
             g_b a geometric future state of s_b; the goals of the others are the negatives
     actor   L = -mean_b Q / (mean_b |Q| + 1e-6) - alpha mean_b log pi(a | s, g)
-            Q = min_e Q_e(s, clip(mu(s, g), -1, 1), g), mu the mean of the unit Gaussian pi
+            Q = max(min_e Q_e(s, clip(mu(s, g), -1, 1), g), log FLOOR), mu the mean of the unit
+            Gaussian pi
 
 There are no target networks. Both losses are taken at the same weights, in one step.
 
@@ -18,6 +19,7 @@ actor's, which sees both together.
 Differences from the authors' code: none known against OGBench's but for the order of sums.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,7 @@ from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob
 
 FIELDS = ("obs", "act", "next_obs")
 HEADS = 2
+FLOOR = 1e-6  # of exp(Q) in the actor's loss, as in OGBench: no gradient below
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class CRL:
         with torch.no_grad():
             psi = self.psi(goal)
         q = ((phi * psi).sum(-1) / phi.shape[-1] ** 0.5).amin(-2)  # (*S, B)
+        q = q.clamp(min=math.log(FLOOR))
         climb = -q.mean(-1) / (q.detach().abs().mean(-1) + 1e-6)
         imitation = -normal_log_prob(batch["act"], mean).mean(-1)
         loss = climb + self.config.alpha * imitation

@@ -10,9 +10,9 @@ van Hasselt, Guez and Silver, AAAI 2016, arXiv:1509.06461.
     target   Q' <- Q, every `target_every` environment steps
 
 R is BEER's penalty (offrl/algos/beer.py) between psi(s) in the block of a and psi'(s') in the block
-of the action that the target takes, psi being the features of the last layer: 0 where the two
-actions differ, as features of different actions are orthogonal then. What the authors of BEER did
-for discrete actions is not known.
+of the action that the target takes, psi being the features of the last layer. Where the two actions
+differ the features are orthogonal and R has no gradient, so it is left out, of the statistics too.
+What the authors of BEER did for discrete actions is not known.
 
 Shapes: *S optional leading seed axes, B batch, A actions. Primes are the target network.
 
@@ -86,6 +86,7 @@ class DQN:
             action_features(after, act, self.actions),
             batch["reward"], self.network.pairs()[-1][0], self.config.discount,
             g=action_features(online, act, self.actions), terminal=batch["terminal"],
+            mask=act == batch["act"],
         )  # fmt: skip
         loss = loss + self.config.beer * penalty.mean(-1)
         return loss, metrics | {"beer/open": stats["open"], "beer/cos": stats["cos"]}
@@ -121,12 +122,13 @@ class DQN:
     def epsilon(self) -> float:
         """The share of random actions after the steps taken so far."""
         c = self.config
-        return max(c.epsilon, 1 - (1 - c.epsilon) * float(self.taken) / (c.explore * c.steps))
+        return max(c.epsilon, 1 - (1 - c.epsilon) * float(self.taken) / max(1, c.explore * c.steps))
 
     @torch.no_grad()
     def estimate(self, now: Batch, act: Tensor) -> Tensor:
         return self.network(now["obs"]).gather(-1, act.unsqueeze(-1)).squeeze(-1)
 
+    @torch.no_grad()
     def measure(self, batch: Batch) -> Metrics:
         """Ranks (*S,) of the features of a batch of the replay."""
         return ranks(self.network.features(batch["obs"]))
@@ -144,11 +146,15 @@ def stages(algo: DQN, data: Collector, run: Run) -> list[Stage]:
     """One update per `update_every` environment steps.
 
     Raises:
-        ValueError: if the environments cannot share these evenly.
+        ValueError: if the environments cannot share these evenly, or they the target's period.
     """
     c = algo.config
     if c.update_every % data.group:
         raise ValueError(f"update_every={c.update_every} is no multiple of envs={data.group}")
+    if c.target_every % c.update_every:
+        raise ValueError(
+            f"target_every={c.target_every} is no multiple of update_every={c.update_every}"
+        )
     data.keep(min(c.capacity, run.steps))
 
     def collect() -> None:
@@ -165,7 +171,7 @@ def stages(algo: DQN, data: Collector, run: Run) -> list[Stage]:
             before=lambda: data.random(c.warmup, algo.generator),
             between=[
                 (1, collect),
-                (max(1, c.target_every // c.update_every), algo.renew_target),
+                (c.target_every // c.update_every, algo.renew_target),
             ],
             offset=c.warmup,
             stride=c.update_every,

@@ -10,15 +10,17 @@ GAE, Schulman et al., ICLR 2016, arXiv:1506.02438.
     both     L = policy + value_weight value - entropy mean_b H(pi(.|s))
 
 Per iteration `rollout` steps of every environment, then `epochs` passes over them in minibatches;
-one update is one minibatch, whose advantages are standardized. Observations and rewards are divided
-by running standard deviations (rewards by that of the discounted return), clipped to +-10.
+one update is one minibatch, whose advantages are standardized. With `normalize` observations and
+rewards are divided by running standard deviations (rewards by that of the discounted return),
+clipped to +-10.
 
 Shapes: *S optional leading seed axes, B rows of a minibatch, T steps, n environments per seed.
 
 Differences from the authors' code: the settings are CleanRL's. A time limit is no end: its step
 bootstraps from its true last observation (`bootstrap_timeouts=false` is CleanRL). Statistics move
 once per iteration, not at every step, so that a rollout is from one policy; they begin with a
-rollout that is not learned from.
+rollout that is not learned from. The noise is of actions in [-1, 1], CleanRL's in the environment's
+own units (the half-range is 0.4 in Humanoid).
 """
 
 from dataclasses import dataclass
@@ -49,7 +51,7 @@ ACTIONS = ("continuous", "discrete")
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # environment steps, the first rollout included
+    steps: int = 1_000_000  # environment steps, a first rollout for statistics included
     rollout: int = 2048  # steps of every environment per iteration
     epochs: int = 10  # passes over a rollout
     batch: int = 64  # rows of a minibatch; divides rollout * envs
@@ -62,6 +64,7 @@ class Config:
     entropy: float = 0.0  # weight of the policy's entropy
     max_norm: float = 0.5  # of the joint gradient
     bootstrap_timeouts: bool = True
+    normalize: bool = True  # observations and rewards
     hidden: tuple[int, ...] = (64, 64)  # tanh units, policy and value apart
 
 
@@ -112,7 +115,7 @@ class PPO:
         explore: bool = False,
         generator: Generator | None = None,
     ) -> tuple[Tensor, Any]:
-        obs = self.observations(now["obs"])
+        obs = self.seen(now["obs"])
         if explore:
             return self.actor.sample(obs, generator or self.generator), memory
         return self.actor.best(obs), memory
@@ -120,8 +123,12 @@ class PPO:
     @torch.no_grad()
     def estimate(self, now: Batch, act: Tensor) -> Tensor:
         """V(s) in units of the plain rewards."""
-        value = self.critic(self.observations(now["obs"])).squeeze(-1)
-        return value * self.returns.std().squeeze(-1)
+        value = self.critic(self.seen(now["obs"])).squeeze(-1)
+        return value * self.returns.std().squeeze(-1) if self.config.normalize else value
+
+    def seen(self, obs: Tensor) -> Tensor:
+        """Observations as the networks see them."""
+        return self.observations(obs) if self.config.normalize else obs
 
     def state(self) -> dict[str, Any]:
         return modules_state(self, self.NAMES)
@@ -134,7 +141,7 @@ class Rollouts:
     """The rows that an iteration learns from, (*S, T n) in the order of time, and their making.
 
     Raises:
-        ValueError: if minibatches do not divide a rollout, or `run.steps` hold less than two.
+        ValueError: if minibatches do not divide a rollout, or `run.steps` hold none to learn from.
     """
 
     def __init__(self, algo: PPO, data: Collector, run: Run):
@@ -142,9 +149,13 @@ class Rollouts:
         self.rows = c.rollout * data.group
         if self.rows % c.batch:
             raise ValueError(f"batch={c.batch} does not divide a rollout of {self.rows} rows")
-        self.iterations = run.steps // self.rows - 1
+        self.first = self.rows if c.normalize else 0  # for the statistics
+        self.iterations = (run.steps - self.first) // self.rows
         if self.iterations < 1:
-            raise ValueError(f"steps={run.steps} hold less than two rollouts of {self.rows} rows")
+            raise ValueError(
+                f"steps={run.steps} is too little: a rollout has {self.rows} steps, and with "
+                f"normalize=true the first is not learned from"
+            )
         self.minibatches = self.rows // c.batch
         data.keep(self.rows)
         layout, scalar = data.replay.columns, ((), torch.float32)
@@ -159,18 +170,18 @@ class Rollouts:
         self.iteration = 0
 
     def begin(self) -> None:
-        """A rollout of the first policy, for the statistics."""
-        rows = self.play()
-        self.scaled_reward(rows)
-        self.algo.observations.add(rows["obs"].flatten(-3, -2))
+        """A rollout of the first policy, for the statistics, where there are any."""
+        if self.first:
+            rows = self.play()
+            self.scaled_reward(rows)
+            self.algo.observations.add(rows["obs"].flatten(-3, -2))
 
     @torch.no_grad()
     def collect(self) -> None:
         """A rollout of the current policy, its advantages, and the learning rate that is due."""
         algo, c, rows = self.algo, self.algo.config, self.play()
-        reward = self.scaled_reward(rows)  # (*S, T, n)
-        obs, next_obs = (algo.observations(rows[name].flatten(-3, -2))
-                         for name in ("obs", "next_obs"))  # fmt: skip
+        reward = self.scaled_reward(rows) if c.normalize else rows["reward"]  # (*S, T, n)
+        obs, next_obs = (algo.seen(rows[name].flatten(-3, -2)) for name in ("obs", "next_obs"))
         shape = reward.shape
         value, later = (algo.critic(x).squeeze(-1).view(shape) for x in (obs, next_obs))
         end = (rows["terminal"] + rows["timeout"]).clamp(max=1)
@@ -184,7 +195,8 @@ class Rollouts:
             "value": value.flatten(-2),
         }  # fmt: skip
         self.table.copy_(pack(fields, self.columns, len(shape) - 1))
-        algo.observations.add(rows["obs"].flatten(-3, -2))
+        if c.normalize:
+            algo.observations.add(rows["obs"].flatten(-3, -2))
         for group in algo.opt.param_groups:
             group["lr"].fill_(c.lr * (1 - self.iteration / self.iterations))
         self.iteration += 1
@@ -264,7 +276,7 @@ def stages(algo: PPO, data: Collector, run: Run) -> list[Stage]:
             update=algo.update,
             before=rollouts.begin,
             between=[(updates, rollouts.collect), (rollouts.minibatches, rollouts.shuffle)],
-            offset=rollouts.rows,
+            offset=rollouts.first,
             stride=Fraction(rollouts.rows, updates),
             parts={"collector": data, "rollouts": rollouts},
         )

@@ -47,7 +47,7 @@ class Bias:
     """A method's estimates of its discounted return, minus what the rest of the episode paid.
 
     Means over the steps of an episode. Where it was cut off, only steps count whose return the cut
-    weighs by a hundredth or less, and the first step in any case.
+    weighs by a hundredth or less; nan if there are none.
 
     Args:
         algo: with `estimate`; see `engine.stage.Policy`.
@@ -76,8 +76,9 @@ class Bias:
             if finished[i] < self.values.shape[1]:
                 guess, paid = torch.stack(self.past[self.begin[i] :])[..., i].T.numpy()
                 rest = lfilter([1.0], [1.0, -self.discount], paid[::-1])[::-1]
-                whole = len(rest) if terminal[i] else max(1, len(rest) - self.tail)
-                self.values[i, finished[i]] = float((guess - rest)[:whole].mean())
+                whole = len(rest) if terminal[i] else max(0, len(rest) - self.tail)
+                known = (guess - rest)[:whole]
+                self.values[i, finished[i]] = float(known.mean()) if whole else math.nan
             self.begin[i] = len(self.past)
 
 

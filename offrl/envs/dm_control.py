@@ -19,6 +19,7 @@ import torch
 
 PREFIX, VERSION = "dmc-", "v0"
 HORIZON = 1000  # of every task of the suite but lqr, which has none of its own
+UNLIMITED = 1e10  # the bound of a motor without one (lqr); counts as 1
 # what tasks draw for their model, once (lqr) or at a reset: places and sizes of targets, tendons,
 # terrain, springs
 MODEL = (
@@ -75,9 +76,9 @@ class DMControl(gymnasium.Env):
         self.render_mode = render_mode
         self.env = suite().load(domain, task, {"time_limit": float("inf")})
         spec = self.env.action_spec()
-        self.action_space = gymnasium.spaces.Box(
-            spec.minimum.astype(np.float32), spec.maximum.astype(np.float32), dtype=np.float32
-        )
+        low, high = spec.minimum.astype(np.float32), spec.maximum.astype(np.float32)
+        low, high = np.where(low <= -UNLIMITED, -1, low), np.where(high >= UNLIMITED, 1, high)
+        self.action_space = gymnasium.spaces.Box(low, high, dtype=np.float32)
         width = sum(int(np.prod(s.shape)) for s in self.env.observation_spec().values())
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (width,), np.float32)
 

@@ -89,14 +89,15 @@ def beer_penalty(
     lead = w.dim() - 2 if w.dim() > 2 else 0  # axes of K
     if bias is not None:
         r = r - (1 - gamma) * per_network(keep(bias.detach(), None), lead, r.dim())
-    length = torch.linalg.vector_norm(f.detach(), dim=-1)
+    norm = torch.linalg.vector_norm(f, dim=-1)
+    length = norm.detach()
     follow = torch.linalg.vector_norm(t, dim=-1)
     online = follow if g is None else torch.linalg.vector_norm(vectors(g, mask).detach(), dim=-1)
     weight = per_network(keep(w.detach(), None).square(), lead, r.dim()).clamp(min=1e-12)
     numerator = length.square() + (gamma * online).square() - r.square() / weight
     product = length * follow
     bound = numerator / (2 * gamma * product.clamp(min=1e-12))
-    cosine = F.cosine_similarity(f, t, dim=-1, eps=eps)
+    cosine = torch.linalg.vecdot(f, t) / (norm.clamp(min=eps) * follow.clamp(min=eps))
     counted = product >= 1e-12
     if terminal is not None:
         counted = counted & ~keep(terminal, mask).bool()

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import torch
 
@@ -44,6 +45,16 @@ def test_each_loss_moves_its_own_networks():
     assert reaches(actor, algo.actor)
     assert not reaches(actor, algo.phi)
     assert not reaches(actor, algo.psi)
+
+
+def test_the_actor_follows_no_logit_below_the_floor():
+    b = batch()
+    for apart, follows in ((1.0, True), (1e4, False)):
+        algo = make(config=replace(SMALL, alpha=0.0))
+        phi = algo.phi(b["obs"], algo.actor(b["obs"], b["goal"]).clamp(-1, 1)).detach()
+        algo.psi = lambda goal, psi=-apart * phi: psi
+        grads = torch.autograd.grad(algo.actor_loss(b)[0], list(algo.actor.parameters()))
+        assert any(bool(g.any()) for g in grads) == follows
 
 
 def test_engineering():

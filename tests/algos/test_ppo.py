@@ -187,7 +187,7 @@ def test_the_learning_rate_falls_linearly_to_zero():
 def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="batch=48 does not divide a rollout of 64"):
         rollouts(config=replace(SMALL, batch=48))
-    with pytest.raises(ValueError, match="less than two rollouts of 64"):
+    with pytest.raises(ValueError, match="a rollout has 64 steps"):
         rollouts(steps=100)
 
 

@@ -304,4 +304,6 @@ def test_the_bias_of_estimates_leaves_out_steps_whose_return_is_cut_off():
     ended = Evaluator(lambda: Constant(True), width=2)(Certain(), 4).bias
     returns = [2.71, 1.9, 1.0]
     assert ended.tolist() == pytest.approx([12 - sum(returns) / 3] * 4)
+    early = Evaluator(lambda: gymnasium.wrappers.TimeLimit(Constant(False), 43), width=1)
+    assert early(Certain(), 1).bias.isnan().all()
     assert Evaluator(HOPPER, width=1)(Still(), 1).bias is None
