@@ -3,7 +3,8 @@
 The low policy is led along the maze's shortest path instead of by the high policy, by points as far
 ahead as the data come in the steps of a subgoal: what it wins then, a better high policy could win.
 And the high policy's subgoals along an expert's path are read as points of the maze, the ones whose
-phi is nearest, which lie nearer to the goal than the state or do not.
+phi is nearest among those that twice a subgoal's steps come to, which lie nearer to the goal than
+the state or do not.
 """
 
 import functools
@@ -92,12 +93,13 @@ class Led:
 
 
 @torch.no_grad()
-def gains(algo: Any, routes: Routes, states: Tensor, goal: Tensor) -> np.ndarray:
+def gains(algo: Any, routes: Routes, states: Tensor, goal: Tensor, reach: float) -> np.ndarray:
     """How much nearer to the goal, along the maze, the subgoals lie than the states (T,).
 
     Args:
         states: (T, 2).
         goal: (1, 2).
+        reach: how far away along the maze a subgoal may lie.
     """
     points, end = routes.points(), goal[0].numpy()
     left = np.array([routes.distance(point, end) for point in points])
@@ -105,9 +107,11 @@ def gains(algo: Any, routes: Routes, states: Tensor, goal: Tensor) -> np.ndarray
     found = []
     for state in states:
         named = normalized(algo.high(state[None], algo.goal(goal)))
-        reps = algo.rep(state.expand(len(points), 2), candidates)
+        at = state.numpy()
+        near = np.array([routes.distance(at, point) <= reach for point in points])
+        reps = algo.rep(state.expand(int(near.sum()), 2), candidates[near])
         best = int((reps @ named[0]).argmax())
-        found.append(routes.distance(state.numpy(), end) - left[best])
+        found.append(routes.distance(at, end) - left[near][best])
     return np.array(found)
 
 
@@ -130,12 +134,13 @@ def examine(
     world = make()
     routes = Routes(world.unwrapped)
     player = evaluator_of(algo, make, (), (episodes,), seed)
-    found: dict[str, Any] = {"reach": steps * SPEED, "episodes": episodes}
-    policies: dict[str, Policy] = {"success": algo, "led": Led(algo, routes, steps * SPEED)}
+    reach = steps * SPEED
+    found: dict[str, Any] = {"reach": reach, "episodes": episodes}
+    policies: dict[str, Policy] = {"success": algo, "led": Led(algo, routes, reach)}
     for name, policy in policies.items():
         played = player(policy, episodes).scenarios.values()
         found[name] = [float(task.returns.mean()) for task in played]
-    named = [gains(algo, routes, path[::steps], goal) for path, goal in paths]
+    named = [gains(algo, routes, path[::steps], goal, 2 * reach) for path, goal in paths]
     found["nearer"] = [float((gain > 0).mean()) for gain in named]
     found["gain"] = [float(gain.mean()) for gain in named]
     player.close()

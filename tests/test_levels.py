@@ -81,9 +81,11 @@ def test_subgoals_ahead_are_nearer_and_those_behind_are_not(routes):
     path, goal = mazes.expert_paths("pointmaze-medium", 0)[0]
     states = path[::25][:-2]
     ahead = Hierarchy(lambda xy, end: routes.ahead(xy, end, 4.0))
-    found = levels.gains(ahead, routes, states, goal)
+    found = levels.gains(ahead, routes, states, goal, 8.0)
     assert (found > 0).all()
     assert found.mean() == pytest.approx(4.0, abs=0.7)
     start = path[0].numpy()
     behind = Hierarchy(lambda xy, end: routes.ahead(xy, start, 4.0))
-    assert (levels.gains(behind, routes, states[2:], goal) < 0).all()
+    assert (levels.gains(behind, routes, states[2:], goal, 8.0) < 0).all()
+    beyond = Hierarchy(lambda xy, end: goal[0].numpy())
+    assert 0 < levels.gains(beyond, routes, states[:1], goal, 4.0) < 5.0  # not all the way

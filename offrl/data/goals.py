@@ -11,7 +11,8 @@ gathered on the device, with fixed shapes.
     success           the goal is the state itself: equality of indices, never of values
 
 Sources: OGBench's reference sampler (Park et al., ICLR 2025, arXiv:2410.20092) and the options of
-OTA (Ahn et al., NeurIPS 2025, arXiv:2505.12737).
+OTA (Ahn et al., NeurIPS 2025, arXiv:2505.12737). There f is the last state that has a transition,
+one before ours, so a state may be its own trajectory goal at a trajectory's end.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from offrl.data.samplers import BUDGET, gatherer
 from offrl.engine.stage import Batch, Sampler
 from offrl.nets.encoders import cropped
 
+BLOCK = 16_384  # rows that are checked at once
 Mixture = tuple[float, ...]  # probabilities of the state itself, a trajectory goal, a random goal
 
 
@@ -172,15 +174,18 @@ def trajectories(
     fields["obs"][first + lengths] = following[ends]
     inside = torch.ones(size, dtype=torch.bool)
     inside[ends] = False
-    stray = (fields["obs"][valid + 1] != following).flatten(1).any(-1) & inside
+    stray = torch.zeros_like(inside)
+    for rows in torch.arange(size).split(BLOCK):  # of images all at once would fill the memory
+        apart = fields["obs"][valid[rows] + 1] != following[rows]
+        stray[rows] = apart.flatten(1).any(-1) & inside[rows]
     if stray.any():
         raise DataError(
             f"{data.name}: next_obs differs from the following row's obs in {int(stray.sum())} "
             f"rows inside of episodes, first in row {int(stray.nonzero()[0, 0])}; goals are drawn "
             "along trajectories, so the rows of an episode must follow each other"
         )
-    rows = gatherer(fields, device, budget=budget)
-    return Trajectories(rows, valid.to(device), last.to(device))
+    gather = gatherer(fields, device, budget=budget)
+    return Trajectories(gather, valid.to(device), last.to(device))
 
 
 def goal_transitions(
