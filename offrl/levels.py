@@ -108,7 +108,8 @@ def gains(algo: Any, routes: Routes, states: Tensor, goal: Tensor, reach: float)
     for state in states:
         named = normalized(algo.high(state[None], algo.goal(goal)))
         at = state.numpy()
-        near = np.array([routes.distance(at, point) <= reach for point in points])
+        near = np.linalg.norm(points - at, axis=-1) <= reach  # no way is shorter
+        near[near] = [routes.distance(at, point) <= reach for point in points[near]]
         reps = algo.rep(state.expand(int(near.sum()), 2), candidates[near])
         best = int((reps @ named[0]).argmax())
         found.append(routes.distance(at, end) - left[near][best])
