@@ -67,6 +67,36 @@ def resume_is_exact(make, batches, saved=13, stop=30):
     assert torch.equal(draw(whole), draw(second))
 
 
+def apart(algo):
+    """The algorithm with target networks unlike its online ones, as they are in mid-training."""
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name in algo.NAMES:
+            if "target" in name:
+                for p in getattr(algo, name).parameters():
+                    p.add_(0.2 * torch.randn(p.shape, generator=g))
+    return algo
+
+
+def finds_the_value_of_a_chain(algo, draw, then=lambda step: None):
+    """From state 0 the reward is 0 and state 1 follows; there it is 1 and the process ends.
+
+    The discount is 0.5. `draw(generator)` makes 64 actions, `then` follows every update.
+    """
+    g = torch.Generator().manual_seed(0)
+    for step in range(600):
+        here = torch.randint(2, (64,), generator=g)
+        b = {
+            "obs": torch.nn.functional.one_hot(here, 3).float(), "act": draw(g),
+            "reward": here.float(), "terminal": here.float(),
+            "next_obs": torch.tensor([0.0, 1.0, 0.0]).expand(64, 3),
+        }  # fmt: skip
+        algo.update(b, step)
+        then(step)
+    q = algo.estimate({"obs": torch.eye(3)[:2].repeat(32, 1)}, draw(g))
+    torch.testing.assert_close(q, torch.tensor([0.5, 1.0]).repeat(32), atol=0.05, rtol=0)
+
+
 def seeds_do_not_touch_each_other(make_stacked, batches, module):
     """Disturbing the last of three seeds in `module` leaves the others bit-equal."""
     one, other = make_stacked((3,)), make_stacked((3,))

@@ -43,8 +43,8 @@ def test_without_its_weight_it_is_ddpg_bit_for_bit(seeds):
 @pytest.mark.parametrize("bias_aware", [False, True])
 def test_the_penalty_is_the_regularizer_s_of_every_seed_s_own_network(norm_source, bias_aware):
     config = replace(SMALL, norm_source=norm_source, bias_aware=bias_aware)
-    algo, b = make(config, (2,)), batch((2,))
-    _, t = algo.target(b)
+    algo, b = engineering.apart(make(config, (2,))), batch((2,))
+    t = algo.critics_target.features(b["next_obs"], algo.actor_target(b["next_obs"]))
     f = algo.critics.features(b["obs"], b["act"])
     found, stats = algo.penalty(f, t, b)
     g = algo.critics.features(b["next_obs"], algo.actor(b["next_obs"]))
@@ -87,14 +87,18 @@ def test_terminal_transitions_are_not_penalized():
 @pytest.mark.parametrize("name", HOSTS)
 def test_hosts_average_the_penalties_of_both_critics(name):
     plain, other, b = host(name, 0.0), host(name, 0.5), batch()
-    temperature = (torch.ones(()),) if name == "sac" else ()
-    losses = [algo.critics_loss(b, *temperature)[0] for algo in (plain, other)]
-    again = host(name, 0.5)
-    found = again.target(b, *temperature)
-    t = found[1][2] if name == "sac" else found[1]
-    act = found[1][0] if name == "sac" else again.actor(b["next_obs"])
-    reward = b["reward"] - 0.99 * found[1][1] if name == "sac" else b["reward"]
+    temperature = (torch.tensor(0.7),) if name == "sac" else ()
+    losses = [engineering.apart(algo).critics_loss(b, *temperature)[0] for algo in (plain, other)]
+    again, reward = engineering.apart(host(name, 0.5)), b["reward"]
+    if name == "sac":
+        act, log_prob = again.actor.sample(b["next_obs"], again.generator)
+        after, reward = act, reward - 0.99 * 0.7 * log_prob
+    else:
+        noise = torch.empty(64, 2).normal_(0, 0.2, generator=again.generator).clamp(-0.5, 0.5)
+        act = again.actor(b["next_obs"])
+        after = (again.actor_target(b["next_obs"]) + noise).clamp(-1, 1)
     f, g = again.critics.features(b["obs"], b["act"]), again.critics.features(b["next_obs"], act)
+    t = again.critics_target.features(b["next_obs"], after)
     parts = [
         beer_penalty(f[e], t[e], reward, again.critics.last[0][e], 0.99, g=g[e],
                      terminal=b["terminal"])[0].mean()

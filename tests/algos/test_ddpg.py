@@ -17,7 +17,7 @@ def make(config=SMALL, seeds=(), device="cpu"):
 
 
 def test_truncated_steps_bootstrap_and_terminated_ones_do_not():
-    algo, b = make(), batch()
+    algo, b = engineering.apart(make()), batch()
     y = algo.target(b)
     ended = b["terminal"] == 1
     assert torch.equal(y[ended], b["reward"][ended])
@@ -40,20 +40,8 @@ def test_exploration_adds_clipped_gaussian_noise_and_evaluation_none():
 
 
 def test_value_of_a_two_state_chain_is_found():
-    """From state 0 the reward is 0 and state 1 follows; there it is 1 and the process ends."""
     algo = make(replace(SMALL, lr=3e-3, discount=0.5, tau=0.05))
-    g = torch.Generator().manual_seed(0)
-    for step in range(600):
-        here = torch.randint(2, (64,), generator=g)
-        obs = torch.nn.functional.one_hot(here, 3).float()
-        b = {
-            "obs": obs, "act": torch.rand(64, 2, generator=g) * 2 - 1,
-            "reward": here.float(), "terminal": here.float(),
-            "next_obs": torch.tensor([0.0, 1.0, 0.0]).expand(64, 3),
-        }  # fmt: skip
-        algo.update(b, step)
-    q = algo.critics(torch.eye(3)[:2], torch.zeros(2, 2))[0]
-    torch.testing.assert_close(q, torch.tensor([0.5, 1.0]), atol=0.05, rtol=0)
+    engineering.finds_the_value_of_a_chain(algo, lambda g: torch.rand(64, 2, generator=g) * 2 - 1)
 
 
 def test_updates_never_wait_for_the_device():

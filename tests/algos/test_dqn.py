@@ -1,4 +1,3 @@
-from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -25,7 +24,7 @@ def batch(seeds=(), size=64, seed=1):
 
 
 def test_target_takes_the_largest_value_and_stops_at_terminal_steps():
-    algo, b = make(replace(SMALL, double=False)), batch()
+    algo, b = engineering.apart(make(replace(SMALL, double=False))), batch()
     y, act, _ = algo.target(b)
     q = algo.target_network(b["next_obs"])
     torch.testing.assert_close(y, b["reward"] + 0.99 * (1 - b["terminal"]) * q.amax(-1))
@@ -33,13 +32,12 @@ def test_target_takes_the_largest_value_and_stops_at_terminal_steps():
 
 
 def test_a_double_target_values_the_online_network_s_choice():
-    algo, b = make(), batch()
-    with torch.no_grad():
-        for p in algo.network.parameters():
-            p.mul_(-1)
-    _, act, _ = algo.target(b)
-    assert torch.equal(act, algo.network(b["next_obs"]).argmax(-1))
-    assert not torch.equal(act, algo.target_network(b["next_obs"]).argmax(-1))
+    algo, b = engineering.apart(make()), batch()
+    y, act, _ = algo.target(b)
+    choice, q = algo.network(b["next_obs"]).argmax(-1), algo.target_network(b["next_obs"])
+    assert torch.equal(act, choice)
+    expected = b["reward"] + 0.99 * (1 - b["terminal"]) * q[range(64), choice]
+    torch.testing.assert_close(y, expected)
 
 
 def test_epsilon_falls_linearly_with_the_steps_taken():
@@ -67,14 +65,24 @@ def test_the_target_network_becomes_the_network():
     assert torch.equal(algo.network(batch()["obs"]), algo.target_network(batch()["obs"]))
 
 
-def test_without_the_penalty_a_step_is_that_of_the_squared_error_alone():
-    plain, b = make(replace(SMALL, beer=0.0)), batch()
-    other, huge = deepcopy(plain), make(replace(SMALL, beer=1e3))
-    loss, _ = plain.loss(b)
-    y, _, _ = other.target(b)
-    q = other.network(b["obs"]).gather(-1, b["act"].unsqueeze(-1)).squeeze(-1)
-    assert torch.equal(loss, (q - y).square().mean(-1))
-    assert float(huge.loss(b)[0]) > float(loss)
+def test_the_loss_is_the_squared_error_and_the_weighted_penalty():
+    """The penalty of features in the blocks of their actions, written out; 0 between blocks."""
+    plain, algo = (engineering.apart(make(replace(SMALL, beer=beer))) for beer in (0.0, 0.5))
+    b = batch()
+    choice = algo.network(b["next_obs"]).argmax(-1)
+    b["act"][::2] = choice[::2]
+    same = b["act"] == choice
+    b["reward"] *= same  # a reward could open the gate of orthogonal features
+    y, _, _ = plain.target(b)
+    error = (plain.network(b["obs"])[range(64), b["act"]] - y).square().mean()
+    torch.testing.assert_close(plain.loss(b)[0], error)
+    f, g = (algo.network.features(b[name]) for name in ("obs", "next_obs"))
+    t = algo.target_network.features(b["next_obs"])
+    weight, (af, ag, at) = algo.network.layers[-1].weight, (x.norm(dim=-1) for x in (f, g, t))
+    bound = af**2 + (0.99 * ag) ** 2 - b["reward"] ** 2 / weight.square().sum()
+    excess = ((f * t).sum(-1) / (af * at) - bound / (2 * 0.99 * af * at)).clamp(min=0)
+    penalty = excess * same * (1 - b["terminal"])
+    torch.testing.assert_close(algo.loss(b)[0] - error, 0.5 * penalty.mean())
 
 
 def test_the_penalty_reaches_the_features_and_not_the_last_layer():
@@ -89,21 +97,10 @@ def test_the_penalty_reaches_the_features_and_not_the_last_layer():
 
 
 def test_value_of_a_two_state_chain_is_found():
-    """From state 0 the reward is 0 and state 1 follows; there it is 1 and the process ends."""
     algo = make(replace(SMALL, lr=3e-3, discount=0.5, beer=0.0))
-    g = torch.Generator().manual_seed(0)
-    for step in range(600):
-        here = torch.randint(2, (64,), generator=g)
-        b = {
-            "obs": torch.nn.functional.one_hot(here, 3).float(),
-            "act": torch.randint(4, (64,), generator=g), "reward": here.float(),
-            "terminal": here.float(), "next_obs": torch.tensor([0.0, 1.0, 0.0]).expand(64, 3),
-        }  # fmt: skip
-        algo.update(b, step)
-        if step % 20 == 0:
-            algo.renew_target()
-    expected = torch.tensor([[0.5], [1.0]]).expand(2, 4)
-    torch.testing.assert_close(algo.network(torch.eye(3)[:2]), expected, atol=0.05, rtol=0)
+    renew = lambda step: step % 20 == 0 and algo.renew_target()  # noqa: E731
+    draw = lambda g: torch.randint(4, (64,), generator=g)  # noqa: E731
+    engineering.finds_the_value_of_a_chain(algo, draw, renew)
 
 
 def test_a_saved_run_remembers_its_steps():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from offrl.algos import ppo
-from offrl.algos.ppo import PPO, Config, Rollouts, accumulated
+from offrl.algos.ppo import PPO, Config, Rollouts
 from offrl.data.collect import Collector
 from offrl.engine.stage import Run, Spec
 from offrl.envs.make import factory
@@ -35,17 +35,8 @@ def rollouts(name="Pendulum-v1", config=SMALL, seeds=(), envs=2, steps=10_000):
     return algo, Rollouts(algo, Collector(made, seeds), Run(steps, seeds))
 
 
-def test_advantages_of_the_worked_example():
-    """Discount 0.99, trace 0.95, r = (1, 0, 2), V = (0.5, 0.4, 0.3), bootstrap 0.2."""
-    reward, value = torch.tensor([[1.0], [0.0], [2.0]]), torch.tensor([[0.5], [0.4], [0.3]])
-    delta = reward + 0.99 * torch.tensor([[0.4], [0.3], [0.2]]) - value
-    found = accumulated(delta.flip(0), torch.full((3, 1), 0.99 * 0.95)).flip(0)
-    expected = torch.tensor([[2.477986], [1.682069], [1.898]])
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-
-
 class Line(gymnasium.Env):
-    """Counts its steps; a reward of 1 each; ends after three steps."""
+    """Counts its steps; pays 2, 0 and 4; ends after three steps."""
 
     observation_space = gymnasium.spaces.Box(-9, 9, (1,))
     action_space = gymnasium.spaces.Box(-1, 1, (1,))
@@ -60,25 +51,67 @@ class Line(gymnasium.Env):
 
     def step(self, action):
         self.at += 1
-        over = self.at == 3
+        over, reward = self.at == 3, (2.0, 0.0, 4.0)[self.at - 1]
         obs = torch.full((1,), float(self.at)).numpy()
-        return obs, 1.0, over and self.terminal, over and not self.terminal, {}
+        return obs, reward, over and self.terminal, over and not self.terminal, {}
 
 
-@pytest.mark.parametrize("bootstrap", [True, False])
-@pytest.mark.parametrize("terminal", [True, False])
-def test_a_time_limit_bootstraps_from_its_true_last_observation(terminal, bootstrap):
-    config = replace(SMALL, rollout=6, batch=6, bootstrap_timeouts=bootstrap, trace=0.0)
+@pytest.mark.parametrize(
+    ("terminal", "bootstrap", "expected"),
+    [
+        (False, True, [2.477986, 1.682069, 1.898]),  # V = 0.2 after the last step
+        (False, False, [2.302847, 1.49585, 1.7]),
+        (True, True, [2.302847, 1.49585, 1.7]),
+        (True, False, [2.302847, 1.49585, 1.7]),
+    ],
+)
+def test_advantages_stop_at_ends_and_time_limits_bootstrap(terminal, bootstrap, expected):
+    """Two episodes of scaled r = (1, 0, 2), V = (0.5, 0.4, 0.3), discount 0.99, trace 0.95."""
+    config = replace(SMALL, rollout=6, batch=6, bootstrap_timeouts=bootstrap, hidden=())
     algo = make(config, obs_dim=1, act_dim=1)
+    with torch.no_grad():
+        algo.critic.layers[0].weight.fill_(-0.1)
+        algo.critic.layers[0].bias.fill_(0.5)
+    algo.returns.variance.fill_(4.0)
+    algo.returns.count.fill_(1e12)  # so many that they stay as they are
     made = Rollouts(algo, Collector(Vector([lambda: Line(terminal)], [0])), Run(100))
     made.collect()
-    rows = ppo.unpack(made.table, made.columns)
-    with torch.no_grad():  # of the statistics that the rollout was read with: none
-        ahead = algo.critic(torch.tensor([[1.0], [2.0], [3.0]])).squeeze(-1)
-    reward = 1 / algo.returns.std().flatten()
-    ends = terminal or not bootstrap
-    expected = reward + 0.99 * ahead * torch.tensor([1.0, 1.0, 0.0 if ends else 1.0])
-    torch.testing.assert_close(rows["return"], expected.repeat(2))
+    rows, wanted = ppo.unpack(made.table, made.columns), torch.tensor(expected)
+    torch.testing.assert_close(rows["advantage"], wanted.repeat(2), atol=1e-5, rtol=0)
+    wanted = wanted + torch.tensor([0.5, 0.4, 0.3])
+    torch.testing.assert_close(rows["return"], wanted.repeat(2), atol=1e-5, rtol=0)
+
+
+def test_the_loss_of_the_worked_example():
+    """Both kinds of advantage at ratios 1.5 and 0.5; values beyond the clip, once within."""
+    algo = make(replace(SMALL, hidden=(), entropy=0.1), obs_dim=1, act_dim=1)
+    with torch.no_grad():
+        algo.actor.net.layers[0].weight.zero_()
+        algo.actor.log_std.fill_(0.5)
+        algo.critic.layers[0].weight.fill_(1.0)
+    b = {
+        "obs": torch.tensor([[0.5], [0.5], [-0.5], [0.1]]),
+        "act": torch.zeros(4, 1),  # log-probability -1.418939
+        "log_prob": -1.418939 - torch.tensor([1.5, 0.5, 0.5, 1.5]).log(),
+        "advantage": torch.tensor([1.0, -1.0, 1.0, -1.0]),  # standardized +-0.866025
+        "value": torch.zeros(4), "return": torch.tensor([1.0, 0.0, -1.0, 0.0]),
+    }  # fmt: skip
+    loss, metrics = algo.loss(b)
+    expected = {
+        "policy/loss": 0.866025 * (-1.2 + 0.8 - 0.5 + 1.5) / 4,
+        "value/loss": 0.5 * (0.64 + 0.25 + 0.64 + 0.01) / 4,
+        "policy/entropy": 1.918939, "policy/kl": 0.143841, "policy/clipped": 1.0,
+    }  # fmt: skip
+    found = {name: float(x.detach()) for name, x in metrics.items()}
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert float(loss.detach()) == pytest.approx(0.129904 + 0.5 * 0.1925 - 0.1 * 1.918939, abs=1e-5)
+
+
+def test_the_joint_gradient_is_clipped_to_its_largest_norm():
+    algo, b = make(), batch()
+    algo.update(b | {"return": 100 * b["return"]}, 0)
+    grads = [p.grad.flatten() for module in (algo.actor, algo.critic) for p in module.parameters()]
+    assert float(torch.cat(grads).norm()) == pytest.approx(0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["Pendulum-v1", "CartPole-v1"])
@@ -121,6 +154,20 @@ def test_rewards_are_over_the_deviation_of_discounted_returns():
     std = torch.tensor(seen).std(unbiased=False)
     torch.testing.assert_close(scaled[:, 0], rows["reward"][:, 0] / std, rtol=1e-4, atol=1e-5)
     assert float(made.running) == pytest.approx(total, rel=1e-5)
+
+
+def test_observations_are_standardized_by_the_rollouts_before():
+    algo, made = rollouts()
+    rollout = lambda: ppo.unpack(made.data.replay.table, made.data.replay.columns)["obs"].clone()  # noqa: E731
+    made.begin()
+    first = rollout()
+    made.collect()
+    second = rollout()
+    found = ppo.unpack(made.table, made.columns)["obs"]
+    expected = (second - first.mean(0)) / first.std(0, unbiased=False)
+    torch.testing.assert_close(found, expected.clamp(-10, 10), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(algo.observations.mean[0], torch.cat([first, second]).mean(0))
+    assert float(algo.observations.count) == float(algo.returns.count) == 2 * 64
 
 
 def test_statistics_of_parts_are_those_of_the_whole():
@@ -167,11 +214,18 @@ def test_actions_of_both_kinds_have_the_log_probabilities_of_their_distribution(
     torch.testing.assert_close(found[1], choice.entropy())
 
 
-def test_discrete_actions_are_drawn_with_their_probabilities():
+def test_actions_are_drawn_from_their_distribution():
+    algo, obs = make(), torch.zeros(40_000, 3)
+    with torch.no_grad():
+        algo.actor.net.layers[-1].bias.copy_(torch.tensor([[2.0, -1.0]]))
+        algo.actor.log_std.copy_(torch.tensor([[0.7, -1.0]]))
+    act, _ = algo.act({"obs": obs}, explore=True)
+    torch.testing.assert_close(act.mean(0), torch.tensor([2.0, -1.0]), atol=0.03, rtol=0)
+    torch.testing.assert_close(act.std(0), torch.tensor([2.0138, 0.3679]), atol=0, rtol=0.02)
     algo = make(discrete=True)
     with torch.no_grad():
         algo.actor.net.layers[-1].bias.copy_(torch.tensor([[0.0, 1.0]]))
-    act, _ = algo.act({"obs": torch.zeros(40_000, 3)}, explore=True)
+    act, _ = algo.act({"obs": obs}, explore=True)
     assert abs(float(act.float().mean()) - 0.7311) < 0.01
 
 

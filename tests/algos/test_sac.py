@@ -43,17 +43,26 @@ def test_alpha_rises_when_entropy_is_below_its_target_and_falls_above():
         assert torch.sign(-grad) == sign
 
 
-def test_target_subtracts_the_entropy_term_and_stops_at_terminal_steps():
-    algo, b = make(), batch()
-    zero, one = torch.zeros(()), torch.ones(())
+def test_target_is_the_smaller_soft_value_and_stops_at_terminal_steps():
+    algo, b = engineering.apart(make()), batch()
     state = algo.generator.get_state()
-    plain, _ = algo.target(b, zero)
+    y, _ = algo.target(b, torch.tensor(0.7))
     algo.generator.set_state(state)
-    soft, _ = algo.target(b, one)
-    algo.generator.set_state(state)
-    _, log_prob = algo.actor.sample(b["next_obs"], algo.generator)
-    expected = -0.99 * (1 - b["terminal"]) * log_prob
-    torch.testing.assert_close(soft - plain, expected.detach(), atol=1e-4, rtol=1e-4)
+    act, log_prob = algo.actor.sample(b["next_obs"], algo.generator)
+    one, two = algo.critics_target(b["next_obs"], act)
+    soft = torch.minimum(one, two) - 0.7 * log_prob
+    torch.testing.assert_close(y, b["reward"] + 0.99 * (1 - b["terminal"]) * soft)
+
+
+def test_losses_are_half_the_squared_errors_and_the_smaller_value():
+    algo, b = engineering.apart(make()), batch() | {"terminal": torch.ones(64)}
+    one, two = algo.critics(b["obs"], b["act"])
+    loss, _ = algo.critics_loss(b, torch.ones(()))
+    errors = (one - b["reward"]).square() + (two - b["reward"]).square()
+    torch.testing.assert_close(loss, errors.mean() / 2)
+    log_prob = b["reward"]
+    loss, _ = algo.actor_loss(b, b["act"], log_prob, torch.tensor(0.7))
+    torch.testing.assert_close(loss, (0.7 * log_prob - torch.minimum(one, two)).mean())
 
 
 def test_actor_loss_leaves_no_gradient_in_the_critics():
@@ -85,6 +94,11 @@ def test_finds_the_best_arm_of_a_continuous_bandit():
         algo.update(b, step)
     best, _ = algo.act({"obs": torch.zeros(2, 1, 3)})
     assert ((best - 0.5).square().sum(-1) < 0.05).all()
+
+
+def test_value_of_a_two_state_chain_is_found():
+    algo = make(replace(SMALL, lr=3e-3, discount=0.5, tau=0.05, alpha=1e-8))
+    engineering.finds_the_value_of_a_chain(algo, lambda g: torch.rand(64, 2, generator=g) * 2 - 1)
 
 
 def test_updates_never_wait_for_the_device():

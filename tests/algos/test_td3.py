@@ -18,13 +18,25 @@ def make(config=SMALL, seeds=(), device="cpu"):
 
 
 def test_truncated_steps_bootstrap_and_terminated_ones_do_not():
-    algo, b = make(replace(SMALL, noise=0.0)), batch()
+    algo, b = engineering.apart(make(replace(SMALL, noise=0.0))), batch()
     y, _ = algo.target(b)
     ended = b["terminal"] == 1
     assert torch.equal(y[ended], b["reward"][ended])
     act = algo.actor_target(b["next_obs"])
     q = algo.critics_target(b["next_obs"], act).amin(0)
     torch.testing.assert_close(y[~ended], (b["reward"] + 0.99 * q)[~ended])
+
+
+def test_target_noise_is_clipped_at_half_the_range_and_the_action_at_the_range():
+    algo, b, seen = engineering.apart(make(replace(SMALL, noise=1e6))), batch(), []
+    algo.critics_target.features = lambda obs, act: seen.append(act) or torch.zeros(2, 64, 32)
+    algo.target(b)
+    plain = algo.actor_target(b["next_obs"])
+    up, down = (plain + 0.5).clamp(max=1), (plain - 0.5).clamp(min=-1)
+    higher = seen[0] > plain
+    torch.testing.assert_close(seen[0], torch.where(higher, up, down))
+    assert 0.4 < float(higher.float().mean()) < 0.6
+    assert (plain.abs() > 0.5).any()
 
 
 def test_targets_are_bit_identical_after_an_odd_update():
@@ -51,21 +63,8 @@ def test_exploration_adds_clipped_gaussian_noise_and_evaluation_none():
 
 
 def test_value_of_a_two_state_chain_is_found():
-    """From state 0 the reward is 0 and state 1 follows; there it is 1 and the process ends."""
     algo = make(replace(SMALL, lr=3e-3, discount=0.5, tau=0.05))
-    g = torch.Generator().manual_seed(0)
-    for step in range(600):
-        here = torch.randint(2, (64,), generator=g)
-        obs = torch.nn.functional.one_hot(here, 3).float()
-        b = {
-            "obs": obs, "act": torch.rand(64, 2, generator=g) * 2 - 1,
-            "reward": here.float(), "terminal": here.float(),
-            "next_obs": torch.tensor([0.0, 1.0, 0.0]).expand(64, 3),
-        }  # fmt: skip
-        algo.update(b, step)
-    obs = torch.eye(3)[:2]
-    q = algo.critics(obs, torch.zeros(2, 2)).mean(0)
-    torch.testing.assert_close(q, torch.tensor([0.5, 1.0]), atol=0.05, rtol=0)
+    engineering.finds_the_value_of_a_chain(algo, lambda g: torch.rand(64, 2, generator=g) * 2 - 1)
 
 
 def test_updates_never_wait_for_the_device():

@@ -300,7 +300,7 @@ class Constant(gymnasium.Env):
 
 def test_the_bias_of_estimates_leaves_out_steps_whose_return_is_cut_off():
     cut = Evaluator(lambda: Constant(False), width=1)(Certain(), 1).bias
-    assert float(cut) == pytest.approx(2.0, abs=0.1)  # 12 against 10 (1 - 0.9^n), n >= 44
+    assert float(cut) == pytest.approx(2.0, abs=0.01)  # 12 against 10 (1 - 0.9^n), n >= 44
     ended = Evaluator(lambda: Constant(True), width=2)(Certain(), 4).bias
     returns = [2.71, 1.9, 1.0]
     assert ended.tolist() == pytest.approx([12 - sum(returns) / 3] * 4)
