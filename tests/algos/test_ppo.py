@@ -170,6 +170,21 @@ def test_observations_are_standardized_by_the_rollouts_before():
     assert float(algo.observations.count) == float(algo.returns.count) == 2 * 64
 
 
+def test_without_normalization_networks_see_plain_observations_and_rewards():
+    config = replace(SMALL, rollout=6, batch=6, normalize=False, hidden=())
+    algo = make(config, obs_dim=1, act_dim=1)
+    made = Rollouts(algo, Collector(Vector([lambda: Line(True)], [0])), Run(18))
+    assert (made.iterations, made.first) == (3, 0)  # none is spent on statistics
+    torch.nn.init.zeros_(algo.critic.layers[0].weight)
+    made.begin()
+    made.collect()
+    rows = ppo.unpack(made.table, made.columns)
+    assert rows["obs"].flatten().tolist() == [0, 1, 2, 0, 1, 2]
+    assert rows["return"][[2, 5]].tolist() == [4, 4]  # the last reward, as it was paid
+    assert algo.estimate({"obs": torch.full((1, 1), 99.0)}, rows["act"][:1]).tolist() == [0]
+    assert float(algo.observations.count) == float(algo.returns.count) == 0
+
+
 def test_statistics_of_parts_are_those_of_the_whole():
     from offrl.nets.on_policy import Running
 
