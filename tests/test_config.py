@@ -5,6 +5,7 @@ import torch
 
 from offrl import config, experiment, parallel
 from offrl.config import ConfigError, convert, from_yaml, resolve
+from offrl.envs import ogbench
 from offrl.experiment import layout
 
 TASKS = {"halfcheetah-*": {"alpha": 40.0}, "*-medium": {"eval_episodes": 50}}
@@ -121,6 +122,66 @@ def test_every_shipped_task_value_fits_its_method():
             env = pattern.rstrip("*").rstrip("-") or "hopper"
             resolve(name, {"env": env, "dataset": "x"}, stored["tasks"], stored["presets"])
         resolve(name, {"preset": "quick"}, {}, stored["presets"])
+
+
+ALPHAS = ("gcivl", "gciql", "qrl", "crl")
+COEFFICIENTS = {  # published: alphas of these methods, both of HIQL, and its k
+    "pointmaze": (10, 0.003, 0.0003, 0.03, 3, 25),
+    "antmaze": (10, 0.3, 0.003, 0.1, 3, 25),
+    "explore": (10, 0.01, 0.001, 0.003, 10, 25),
+    "humanoidmaze": (10, 0.1, 0.001, 0.1, 3, 100),
+    "antsoccer": (10, 0.1, 0.003, 0.3, 3, 25),
+    "play": (10, 1, 0.3, 3, 3, 10),
+    "noisy": (10, 0.03, 0.03, 0.1, 3, 10),
+}
+ACTOR_GOALS = {"stitch": (0.0, 0.5, 0.5), "explore": (0.0, 0.0, 1.0)}
+VALUE_GOALS = {"qrl": (0.0, 0.0, 1.0), "crl": (0.0, 1.0, 0.0)}
+MAZES, PLAY = ("navigate", "stitch"), ("play", "noisy")
+KINDS = {"pointmaze": MAZES, "antmaze": (*MAZES, "explore"), "humanoidmaze": MAZES,
+         "antsoccer": MAZES, "cube": PLAY, "scene": PLAY, "puzzle": PLAY}  # fmt: skip
+ALONG, MIXED = (0.0, 1.0, 0.0), (0.2, 0.5, 0.3)
+
+
+def published(method, env, kind):
+    """OGBench's values of a method for a data set; k / 5, which is ours, for the options of OTA."""
+    family = ogbench.family(env)
+    group = kind if kind in COEFFICIENTS else family
+    pixels, manipulation = env.startswith("visual-"), family in ogbench.MANIPULATION
+    *_, alpha, k = COEFFICIENTS[group]
+    horizon = 0.995 if "giant" in env or family == "humanoidmaze" else 0.99
+    found = {
+        "lr": 3e-4, "batch": 256 if pixels else 1024, "hidden": (512, 512, 512),
+        "steps": 500_000 if pixels else 1_000_000, "images": pixels,
+        "crop_share": 0.5 if pixels and manipulation else 0.0,
+        "actor_goals": ALONG if method == "gcbc" else ACTOR_GOALS.get(kind, ALONG),
+    }  # fmt: skip
+    if method != "gcbc":
+        found |= {"value_goals": VALUE_GOALS.get(method, MIXED)}
+    if method not in ("gcbc", "qrl"):
+        found |= {"discount": horizon}
+    if method in ("gciql", "gcivl", "hiql", "ota"):
+        found |= {"tau": 0.005, "expectile": 0.9 if method.startswith("gc") else 0.7}
+    if method in ("hiql", "ota"):
+        found |= {"high_alpha": alpha, "low_alpha": alpha, "subgoal_steps": k, "rep_dim": 10}
+        found |= {"low_actor_rep_grad": pixels}
+    if method == "ota":
+        found |= {"option_steps": k / 5}
+    if method in ALPHAS:
+        found |= {"alpha": COEFFICIENTS[group][ALPHAS.index(method)]}
+    return found
+
+
+@pytest.mark.parametrize("method", ["gcbc", "gcivl", "gciql", "qrl", "crl", "hiql", "ota"])
+def test_goal_conditioned_methods_have_the_published_values_for_every_data_set(method):
+    stored = config.shipped(method)
+    for env in ogbench.NAMES:
+        for kind in KINDS[ogbench.family(env)]:
+            got = resolve(method, {"env": env, "dataset": kind}, stored["tasks"], stored["presets"])
+            wanted = published(method, env, kind)
+            assert {key: got.options[key] for key in wanted} == wanted, (env, kind)
+            s = got.settings
+            protocol = (s.eval_every, s.eval_episodes, s.final_episodes)
+            assert protocol == (100_000, 50, 50)
 
 
 def test_seeds_are_stacked_on_cuda_where_the_network_can_carry_them():

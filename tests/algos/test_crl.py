@@ -1,11 +1,13 @@
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 
 from offrl.algos import crl
 from tests.algos.goal_conditioned import (
     batch,
+    climbs_while_it_imitates,
     maker,
     passes_engineering,
     passes_with_images,
@@ -47,14 +49,19 @@ def test_each_loss_moves_its_own_networks():
     assert not reaches(actor, algo.psi)
 
 
-def test_the_actor_follows_no_logit_below_the_floor():
-    b = batch()
-    for apart, follows in ((1.0, True), (1e4, False)):
-        algo = make(config=replace(SMALL, alpha=0.0))
-        phi = algo.phi(b["obs"], algo.actor(b["obs"], b["goal"]).clamp(-1, 1)).detach()
-        algo.psi = lambda goal, psi=-apart * phi: psi
-        grads = torch.autograd.grad(algo.actor_loss(b)[0], list(algo.actor.parameters()))
-        assert any(bool(g.any()) for g in grads) == follows
+@pytest.mark.parametrize(("scale", "below"), [(1, False), (40, True)])
+def test_the_actor_climbs_the_smaller_logit_above_the_floor_while_it_imitates(scale, below):
+    algo, met = make(dtype=torch.float64, config=replace(SMALL, alpha=0.7)), []
+    with torch.no_grad():
+        algo.psi.net.layers[-1].weight.mul_(scale)
+
+    def critic(s, a, g):
+        q = (algo.phi(s, a) * algo.psi(g)).sum(-1).min(0).values / 4  # the root of 16
+        met.append(bool((q < -13.9).any()))
+        return q.clamp(min=math.log(1e-6))
+
+    climbs_while_it_imitates(algo, critic)
+    assert met == [below]
 
 
 def test_engineering():

@@ -4,7 +4,13 @@ import torch
 
 from offrl.algos import gcbc
 from offrl.engine.stage import Run, Spec
-from tests.algos.goal_conditioned import batch, maker, passes_engineering, passes_with_images
+from tests.algos.goal_conditioned import (
+    batch,
+    learns_to_walk_a_line,
+    maker,
+    passes_engineering,
+    passes_with_images,
+)
 from tests.data.trajectories import toy
 
 SMALL = gcbc.Config(hidden=(16, 16), batch=16)
@@ -22,6 +28,10 @@ def test_goals_lie_ahead_on_the_trajectory():
     algo = gcbc.make(replace(SMALL, batch=2000), Spec(2, 1), torch.Generator().manual_seed(0))
     found = gcbc.stages(algo, toy((5, 3, 9)), Run(1))[0].start()(algo.generator)
     assert bool((found["goal"][:, 0] > found["obs"][:, 0]).all())
+
+
+def test_learns_to_walk_a_line_to_either_end():
+    learns_to_walk_a_line(gcbc, SMALL)
 
 
 def test_engineering():

@@ -1,17 +1,23 @@
 """OTA against its closed forms, its gradients' routes and its formulas term by term."""
 
 import math
-from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
+from offrl.algos import ota
 from offrl.algos.ota import OTA, Config, stages
 from offrl.engine.stage import Run, Spec
 from offrl.nets.goal import normal_log_prob
 from offrl.peers import per_term
 from tests.algos import engineering
+from tests.algos.goal_conditioned import (
+    learns_to_walk_a_line,
+    targets_follow_from_before_the_step,
+    trained_apart,
+    with_images,
+)
 from tests.data.trajectories import toy
 
 SMALL = Config(hidden=(16, 16), batch=32, subgoal_steps=4, option_steps=2, rep_dim=5)
@@ -185,16 +191,9 @@ def test_target_values_follow_the_online_representation():
     assert float((first - second).abs().min(-1).values.max()) > 0.01
 
 
-def test_targets_move_towards_the_weights_from_before_the_step():
-    algo, b = make(), batch()
-    start = deepcopy(algo.values.state_dict())
-    algo.update(b, 0)
-    for name, value in algo.values_target.state_dict().items():
-        assert torch.equal(value, start[name])  # 0.005 theta_0 + 0.995 theta_0
-    first = deepcopy(algo.values.state_dict())
-    algo.update(b, 1)
-    for name, value in algo.values_target.state_dict().items():
-        torch.testing.assert_close(value, 0.005 * first[name] + 0.995 * start[name])
+@pytest.mark.parametrize("images", [False, True])
+def test_targets_move_towards_the_weights_from_before_the_step(images):
+    targets_follow_from_before_the_step(ota, SMALL, images, batch)
 
 
 # --- policies and representation -----------------------------------------------------------------
@@ -236,11 +235,33 @@ def test_temperatures_of_zero_clone_actions_and_subgoals():
     )
 
 
-def test_weights_of_the_regressions_stop_at_a_hundred():
-    algo, b = make(replace(SMALL, low_alpha=1e6, high_alpha=1e6)), batch()
+def test_weights_grow_with_the_gain_of_their_level_up_to_a_hundred():
+    algo = make(replace(SMALL, low_alpha=10.0, high_alpha=15.0), dtype=torch.float64)
+    b = batch(dtype=torch.float64)
     _, metrics = algo.loss(b)
-    for name in ("low/weight", "high/weight"):
-        assert 0 < float(metrics[name]) <= 100.0
+    s, w, g = b["obs"], b["waypoint"], b["goal"]
+    z, subgoal = algo.rep(s, w), algo.rep(s, b["ahead"])
+
+    def value(level, obs, goal):
+        pair = (obs, algo.rep(obs, goal))
+        return algo.values((pair,), (pair,))[0][level].mean(0)
+
+    for name, gain, log_prob in (
+        (
+            "low",
+            10 * (value(0, b["next_obs"], w) - value(0, s, w)),
+            algo.low.log_prob(s, z, b["act"]),
+        ),
+        (
+            "high",
+            15 * (value(1, b["ahead"], g) - value(1, s, g)),
+            algo.high.log_prob(s, g, subgoal),
+        ),
+    ):
+        weight = gain.exp().clamp(max=100)
+        assert 0.1 < float((weight == 100).double().mean()) < 0.9
+        torch.testing.assert_close(metrics[f"{name}/weight"], weight.mean())
+        torch.testing.assert_close(metrics[f"{name}/loss"], -(weight * log_prob).mean())
 
 
 def test_the_log_density_is_that_of_a_unit_gaussian():
@@ -255,6 +276,7 @@ def test_the_log_density_is_that_of_a_unit_gaussian():
 @pytest.mark.parametrize("shared", [False, True])
 def test_joined_passes_have_the_value_and_gradient_of_the_terms(shared):
     algo, b = make(dtype=torch.float64), batch(dtype=torch.float64)
+    trained_apart(algo.values_target)
     joined, terms = algo.loss(b)[0], per_term.loss(algo, b, shared)
     torch.testing.assert_close(joined, terms, rtol=1e-12, atol=1e-12)
     nets = [
@@ -374,6 +396,12 @@ def test_columns_outside_of_the_observation_are_refused():
         make(replace(SMALL, goal_columns=(0, 3)))
 
 
+def test_learns_to_walk_a_line_to_either_end():
+    # half of the goals are any states, which imitation alone does not lead to
+    config = replace(SMALL, tau=0.1, discount=0.9, actor_goals=(0.0, 0.5, 0.5))
+    learns_to_walk_a_line(ota, config)
+
+
 # --- images --------------------------------------------------------------------------------------
 
 PIXELS = replace(SMALL, images=True, low_actor_rep_grad=True)
@@ -383,14 +411,8 @@ def from_images(config=PIXELS):
     return OTA(config, Spec(3 * 64**2, ACT), torch.Generator().manual_seed(0))
 
 
-def image_batch(size=4):
-    b, g = batch(size=size), torch.Generator().manual_seed(0)
-    draw = lambda: torch.randint(0, 256, (size, 3 * 64**2), generator=g, dtype=torch.uint8)  # noqa: E731
-    return {name: draw() if value.shape[-1:] == (OBS,) else value for name, value in b.items()}
-
-
 def test_every_network_sees_images_through_an_encoder_of_its_own():
-    algo, b = from_images(), image_batch()
+    algo, b = from_images(), with_images(batch(size=4))
     _, metrics = algo.loss(b)
     low, high = algo.values.sights
     for name, seen, unseen in (
@@ -403,16 +425,6 @@ def test_every_network_sees_images_through_an_encoder_of_its_own():
         assert not any(reaches(metrics[name], module) for module in unseen)
     act, _ = algo.act({"obs": b["obs"].float(), "goal": b["goal"].float()})
     assert act.shape == (4, ACT)
-
-
-def test_the_encoders_of_the_values_have_targets():
-    algo, b = from_images(), image_batch()
-    start = deepcopy(algo.values.sights.state_dict())
-    for step in range(2):
-        algo.update(b, step)
-    for name, value in algo.values_target.sights.state_dict().items():
-        assert not torch.equal(value, algo.values.sights.state_dict()[name])
-        torch.testing.assert_close(value, start[name], atol=1e-5, rtol=0)
 
 
 def test_images_of_another_size_are_refused():

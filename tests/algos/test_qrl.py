@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import torch
 
 from offrl.algos import qrl
 from tests.algos.goal_conditioned import (
     batch,
+    climbs_while_it_imitates,
+    learns_to_walk_a_line,
     maker,
     passes_engineering,
     passes_with_images,
@@ -44,6 +48,22 @@ def test_losses_are_those_of_the_formulas():
     model = (d(after, foreseen) + d(foreseen, after)).mean() / 2
     expected = spread + excess + (0.05 - excess) + model  # the price is 1 at first
     torch.testing.assert_close(algo.value_loss(b)[0], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_actor_climbs_to_where_the_goal_is_near_while_it_imitates():
+    algo = make(dtype=torch.float64, config=replace(SMALL, alpha=0.7))
+
+    def critic(s, a, g):
+        z = algo.metric(s)
+        return -algo.metric.distance(z + algo.model(torch.cat([z, a], -1)), algo.metric(g))
+
+    climbs_while_it_imitates(algo, critic)
+
+
+def test_learns_to_walk_a_line_to_either_end():
+    # half of the goals are any states, which imitation alone does not lead to
+    config = replace(SMALL, alpha=0.1, actor_goals=(0.0, 0.5, 0.5))
+    learns_to_walk_a_line(qrl, config)
 
 
 def test_engineering():

@@ -1,11 +1,15 @@
 """Goals against their definitions, on toy trajectories whose observation is the state's index."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 
+from offrl.algos import crl, gcbc, gciql, gcivl, hiql, ota, qrl
 from offrl.data import DataError
 from offrl.data.goals import check_mixture, trajectories
+from offrl.engine.stage import Run, Spec
 from tests.data.trajectories import layout, toy
 
 LENGTHS = (5, 3, 9)
@@ -118,19 +122,20 @@ def enumerated(i, n, gamma, mixture):
     return law
 
 
+def follows(left, right, law):
+    """Pairs come with the probabilities of the law."""
+    pairs, counts = np.unique(torch.stack([left, right], 1).numpy(), axis=0, return_counts=True)
+    found = {(int(a), int(b)): int(n) / MANY for (a, b), n in zip(pairs, counts, strict=True)}
+    assert found.keys() <= law.keys()
+    for pair, p in law.items():
+        assert abs(found.get(pair, 0.0) - p) < 0.005, pair
+
+
 @pytest.mark.parametrize(("i", "n"), [(0, 2), (2, 1), (7, 5), (10, 4), (12, 20)])
 def test_options_and_their_goals_follow_the_enumerated_law(states, i, n):
     start = torch.full((MANY,), i)
     end, goal = states.options(start, n, MIXTURE, 0.8, stream())
-    law = enumerated(i, n, 0.8, MIXTURE)
-    found = {}
-    for pair, count in zip(
-        *np.unique(torch.stack([end, goal], 1).numpy(), axis=0, return_counts=True), strict=True
-    ):
-        found[tuple(int(v) for v in pair)] = int(count) / MANY
-    assert found.keys() <= law.keys()
-    for pair, p in law.items():
-        assert abs(found.get(pair, 0.0) - p) < 0.005, pair
+    follows(end, goal, enumerated(i, n, 0.8, MIXTURE))
 
 
 def test_options_end_within_their_length_and_trajectory(states):
@@ -151,18 +156,16 @@ def test_an_option_as_long_as_the_trajectory_reaches_every_goal_on_it(states):
 # --- the high-level actor ------------------------------------------------------------------------
 
 
-def test_subgoals_of_trajectory_goals_stop_at_the_goal(states):
-    i = states.anchors((20_000,), stream())
-    goal, target = states.subgoals(i, 3, (0.0, 1.0, 0.0), stream(1))
-    assert torch.equal(target, torch.minimum(i + 3, goal))
-    assert bool((goal > i).all())
-
-
-def test_subgoals_of_random_goals_stop_at_the_trajectorys_end(states):
-    i = states.anchors((20_000,), stream())
-    goal, target = states.subgoals(i, 3, (0.0, 0.0, 1.0), stream(1))
-    assert torch.equal(target, states.ahead(i, 3))
-    assert set(goal.tolist()) == set(ENDS)
+@pytest.mark.parametrize("mixture", [(0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.3, 0.7)])
+@pytest.mark.parametrize(("i", "k"), [(10, 3), (12, 20), (8, 2)])
+def test_subgoals_stop_at_trajectory_goals_and_else_at_the_trajectorys_end(states, i, k, mixture):
+    f, (_, within, random) = ENDS[i], mixture
+    law = {(j, min(i + k, f)): random / len(ENDS) for j in ENDS}
+    for j in range(i + 1, f + 1):  # the two end points have half the mass of the others
+        mass = 1.0 if f == i + 1 else (0.5 if j in (i + 1, f) else 1.0) / (f - i - 1)
+        law[j, min(i + k, j)] = law.get((j, min(i + k, j)), 0.0) + within * mass
+    goal, target = states.subgoals(torch.full((MANY,), i), k, mixture, stream(1))
+    follows(goal, target, {pair: p for pair, p in law.items() if p > 0})
 
 
 def test_a_high_policys_goal_is_never_the_state_itself(states):
@@ -176,6 +179,83 @@ def test_states_and_actions_are_gathered_together(states):
     assert torch.equal(obs[..., 0], i.float())
     assert torch.equal(later[..., 0], torch.minimum(i + 4, states.last[i]).float())
     torch.testing.assert_close(act[..., 0], i / 100)
+
+
+# --- what the methods draw ------------------------------------------------------------------------
+
+ROWS = (500,) * 100
+VALUE, POLICY = (0.2, 0.5, 0.3), (0.0, 0.6, 0.4)
+GOALS = {  # of the fields of a batch: mixture, and median steps ahead; None for uniform ones
+    "value_goal": (VALUE, 7),  # 0.9^7 < 1/2 < 0.9^6
+    "low_goal": (VALUE, 7),
+    "goal": (POLICY, None),
+}
+
+
+def drawn(method, **options):
+    """A batch as indices of states, and the last state of every anchor's trajectory."""
+    given = {"discount": 0.9, "value_goals": VALUE, "actor_goals": POLICY} | options
+    known = {field.name for field in fields(method.Config)}
+    config = method.Config(
+        hidden=(8,), batch=100_000, **{key: v for key, v in given.items() if key in known}
+    )
+    algo = method.make(config, Spec(2, 1), stream())
+    b = method.stages(algo, toy(ROWS), Run(1))[0].start()(stream())
+    x = {name: v[:, 0].long() for name, v in b.items() if v.shape[-1] == 2}
+    success = {name: v for name, v in b.items() if name.endswith("success")}
+    return x | success, trajectories(toy(ROWS)).last[x["obs"]]
+
+
+def methods(*modules):
+    names = [module.__name__.rpartition(".")[2] for module in modules]
+    return pytest.mark.parametrize("method", modules, ids=names)
+
+
+@methods(gcbc, gcivl, gciql, qrl, crl, hiql, ota)
+def test_methods_draw_goals_by_their_mixtures_and_discount(method):
+    x, last = drawn(method)
+    i = x["obs"]
+    for name in GOALS.keys() & x.keys():
+        goal, ((current, _, random), median) = x[name], GOALS[name]
+        same = (goal <= last) & (goal >= last - 500)
+        assert abs(float((goal == i).double().mean()) - current) < 0.01
+        assert abs(float((~same).double().mean()) - 0.99 * random) < 0.01
+        ahead = same & (goal > i) & (last - i > 200)
+        steps = (goal - i)[ahead]
+        if median is None:
+            assert abs(float((steps / (last - i)[ahead]).mean()) - 0.5) < 0.01
+        elif method is not qrl:  # whose goals along the trajectory no task asks for
+            assert float(steps.median()) == median
+    if "value_goal" in x:
+        assert torch.equal(x["next_obs"], i + 1)
+        assert torch.equal(x["success"], (x["value_goal"] == i).float())
+
+
+@methods(hiql, ota)
+def test_waypoints_and_subgoals_lie_as_many_steps_ahead_as_asked_for(method):
+    x, last = drawn(method, subgoal_steps=7, option_steps=3)
+    i, goal = x["obs"], x["goal"]
+    assert torch.equal(x["waypoint"], torch.minimum(i + 7, last))
+    random = (goal < i) | (goal > last)
+    assert torch.equal(x["ahead"][random], x["waypoint"][random])
+    hits = x["ahead"][~random] == torch.minimum(x["waypoint"], goal)[~random]
+    assert float(hits.double().mean()) > 0.99  # but for random goals ahead on the trajectory
+
+
+def test_ota_draws_options_and_their_goals_by_its_settings():
+    x, last = drawn(ota, subgoal_steps=7, option_steps=3)
+    i, end, goal = x["obs"], x["option_end"], x["high_goal"]
+    random = (goal < i) | (goal > last)
+    assert torch.equal(end[random], torch.minimum(i + 3, last)[random])
+    assert bool((end <= torch.minimum(i + 3, last)).all())
+    assert abs(float(random.double().mean()) - 0.3) < 0.01
+    later = ~random & (goal > end) & (last - i > 200)
+    assert float((goal - end)[later].median()) == 7  # the offset is not scaled by the option
+    # the option's end as a goal, and goals of the trajectory within an option: 1 - 0.9^3
+    share = float((goal == end).double().mean())
+    assert abs(share - (0.2 + 0.5 * (1 - 0.9**3))) < 0.01
+    for level, at, of in (("low", "low_goal", "obs"), ("high", "high_goal", "option_end")):
+        assert torch.equal(x[f"{level}_success"], (x[at] == x[of]).float())
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The pointmaze recipe."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -53,8 +55,27 @@ def test_actions_are_noisy_unit_vectors_within_bounds(walks):
         # a step covers a fifth of the action where no wall is in the way
         free = np.abs(moved - 0.2 * act.reshape(8, 201, 2)[:, :-1]).max(-1) < 1e-3
         assert free.mean() > 0.7
-    still = walks["stitch"]["actions"].reshape(8, 201, 2)[:, -50:]  # around the goal's centre
-    assert 0.4 < still.std() < 0.9
+
+
+def test_actions_scatter_by_half_around_the_direction_of_the_next_cell(walks):
+    import gymnasium
+
+    env = gymnasium.make("pointmaze-medium-v0").unwrapped
+    xy, act = (
+        walks["stitch"][name].reshape(8, 201, 2).astype(float) for name in ("qpos", "actions")
+    )
+    cells = [[env.xy_to_ij(at) for at in walk] for walk in xy]
+    goals = [Counter(walk[-50:]).most_common(1)[0][0] for walk in cells]  # where a walk ends
+    way = np.array([
+        [env.get_oracle_subgoal(env.ij_to_xy(cell), env.ij_to_xy(goal))[0] for cell in walk]
+        for walk, goal in zip(cells, goals, strict=True)
+    ]) - xy  # fmt: skip
+    unit = way / np.linalg.norm(way, axis=-1, keepdims=True)
+    noise = (act - unit)[np.abs(unit) < 0.7]  # where the bounds leave noise below 0.3 as it is
+    assert len(noise) > 1500
+    shares = {bound: (np.abs(noise) < bound).mean() for bound in (0.15, 0.3)}
+    assert abs(shares[0.15] - 0.2358) < 0.03  # P(|N(0, 1)| < 0.3)
+    assert abs(shares[0.3] - 0.4515) < 0.03  # P(|N(0, 1)| < 0.6)
 
 
 def test_stitch_walks_end_around_a_cell_four_away(walks):
