@@ -66,13 +66,12 @@ def test_the_target_network_becomes_the_network():
 
 
 def test_the_loss_is_the_squared_error_and_the_weighted_penalty():
-    """The penalty of features in the blocks of their actions, written out; 0 between blocks."""
+    """The penalty of features in the blocks of their actions, written out; none between blocks."""
     plain, algo = (engineering.apart(make(replace(SMALL, beer=beer))) for beer in (0.0, 0.5))
     b = batch()
     choice = algo.network(b["next_obs"]).argmax(-1)
     b["act"][::2] = choice[::2]
     same = b["act"] == choice
-    b["reward"] *= same  # a reward could open the gate of orthogonal features
     y, _, _ = plain.target(b)
     error = (plain.network(b["obs"])[range(64), b["act"]] - y).square().mean()
     torch.testing.assert_close(plain.loss(b)[0], error)
@@ -82,7 +81,10 @@ def test_the_loss_is_the_squared_error_and_the_weighted_penalty():
     bound = af**2 + (0.99 * ag) ** 2 - b["reward"] ** 2 / weight.square().sum()
     excess = ((f * t).sum(-1) / (af * at) - bound / (2 * 0.99 * af * at)).clamp(min=0)
     penalty = excess * same * (1 - b["terminal"])
-    torch.testing.assert_close(algo.loss(b)[0] - error, 0.5 * penalty.mean())
+    loss, metrics = algo.loss(b)
+    torch.testing.assert_close(loss - error, 0.5 * penalty.mean())
+    counted = same * (1 - b["terminal"])
+    torch.testing.assert_close(metrics["beer/open"], (penalty > 0).sum() / counted.sum())
 
 
 def test_the_penalty_reaches_the_features_and_not_the_last_layer():
