@@ -67,13 +67,13 @@ class Ours:
 
 
 def peer(name: str, env: str) -> Callable[[int], int]:
-    """`learn` of Stable-Baselines3's method, on the environment that ours has."""
+    """`learn` of Stable-Baselines3's method, on as many of the environments as ours has."""
     import stable_baselines3
+    from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.logger import Logger
 
-    options = config.resolve(
-        name.lower(), {"env": env}, config.shipped(name.lower()).get("tasks")
-    ).config()
+    resolved = config.resolve(name.lower(), {"env": env}, config.shipped(name.lower()).get("tasks"))
+    options, envs = resolved.config(), make_vec_env(factory(env), resolved.settings.envs)
     shared = {"learning_rate": options.lr, "batch_size": options.batch, "device": "cpu", "seed": 0,
               "policy_kwargs": {"net_arch": list(options.hidden)}}  # fmt: skip
     if name == "PPO":
@@ -82,7 +82,7 @@ def peer(name: str, env: str) -> Callable[[int], int]:
         every = getattr(options, "update_every", 1)
         shared |= {"learning_starts": WARM_UP, "train_freq": every, "gradient_steps": 1,
                    "buffer_size": options.capacity}  # fmt: skip
-    model = getattr(stable_baselines3, name)("MlpPolicy", factory(env)(), **shared)
+    model = getattr(stable_baselines3, name)("MlpPolicy", envs, **shared)
     model.set_logger(Logger(folder=None, output_formats=[]))
 
     def learn(steps: int) -> int:
@@ -146,7 +146,7 @@ def main() -> None:
         print(f"{name:<16} {middle:>9.0f} {min(values):>7.0f}-{max(values):<7.0f} "
               f"{updates:>10} {against:>9}")  # fmt: skip
     if given.out:
-        given.out.write_text(json.dumps(found, indent=1))
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
