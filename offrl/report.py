@@ -85,8 +85,7 @@ def make_report(options: Options) -> dict[str, Any]:
         }
         for task in tasks
     }
-    online = all(configuration.online(name.split()[0]) for name in labels)
-    xlabel = "environment steps" if online else "updates"
+    xlabel = counted(labels)
     plots.curves(out / "curves.png", panels, xlabel, "score")
     if options.metrics:
         rows = {
@@ -213,6 +212,12 @@ def row(cells: dict[tuple[str, str], Cell], label: str, tasks: list[str]) -> dic
     return out
 
 
+def counted(labels: Iterable[str]) -> str:
+    """What the steps of these methods are."""
+    online = all(configuration.online(label.split()[0]) for label in labels)
+    return "environment steps" if online else "updates"
+
+
 def table(found: dict[str, Any], metrics: Iterable[str]) -> str:
     """The same as Markdown: IQM [95 % interval]."""
     head = ["method", *found["tasks"], "mean"]
@@ -234,9 +239,9 @@ def table(found: dict[str, Any], metrics: Iterable[str]) -> str:
     said = {key: sorted({place[key] for place in kept}) for key in ("steps", "episodes", "unit")}
     counts = sorted({len(place["seeds"]) for place in kept})
     text += (
-        f"\n{', '.join(said['unit'])}; last checkpoint after {numbers(said['steps'])} updates, "
-        f"{numbers(said['episodes'])} episodes, {numbers(counts)} seed(s); IQM over seeds with "
-        "95 % bootstrap interval\n"
+        f"\n{', '.join(said['unit'])}; last checkpoint after {numbers(said['steps'])} "
+        f"{counted(found['methods'])}, {numbers(said['episodes'])} episodes, {numbers(counts)} "
+        "seed(s); IQM over seeds with 95 % bootstrap interval\n"
     )
     return text
 
