@@ -153,8 +153,8 @@ class Rollouts:
         self.iterations = (run.steps - self.first) // self.rows
         if self.iterations < 1:
             raise ValueError(
-                f"steps={run.steps} is too little: a rollout has {self.rows} steps, and with "
-                f"normalize=true the first is not learned from"
+                f"steps={run.steps} is too little: a rollout has {self.rows} steps"
+                + (", and the first is for the statistics" if self.first else "")
             )
         self.minibatches = self.rows // c.batch
         data.keep(self.rows)
