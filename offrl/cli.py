@@ -1,5 +1,6 @@
 """The command line: `offrl train ...` and the scripts. Grammar and launchers are Hydra's."""
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -26,11 +27,21 @@ def main() -> None:
 
 
 def train(argv: Sequence[str] | None = None) -> None:
-    """Train one method: `algo=prdc env=halfcheetah dataset=medium seeds=4`."""
+    """Train one method: `algo=prdc env=halfcheetah dataset=medium seeds=4`.
+
+    `--help` with the same words lists every setting with its value, origin and meaning.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     with readable_errors():
         overrides = check_overrides(argv)
-        if "resume" in overrides:
+        if {"-h", "--help"} & set(argv):
+            resolved = compose([word for word in argv if not word.startswith("-")])
+            print(f"{inspect.getdoc(train)}\n\n{resolved.help()}")
+            presets = ", ".join(["full", *configuration.shipped(resolved.algo).get("presets", {})])
+            print(f"methods: {', '.join(configuration.algorithms())}\npresets: {presets}")
+            print("resume=DIR continues a run; -m sweeps over comma-separated values; "
+                  "--hydra-help is Hydra's own")  # fmt: skip
+        elif "resume" in overrides:
             resume(overrides, argv)
         elif any(flag.startswith("-") for flag in argv):
             sweep(argv)
@@ -106,25 +117,33 @@ def compose(argv: Sequence[str]) -> Resolved:
     from hydra import initialize_config_module
 
     with initialize_config_module("offrl.configs", version_base="1.3"):
-        return resolve(hydra_compose("train", overrides=for_hydra(argv)))
+        return resolve(hydra_compose("train", overrides=for_hydra(argv)), argv)
 
 
-def resolve(cfg: Any) -> Resolved:
-    """A composed Hydra configuration as settings with origins."""
+def resolve(cfg: Any, words: Sequence[str]) -> Resolved:
+    """A composed Hydra configuration as settings with origins.
+
+    Args:
+        words: the overrides it was composed of.
+    """
     from omegaconf import OmegaConf
 
     raw: Any = OmegaConf.to_container(cfg)
     method = raw.pop("algo")
     overrides = {f"algo.{k}": v for k, v in method.items() if k not in OWN_KEYS}
     overrides |= {k: v for k, v in raw.items() if k != "hydra"}
-    return configuration.resolve(
+    resolved = configuration.resolve(
         method["name"], overrides, method.get("tasks"), method.get("presets")
     )
+    if any(word.startswith("algo=") for word in words):
+        resolved.origins["algo"] = "command line"
+    return resolved
 
 
 def run(resolved: Resolved, folder: Path | None = None, resume: bool = False) -> dict[str, Any]:
     """Print the settings, train, print the score."""
     from offrl import experiment
+    from offrl.outcome import played_in
 
     print("\n".join(resolved.lines()), flush=True)
     folder, result = experiment.train(
@@ -132,10 +151,8 @@ def run(resolved: Resolved, folder: Path | None = None, resume: bool = False) ->
     )
     score, interval = result["score"], result["score"]["interval95"]
     spread = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
-    env, data = result["env"], result["dataset"]
-    masses = " with legacy masses" if env["legacy_mass"] else ""
-    played = f"{env['id']}{masses}, mujoco {result['versions']['mujoco']}"
-    print(f"data {data['name']}; evaluated in {played}" if data else f"evaluated in {played}")
+    data = f"data {result['dataset']['name']}; " if result["dataset"] else ""
+    print(f"{data}evaluated in {played_in(result['env'], result['versions'])}")
     print(
         f"{result['unit']} score {score['iqm']:.1f}{spread}  (IQM of {len(result['seeds'])} "
         f"seed(s) x {len(result['final_returns'][0])} episodes, last checkpoint"
@@ -184,7 +201,9 @@ def anchored(word: str) -> str:
 
 def sweep_job(cfg: Any) -> float:
     """One run of a sweep; importable, since launchers send it to other processes."""
-    return float(run(resolve(cfg))["score"]["iqm"])
+    from hydra.core.hydra_config import HydraConfig
+
+    return float(run(resolve(cfg, HydraConfig.get().overrides.task))["score"]["iqm"])
 
 
 class readable_errors:

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import fnmatch
 import importlib
+import inspect
 import pkgutil
 import re
 import types
@@ -37,6 +38,7 @@ class Settings:
     env: str = "halfcheetah"  # environment; see README, "Environments"
     # name within the source, or a path to an HDF5 or npz file; navigate or play for OGBench's tasks
     dataset: str = "medium"
+    # auto: a file where dataset is the path of one, else generated
     source: Literal["auto", "generated", "d4rl", "minari", "ogbench", "files"] = "auto"
     rows: int | None = None  # transitions to generate; None: the recipe's own number
     # auto: what a Gymnasium id says, else v4 for source=d4rl and v5 for the rest
@@ -109,6 +111,20 @@ class Resolved:
         width = max(len(name) for name, _ in rows)
         return [f"{n:<{width}} = {v}  ({self.origins.get(n, 'default')})" for n, v in rows]
 
+    def help(self) -> str:
+        """Every setting and option with its value here, its origin and its meaning."""
+        parts = [(Settings, self.settings, ""), (module(self.algo).Config, self.config(), "algo.")]
+        lines = []
+        for cls, values, prefix in parts:
+            told = meanings(cls)
+            for name, hint in fields_of(cls).items():
+                key, words = prefix + name, "|".join(map(str, words_of(hint)))
+                about = "; ".join(filter(None, [self.origins.get(key, "default"), words]))
+                lines.append(f"{key}={plain(getattr(values, name))}  ({about})")
+                lines += [f"    {told[name]}"] if told[name] else []
+            lines.append("")
+        return "\n".join(lines)
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(
             {
@@ -180,6 +196,28 @@ def fields_of(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def meanings(cls: type) -> dict[str, str]:
+    """Name -> the comment above or beside each field of a dataclass, "" where there is none."""
+    found = dict.fromkeys(fields_of(cls), "")
+    above: list[str] = []
+    for line in map(str.strip, inspect.getsource(cls).splitlines()):
+        name = line.partition(":")[0]
+        if name in found:
+            beside = line.partition("  # ")[2]
+            found[name] = " ".join([*above, *([beside] if beside else [])])
+        above = [*above, line.removeprefix("# ")] if line.startswith("# ") else []
+    return found
+
+
+def words_of(hint: Any) -> list[Any]:
+    """The values that a type names: those of a Literal, also within a union."""
+    if typing.get_origin(hint) is Literal:
+        return list(typing.get_args(hint))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return [word for part in typing.get_args(hint) for word in words_of(part)]
+    return []
+
+
 def convert(name: str, value: Any, hint: Any) -> Any:
     """The value in the declared type: whole floats become ints, lists become tuples.
 
@@ -190,8 +228,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in parts:
             return None
-        words = [w for part in parts if typing.get_origin(part) is Literal
-                 for w in typing.get_args(part)]  # fmt: skip
+        words = words_of(hint)
         if value in words:
             return value
         kinds = [p for p in parts if p is not type(None) and typing.get_origin(p) is not Literal]

@@ -15,10 +15,10 @@ from offrl.config import ConfigError, Resolved
 from offrl.engine import checkpoint
 from offrl.engine.evaluate import Episodes, Evaluator
 from offrl.engine.stage import Algorithm, Policy, Spec
-from offrl.envs.make import env_id, factory, tasks
+from offrl.envs.make import engines, env_id, factory, tasks
 from offrl.envs.vector import flat, sizes
 from offrl.experiment import evaluator_of, make_env, prepare, version
-from offrl.outcome import UNITS, rows, scored, summary
+from offrl.outcome import UNITS, played_in, rows, scored, summary
 from offrl.parallel import Failed
 from offrl.seeding import derive, generator
 
@@ -59,14 +59,15 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         player.close()
     returns = rows([episodes.returns for episodes in played])
     unit, values = scored(resolved, returns)
-    id, mujoco = env_id(resolved.settings.env, version(resolved)), metadata.version("mujoco")
+    id, legacy = env_id(resolved.settings.env, version(resolved)), resolved.settings.legacy_mass
+    versions = {name: metadata.version(name) for name in engines(id)}
     found = {
         "run": str(options.run),
         "checkpoints": [str(file) for file in files],
         "env": resolved.settings.env,
         "env_version": version(resolved),
-        "mujoco": mujoco,
-        "legacy_mass": resolved.settings.legacy_mass,
+        "versions": versions,
+        "legacy_mass": legacy,
         "seeds": seeds,
         "episodes": options.episodes,
         "explore": options.explore,
@@ -80,10 +81,10 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         found.setdefault("scenarios", {})[name] = {"score": score, "returns": apart.tolist()}
         print(f"{name}: {unit} {score['iqm']:.1f}")
     for seed, row in zip(seeds, values, strict=True):
-        print(f"seed {seed}: {unit} {row.mean():.1f} +- {row.std():.1f} over {len(row)} episodes")
+        print(f"seed {seed}: {unit} {row.mean():.1f}, std {row.std():.1f} over {len(row)} episodes")
     print(
         f"IQM of {len(seeds)} seed(s): {found['unit']} {found['score']['iqm']:.1f} "
-        f"({id}, mujoco {mujoco}, legacy_mass={str(found['legacy_mass']).lower()})"
+        f"({played_in({'id': id, 'legacy_mass': legacy}, versions)})"
     )
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=1))

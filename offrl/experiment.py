@@ -33,12 +33,13 @@ from offrl.engine.evaluate import Evaluator
 from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
 from offrl.engine.stage import Algorithm, Run, Spec, scenarios
 from offrl.engine.threads import candidates
+from offrl.envs import ogbench
 from offrl.envs.make import VERSIONS, env_id, factory, tasks
 from offrl.envs.vector import sizes
 from offrl.envs.workers import environments
 from offrl.machine import cores, cpu_name
 from offrl.nets import products
-from offrl.outcome import finish, provenance, write_json
+from offrl.outcome import finish, provenance, resuming, write_json
 from offrl.parallel import Display, Failed, Group, at_once, spread
 from offrl.seeding import derive, generator
 
@@ -61,7 +62,7 @@ def train(
     """
     device = pick_device(resolved.settings.device)
     check_robot(resolved)
-    check_actions(resolved)  # a wrong name stops the run before anything is loaded
+    check_task(resolved)  # a wrong name stops the run before anything is loaded
     data = load_data(resolved)
     if data is not None:
         say(f"data: {data.name}, {len(data)} transitions in {data.episodes} episodes; "
@@ -87,7 +88,8 @@ def train(
             else:
                 curves = spread(resolved, folder, groups, resume)
         except (Interrupted, KeyboardInterrupt) as stop:
-            raise Interrupted(f"{str(stop) or 'stopped'}\ncontinue with: resume={folder}") from None
+            told = str(stop) or "stopped"
+            raise Interrupted(f"{told}\ncontinue with: {resuming(folder)}") from None
         seconds = time.monotonic() - began
         return folder, finish(resolved, folder, groups, curves, device, seconds)
 
@@ -146,24 +148,51 @@ def load_data(resolved: Resolved) -> Dataset | None:
     return data
 
 
-def check_actions(resolved: Resolved) -> None:
-    """Raises ConfigError if the method and the environment differ in the kind of actions.
+def check_task(resolved: Resolved) -> None:
+    """Raises ConfigError if the method is not for such an environment or such data.
 
-    A method says by `ACTIONS` if it takes others than continuous ones.
+    A method says by `ACTIONS` if it takes others than continuous ones, by `GOALS` that it needs
+    goals.
     """
+    s, algo = resolved.settings, resolved.algo
     env = make_env(resolved)()
     kind = "discrete" if sizes(env)[2] else "continuous"
+    goals = bool(tasks(env))
     env.close()
-    if kind not in actions(resolved.algo):
-        fit = [name for name in configuration.algorithms() if kind in actions(name)]
-        raise ConfigError(
-            f"{resolved.algo} is for {' or '.join(actions(resolved.algo))} actions, "
-            f"{resolved.settings.env} has {kind} ones; methods for these: {', '.join(fit)}"
+    made = sources.settled(s.source, s.dataset) in ("generated", "ogbench")
+    no_rewards = made and ogbench.known(s.env)
+
+    def fits(name: str) -> bool:
+        rewards = "reward" in configuration.module(name).FIELDS
+        return (
+            kind in actions(name)
+            and (goals or not goal_conditioned(name))
+            and not (rewards and no_rewards)
         )
+
+    if fits(algo):
+        return
+    if kind not in actions(algo):
+        wrong = f"is for {' or '.join(actions(algo))} actions, {s.env} has {kind} ones"
+    elif goal_conditioned(algo) and not goals:
+        wrong = (
+            f"needs an environment that names goals, as OGBench's do (env={ogbench.NAMES[0]}), "
+            f"not {s.env}"
+        )
+    else:
+        wrong = f"learns from rewards, which OGBench's data of {s.env} do not have"
+    fitting = [name for name in configuration.algorithms() if fits(name)]
+    alike = configuration.online(algo)
+    same = [name for name in fitting if configuration.online(name) == alike]
+    raise ConfigError(f"{algo} {wrong}; methods for these: {', '.join(same or fitting)}")
 
 
 def actions(algo: str) -> tuple[str, ...]:
     return getattr(configuration.module(algo), "ACTIONS", ("continuous",))
+
+
+def goal_conditioned(algo: str) -> bool:
+    return getattr(configuration.module(algo), "GOALS", False)
 
 
 def make_env(resolved: Resolved) -> Callable[[], Any]:
@@ -279,11 +308,12 @@ def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool
 
     def evaluate(algo: Algorithm, episodes: int) -> dict[str, torch.Tensor]:
         with process.on_threads(1 if s.threads == "auto" else s.threads):
-            if not progress or episodes <= s.eval_episodes:
-                return evaluator(algo, episodes).named()
             total = episodes * len(group) * evaluator.parts
-            with tqdm(total=total, desc="final evaluation", unit="episode", leave=False) as bar:
-                return evaluator(algo, episodes, tick=bar.update).named()
+            name = "evaluation" if episodes <= s.eval_episodes else "final evaluation"
+            with tqdm(
+                total=total, desc=name, unit="episode", leave=False, delay=2, disable=not progress
+            ) as bar:
+                return evaluator(algo, episodes, tick=bar.update if progress else None).named()
 
     return Experiment(algo, stages, evaluate)
 

@@ -4,6 +4,8 @@ import csv
 import datetime
 import json
 import os
+import shlex
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+import offrl
 from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.data.dataset import Dataset
 from offrl.engine.fit import Curve
 from offrl.envs import ogbench, scores
+from offrl.envs.make import engines
 from offrl.machine import cores, cpu_name
 from offrl.nets import products
 from offrl.results import stats
@@ -80,8 +84,10 @@ def finish(
         "curve": {"steps": steps, "mean_return": points.mean(-1).tolist()},
         "device": str(device),
         "threads": max([n for c in curves for n in c.threads.values()], default=s.threads),
-        "seconds": round(seconds, 1),
+        # of a resumed run the longest seed's sessions together
+        "seconds": round(max([seconds, *(c.seconds for c in curves)]), 1),
         "versions": stored["versions"],
+        "commit": stored.get("commit"),
         "command": stored["command"],
         "date": stored["date"],
     }
@@ -175,7 +181,8 @@ def provenance(
     return {
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "commit": source_commit(),
+        "versions": {name: metadata.version(name) for name in (*PACKAGES, *engines(env))},
         "device": hardware,
         "device_type": device.type,
         "cores": cores(),
@@ -193,6 +200,36 @@ def provenance(
             "info": data.info,
         },
     }
+
+
+def played_in(env: dict[str, Any], versions: dict[str, str]) -> str:
+    """An environment and what its dynamics rest on, in words."""
+    masses = " with legacy masses" if env["legacy_mass"] else ""
+    return ", ".join([env["id"] + masses, *(f"{n} {versions[n]}" for n in engines(env["id"]))])
+
+
+def source_commit() -> str | None:
+    """The commit of the library's sources, with "+" if they differ from it; None if installed."""
+    root = Path(offrl.__file__).resolve().parents[1]
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None  # a user's own repository, in which the library is installed
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def resuming(folder: Path) -> str:
+    """The command that continues a run, as this process was started."""
+    script = Path(sys.argv[0])
+    start = f"python {script}" if script.name == "train.py" else "offrl train"
+    return f"{start} {shlex.quote(f'resume={folder}')}"
 
 
 def placeless(command: str) -> str:

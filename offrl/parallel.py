@@ -13,7 +13,7 @@ from offrl.engine import checkpoint, process
 from offrl.engine.fit import Curve, Interrupted, Progress, stop_requests
 from offrl.engine.log import Diverged
 from offrl.machine import cores
-from offrl.outcome import scored
+from offrl.outcome import resuming, scored
 
 Group = list[int]
 
@@ -56,7 +56,7 @@ def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) 
                     code = running.pop(seed).exitcode
                     problem = problem or Failed(
                         f"the process of seed {seed} died (exit code {code}); "
-                        f"continue with resume={folder}"
+                        f"continue with: {resuming(folder)}"
                     )
                 continue
             if kind == "progress":
@@ -124,6 +124,8 @@ class Display:
             self.scores[key] = told.score
             unit, value = scored(self.resolved, float(np.mean(list(self.scores.values()))))
             self.bar.set_postfix_str(f"{unit} {value:.1f}", refresh=False)
+        if not self.steps:  # what was made before the first update is no part of its time
+            self.bar.unpause()
         if key not in self.steps:  # what a resumed run had done counts, but not for the speed
             self.bar.initial += told.first
             self.bar.n += told.first

@@ -6,7 +6,7 @@ Reads what runs leave behind (`config.yaml`, `result.json`, `metrics.csv`) and t
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ def make_report(options: Options) -> dict[str, Any]:
     """Write the tables and pictures; returns the content of table.json.
 
     Raises:
-        ConfigError: no finished run, or runs of one cell that differ in steps, data or episodes.
+        ConfigError: no finished run, a metric that none logged, or runs of one cell that differ in
+            steps, data or episodes.
         OSError: a folder that is missing or cannot be written.
     """
     cells = gather([Path(name) for name in options.runs], options.metrics)
@@ -103,8 +104,12 @@ def make_report(options: Options) -> dict[str, Any]:
     return found
 
 
-def gather(folders: Iterable[Path], metrics: Iterable[str]) -> dict[tuple[str, str], Cell]:
-    """Finished runs by (method, task); a seed that was run twice counts with its latest run."""
+def gather(folders: Iterable[Path], metrics: Sequence[str]) -> dict[tuple[str, str], Cell]:
+    """Finished runs by (method, task); a seed that was run twice counts with its latest run.
+
+    Raises:
+        ConfigError: as `make_report`.
+    """
     cells: dict[tuple[str, str], Cell] = {}
     for folder in folders:
         if not folder.is_dir():
@@ -129,15 +134,25 @@ def gather(folders: Iterable[Path], metrics: Iterable[str]) -> dict[tuple[str, s
             curve = scored(resolved, np.array(result["curve"]["mean_return"]))[1]
             for seed, value, points in zip(result["seeds"], final, curve, strict=True):
                 cell.score[seed], cell.curve[seed] = float(value), points
-            for name, seed, course in logged(run, set(metrics)):
+            for name, seed, course in logged(run) if metrics else ():
                 cell.metrics[name][seed] = course
             about = {k: result[k] for k in ("date", "versions", "seconds", "threads")}
+            about["commit"] = result.get("commit")
             about["command"] = placeless(result["command"])
             hardware = json.loads((run / "run.json").read_text())
             about |= {k: hardware[k] for k in ("device", "cores")}
             cell.sources[str(run.relative_to(folder))] = about
     if not cells:
         raise ConfigError("there is no finished run (result.json) in the given folders")
+    known = sorted({name for cell in cells.values() for name in cell.metrics})
+    for name in metrics:
+        if name not in known:
+            raise ConfigError(
+                f"no run logged the metric {name!r}{configuration.nearest(name, known)}; "
+                f"logged: {', '.join(known)}"
+            )
+    for cell in cells.values():
+        cell.metrics = {name: cell.metrics[name] for name in metrics if name in cell.metrics}
     return cells
 
 
@@ -156,15 +171,14 @@ def label(resolved: configuration.Resolved) -> str:
     return " ".join([resolved.algo, *given])
 
 
-def logged(run: Path, names: set[str]) -> Iterable[tuple[str, int, np.ndarray]]:
+def logged(run: Path) -> Iterable[tuple[str, int, np.ndarray]]:
     """The steps and values (points, 2) of each metric and seed."""
     found: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
-    for path in sorted(run.glob("seed*/metrics.csv")) if names else ():
+    for path in sorted(run.glob("seed*/metrics.csv")):
         with open(path, newline="") as file:
             for entry in csv.DictReader(file):
-                if entry["name"] in names:
-                    point = float(entry["step"]), float(entry["value"])
-                    found[entry["name"], int(entry["seed"])].append(point)
+                point = float(entry["step"]), float(entry["value"])
+                found[entry["name"], int(entry["seed"])].append(point)
     return [(name, seed, np.array(points)) for (name, seed), points in found.items()]
 
 
@@ -214,8 +228,10 @@ def row(cells: dict[tuple[str, str], Cell], label: str, tasks: list[str]) -> dic
 
 def counted(labels: Iterable[str]) -> str:
     """What the steps of these methods are."""
-    online = all(configuration.online(label.split()[0]) for label in labels)
-    return "environment steps" if online else "updates"
+    kinds = {configuration.online(label.split()[0]) for label in labels}
+    if len(kinds) > 1:
+        return "updates (online: environment steps)"
+    return "environment steps" if True in kinds else "updates"
 
 
 def table(found: dict[str, Any], metrics: Iterable[str]) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from offrl import config
-from offrl.envs.grid import GridWorld
+from offrl.cli import readable_errors
+from offrl.config import ConfigError
+from offrl.envs import grid
 from offrl.evaluation import checkpoints, load_algorithm
 from offrl.report import label
 
@@ -19,8 +21,10 @@ def main() -> None:
     for name in sys.argv[1:]:
         folder, files = checkpoints(Path(name))
         resolved = config.from_yaml((folder / "config.yaml").read_text())
+        if (resolved.algo, resolved.settings.env) != ("dqn", grid.NAME):
+            raise ConfigError(f"{folder} is not a run of algo=dqn env={grid.NAME}")
         options = resolved.config()
-        obs, optimal = map(torch.from_numpy, GridWorld().optimal(options.discount))
+        obs, optimal = map(torch.from_numpy, grid.GridWorld().optimal(options.discount))
         for file in files:
             algo, (seed, *_) = load_algorithm(resolved, file)
             with torch.no_grad():
@@ -29,4 +33,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with readable_errors():
+        main()

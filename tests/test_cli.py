@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from offrl import cli, experiment
+import offrl
+from offrl import cli, experiment, outcome
 from offrl import config as configuration
+from offrl.config import ConfigError
 from offrl.engine import checkpoint, process
 from offrl.engine.fit import Curve, Progress
 from offrl.engine.threads import candidates
+from offrl.envs import make
 from offrl.machine import cores
 from offrl.nets import products
 from offrl.parallel import Display, Failed
@@ -251,7 +254,8 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on():
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does: parent and workers alike
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert f"resume={only_run()}" in err
+    assert f"continue with: offrl train resume={only_run()}\n" in err
+    assert err.count("Ctrl-C again stops at once") == 1  # of the command, not of its workers
     assert len(list(only_run().rglob("checkpoint.pt"))) == 2
     assert not (only_run() / "result.json").exists()
 
@@ -266,7 +270,8 @@ def test_ctrl_c_before_training_leaves_a_run_that_can_be_resumed(monkeypatch, ca
         with pytest.raises(SystemExit) as stop:
             train(*words)
     assert stop.value.code == 130
-    assert f"stopped\ncontinue with: resume={only_run()}" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"stopped\ncontinue with: offrl train resume={only_run()}\n" in err
     train(f"resume={only_run()}")
     assert (only_run() / "result.json").exists()
 
@@ -286,7 +291,10 @@ def test_a_worker_that_outlives_its_command_keeps_the_folder(capsys):
 def test_a_resumed_display_counts_but_does_not_time_what_was_done():
     resolved = configuration.resolve("bc", {"steps": 100})
     display = Display(resolved, [[0], [1]])
+    display.bar.start_t -= 100  # of making what the updates need
+    display.bar.last_print_t -= 100
     display.tell([0], Progress("train", 80, 90, 100, 1.0, None))
+    assert display.bar.format_dict["elapsed"] < 50
     display.tell([1], Progress("train", 0, 20, 100, 1.0, None))
     display.tell([0], Progress("train", 80, 100, 100, 1.0, None))
     assert (display.bar.n, display.bar.initial, display.bar.total) == (120, 80, 200)
@@ -386,12 +394,11 @@ def test_an_online_run_and_its_evaluation(capsys):
     ]  # fmt: skip
     capsys.readouterr()
     cli.evaluate([f"run={folder}", "episodes=2", "out=scores.json"])
-    simulator = metadata.version("mujoco")
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("IQM of 1 seed(s): undiscounted return ")
-    assert line.endswith(f"(Pendulum-v1, mujoco {simulator}, legacy_mass=false)")
+    assert line.endswith("(Pendulum-v1)")
     found = json.loads(Path("scores.json").read_text())
-    assert found["mujoco"] == simulator
+    assert found["versions"] == {}
     stored = json.loads((folder / "result.json").read_text())
     assert np.shape(found["returns"]) == np.shape(stored["final_returns"])
     cli.evaluate([f"run={folder / 'seed-0' / 'snapshots' / '000000060.pt'}", "episodes=2"])
@@ -424,12 +431,73 @@ def test_discrete_runs_count_environment_steps_and_are_scored(algo, steps, capsy
 
 
 def test_methods_and_environments_of_other_actions_are_told_apart(capsys):
-    assert "dqn is for discrete actions, hopper has continuous ones; methods for these: bc" in (
-        fails(capsys, "algo=dqn", "env=hopper")
-    )
+    err = fails(capsys, "algo=dqn", "env=hopper")
+    assert "dqn is for discrete actions, hopper has continuous ones" in err
+    assert err.strip().endswith("methods for these: beer, ddpg, ppo, sac, td3")  # online as dqn is
     err = fails(capsys, "algo=sac", "env=CartPole-v1")
     assert "sac is for continuous actions, CartPole-v1 has discrete ones" in err
     assert "methods for these: dqn, ppo" in err
+
+
+def test_a_goal_conditioned_method_needs_an_environment_that_names_goals(capsys):
+    err = fails(capsys, "algo=hiql", "env=hopper")
+    assert "hiql needs an environment that names goals" in err
+    assert "pointmaze-medium" in err
+    assert not Path("runs").exists()  # nothing was generated or begun
+
+
+@pytest.mark.parametrize("algo", ["bc", "gcbc", "hiql", "ota"])
+def test_data_without_rewards_are_for_methods_that_need_none(algo):
+    pytest.importorskip("ogbench")
+    experiment.check_task(configuration.resolve(algo, {"env": "pointmaze-medium"}))
+    with pytest.raises(ConfigError, match=f"td3bc learns from rewards.*these: bc,.*{algo}"):
+        experiment.check_task(configuration.resolve("td3bc", {"env": "pointmaze-medium"}))
+
+
+def test_the_command_that_continues_a_run_is_the_one_that_began_it(monkeypatch):
+    for program, start in (("scripts/train.py", "python scripts/train.py"),
+                           ("/usr/bin/offrl", "offrl train"),
+                           ("theirs.py", "offrl train")):  # fmt: skip
+        monkeypatch.setattr("sys.argv", [program, "algo=bc"])
+        assert outcome.resuming(Path("a run")) == f"{start} 'resume=a run'"
+
+
+def test_the_method_is_of_the_command_line_if_it_is_given_there():
+    assert cli.compose(["env=hopper"]).lines()[0].endswith("= prdc  (default)")
+    assert cli.compose(["algo=prdc"]).lines()[0].endswith("= prdc  (command line)")
+
+
+def test_help_lists_every_setting_with_value_origin_choices_and_meaning(capsys):
+    train("--help", "algo=beer", "env=dmc-cheetah-run", "algo.beta=0.5")
+    out = capsys.readouterr().out
+    assert "algo.beta=0.5  (command line)\n    weight of the penalty" in out
+    assert "algo.norm_source=mixed  (default; mixed|target)\n    norm of the successor" in out
+    assert "threads=1  (default; auto)" in out
+    options = configuration.fields_of(configuration.module("beer").Config)
+    for name in [*configuration.fields_of(configuration.Settings), *(f"algo.{n}" for n in options)]:
+        assert out.count(f"\n{name}=") == 1
+    assert "presets: full, quick" in out
+    assert "there is no setting" in fails(capsys, "--help", "envv=hopper")
+
+
+def test_a_result_names_the_commit_and_what_the_dynamics_rest_on(monkeypatch, tmp_path):
+    root = Path(offrl.__file__).resolve().parents[1]
+    found = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    commit = outcome.source_commit()
+    if found.returncode == 0 and (root / ".git").exists():
+        assert commit is not None
+        assert commit.removesuffix("+") == found.stdout.strip()
+    monkeypatch.setattr("offrl.__file__", str(tmp_path / "offrl" / "__init__.py"))
+    assert outcome.source_commit() is None
+    version = metadata.version("mujoco")
+    env = {"id": "HalfCheetah-v5", "legacy_mass": True}
+    assert outcome.played_in(env, {"mujoco": version}) == (
+        f"HalfCheetah-v5 with legacy masses, mujoco {version}"
+    )
+    assert make.engines("CartPole-v1") == ()
+    assert make.engines("LunarLander-v3") == ("box2d",)
 
 
 def test_evaluate_names_missing_options_and_files(capsys):

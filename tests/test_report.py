@@ -7,7 +7,7 @@ import pytest
 
 from offrl import config
 from offrl.config import ConfigError
-from offrl.report import Options, courses, gather, make_report
+from offrl.report import Options, counted, courses, gather, make_report
 
 
 def write_run(folder, algo, seeds, returns, overrides=None, date="2026-01-01T00:00:00", digest="d"):
@@ -91,6 +91,18 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path):
     write_run(tmp_path / "other", "bc", [1], [[at(1)]], digest="another")
     with pytest.raises(ConfigError, match=r"other differs from other runs of bc"):
         make_report(Options((str(tmp_path),), str(tmp_path / "out")))
+
+
+def test_a_metric_that_no_run_logged_is_named(tmp_path):
+    write_run(tmp_path / "one", "prdc", [0], [[at(1)]])
+    with pytest.raises(ConfigError, match=r"'actor/selfmatch'; did you mean 'actor/self_match'"):
+        make_report(Options((str(tmp_path),), str(tmp_path / "out"), metrics=("actor/selfmatch",)))
+
+
+def test_steps_are_named_after_what_they_count():
+    assert counted(["bc", "prdc alpha=3"]) == "updates"
+    assert counted(["sac", "td3 beer=0.1"]) == "environment steps"
+    assert counted(["bc", "sac"]) == "updates (online: environment steps)"
 
 
 def test_nothing_to_report_is_an_error(tmp_path):

@@ -35,6 +35,7 @@ from offrl.nets.gelu import GeluMLP
 from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob
 
 FIELDS = ("obs", "act", "next_obs")
+GOALS = True  # the environment must name goals
 HEADS = 2
 FLOOR = 1e-6  # of exp(Q) in the actor's loss, as in OGBench: no gradient below
 

@@ -28,6 +28,7 @@ from offrl.nets.encoders import cropped
 from offrl.nets.goal import GoalActor, GoalColumns
 
 FIELDS = ("obs", "act", "next_obs")
+GOALS = True  # the environment must name goals
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, m
 from offrl.nets.goal import GoalActor, GoalColumns, Values, held, normal_log_prob
 
 FIELDS = ("obs", "act", "next_obs")
+GOALS = True  # the environment must name goals
 HEADS = 2
 
 

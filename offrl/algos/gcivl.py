@@ -33,6 +33,7 @@ from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, m
 from offrl.nets.goal import GoalActor, GoalColumns, Values
 
 FIELDS = ("obs", "act", "next_obs")
+GOALS = True  # the environment must name goals
 HEADS = 2
 WEIGHT_CAP = 100.0  # largest weight of the regression
 

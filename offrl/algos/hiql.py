@@ -43,6 +43,7 @@ from offrl.nets.encoders import cropped
 from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized
 
 FIELDS = ("obs", "act", "next_obs")
+GOALS = True  # the environment must name goals
 HEADS = 2
 WEIGHT_CAP = 100.0  # largest weight of a regression
 

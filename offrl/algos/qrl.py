@@ -37,6 +37,7 @@ from offrl.nets.goal import GoalActor, held, normal_log_prob
 from offrl.nets.metric import IQE
 
 FIELDS = ("obs", "act", "next_obs")
+GOALS = True  # the environment must name goals
 
 
 @dataclass(frozen=True)

@@ -245,27 +245,27 @@ def once(folder: Path, ready: Callable[[], bool], make: Callable[[], None]) -> N
     if not ready():
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise RuntimeError("call the library inside `if __name__ == '__main__':`")
-        with one_at_a_time(folder.parent):
+        with one_at_a_time(folder):
             if not ready():
                 make()
 
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: runs that start together make a data set once, the others wait."""
+    """Hold an entry's lock: runs that start together make a data set once, the others wait."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
     except OSError as error:
         raise OSError(
-            f"cannot write the data cache {folder}: {error.strerror or error}; "
+            f"cannot write the data cache {folder.parent}: {error.strerror or error}; "
             "set OFFRL_HOME to a folder that is writable"
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.warning("another process is making data in %s; waiting for it", folder)
+            logger.warning("another process is making %s; waiting for it", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

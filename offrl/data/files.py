@@ -94,7 +94,10 @@ def cached(
         info: provenance to keep with the data.
     """
     if not path.is_file():
-        raise DataError(f"there is no data file {path}")
+        raise DataError(
+            f"there is no data file {path.absolute()}; dataset= takes the path of an HDF5 or npz "
+            "file, or the name of a data set such as medium"
+        )
     stat = path.stat()
     stamp = {
         "path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns,

@@ -1,5 +1,7 @@
 """The loop: stages, evaluation, metrics, checkpoints, exact resume. Knows no algorithm."""
 
+import multiprocessing
+import os
 import signal
 import threading
 import time
@@ -67,12 +69,15 @@ class Curve:
 
     Attributes:
         threads: of each stage that chose their number.
+        seconds: of training and evaluation until the last checkpoint, over all sessions of a run
+            that was resumed.
     """
 
     steps: list[int] = field(default_factory=list)
     points: list[dict[str, Tensor]] = field(default_factory=list)
     final: dict[str, Tensor] | None = None
     threads: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def state(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -174,6 +179,7 @@ class Runner:
             keep, purge = saved["metrics_bytes"], saved["shown"] + 1
         self.log = Log(folder, seeds, keep, purge)
         self.first = self.shown if saved is not None else 0
+        self.began = time.monotonic() - self.curve.seconds
         self.told = self.told_step = 0.0
 
     def run(self) -> Curve:
@@ -329,6 +335,7 @@ class Runner:
         except Diverged:
             self.meter.flush()  # a metric that went wrong before names the cause
             raise
+        self.curve.seconds = time.monotonic() - self.began
         content = {
             "format": 1,
             "label": self.label,
@@ -362,6 +369,12 @@ def check_finite(state: dict[str, Any], where: str = "") -> None:
             )
 
 
+STOPPING = (
+    b"\nstopping: a checkpoint is written after the update or evaluation that is running; "
+    b"Ctrl-C again stops at once, at the checkpoint before\n"
+)
+
+
 class StopRequests:
     """SIGINT and SIGTERM, counted so that the loop ends at a border of updates.
 
@@ -378,6 +391,8 @@ class StopRequests:
     def handle(self, number: int, frame: Any) -> None:
         if self.urgent or (signal.SIGINT in self.received and number == signal.SIGINT):
             raise KeyboardInterrupt
+        if not self.received and multiprocessing.parent_process() is None:
+            os.write(2, STOPPING)  # print is not for signal handlers
         self.received.append(number)
 
     @contextmanager

@@ -93,7 +93,11 @@ def env_id(name: str, version: str | None = None) -> str:
     known = [*ROBOTS, grid.NAME, *ogbench.NAMES, *gymnasium.registry]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown environment {name!r}{hint} (robots: {', '.join(ROBOTS)})")
+    raise ValueError(
+        f"unknown environment {name!r}{hint}. Known are the robots {', '.join(ROBOTS)}; "
+        f"{dm_control.PREFIX}<domain>-<task> such as dmc-cheetah-run; OGBench's such as "
+        f"{ogbench.NAMES[0]}; {grid.NAME}; and every id registered with Gymnasium"
+    )
 
 
 def factory(
@@ -153,6 +157,20 @@ def build(id: str, legacy_mass: bool, render: bool, action_repeat: int) -> gymna
     env = RepeatAction(env, action_repeat) if action_repeat > 1 else env
     discrete = isinstance(env.action_space, gymnasium.spaces.Discrete)
     return env if discrete else ScaleAction(env)
+
+
+def engines(id: str) -> tuple[str, ...]:
+    """The packages besides Gymnasium on whose versions an environment's dynamics rest."""
+    entry = str(gymnasium.spec(id).entry_point)
+    name = id.removesuffix(f"-{ogbench.VERSION}")
+    if ogbench.known(name):
+        scripted = ogbench.family(name) in ogbench.MANIPULATION
+        return ("ogbench", "dm_control", "mujoco") if scripted else ("ogbench", "mujoco")
+    if entry.startswith(dm_control.__name__):
+        return ("dm_control", "mujoco")
+    if "box2d" in entry:
+        return ("box2d",)
+    return ("mujoco",) if "mujoco" in entry else ()
 
 
 def tasks(env: gymnasium.Env) -> tuple[dict[str, Any], ...]:

@@ -21,9 +21,10 @@ def learning_curve(
     """
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     mean = values.mean(0)
+    style = line(steps)
     for row in values:
-        axes.plot(steps, row, color="C0", alpha=0.3, linewidth=0.8)
-    axes.plot(steps, mean, color="C0", linewidth=1.8, label=f"mean of {len(values)} seed(s)")
+        axes.plot(steps, row, style, color="C0", alpha=0.3, linewidth=0.8)
+    axes.plot(steps, mean, style, color="C0", linewidth=1.8, label=f"mean of {len(values)} seed(s)")
     if len(values) > 1:
         axes.fill_between(steps, values.min(0), values.max(0), color="C0", alpha=0.15,
                           linewidth=0, label="lowest to highest")  # fmt: skip
@@ -92,12 +93,19 @@ def shaded(
     methods: Mapping[str, tuple[np.ndarray, np.ndarray]],
     colors: Mapping[str, str],
 ) -> None:
-    """Each method's mean over seeds, shaded from lowest to highest."""
+    """Each method's mean over seeds, shaded from lowest to highest; a single point as a dot."""
+    if not methods:
+        axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)
     for name, (steps, values) in methods.items():
-        axes.plot(steps, values.mean(0), color=colors[name], linewidth=1.6, label=name)
-        axes.fill_between(steps, values.min(0), values.max(0), color=colors[name], alpha=0.15,
-                          linewidth=0)  # fmt: skip
+        color = colors[name]
+        axes.plot(steps, values.mean(0), line(steps), color=color, linewidth=1.6, label=name)
+        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
     axes.grid(alpha=0.3)
+
+
+def line(steps: np.ndarray) -> str:
+    """matplotlib's format of a course, with a dot where it is one point, which no line shows."""
+    return "-" if len(steps) > 1 else "o"
 
 
 def scores(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: str) -> None:

@@ -58,7 +58,7 @@ def test_a_full_disk_is_told_and_nothing_is_left(tmp_path, monkeypatch, call, pl
     assert told.startswith("OSError: cannot write the data cache")
     assert place in told
     assert "free some space" in told
-    assert [path for path in (tmp_path / "home").rglob("*.*") if path.name != ".lock"] == []
+    assert [path for path in (tmp_path / "home").rglob("*.*") if path.suffix != ".lock"] == []
 
 
 def test_the_blocks_of_a_mapped_array_are_its_own_before_it_is_filled(tmp_path):

@@ -81,7 +81,7 @@ def rolled(place, shares, make_env=HOPPER, **options):
 
 
 def leftovers(cache):
-    return [path for path in cache.rglob("*") if path.is_file() and path.name != ".lock"]
+    return [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 # --- the policies --------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ def run(kind, folder, resume=False, pace=0.0, speed="auto"):
 
 def assert_same_files(one, other):
     left, right = (checkpoint.load(folder / "checkpoint.pt") for folder in (one, other))
+    assert all(saved["curve"].pop("seconds") > 0 for saved in (left, right))
     assert_same(left, right)
     assert (one / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
 
@@ -181,8 +182,12 @@ def test_interrupted_between_two_rows_of_metrics_and_resumed_equals_uninterrupte
     object.__setattr__(stages[0], "update", interrupting)
     with pytest.raises(Interrupted, match="checkpoint written"):
         fit(algo, stages, stopped, evaluation(), SCHEDULE, [0], "offline", speed="eager")
-    assert checkpoint.load(stopped / "checkpoint.pt")["step"] == 78
-    run("offline", stopped, resume=True)
+    saved = checkpoint.load(stopped / "checkpoint.pt")
+    assert saved["step"] == 78
+    saved["curve"]["seconds"] = 1e6
+    checkpoint.save(stopped / "checkpoint.pt", saved)
+    _, curve = run("offline", stopped, resume=True)
+    assert 1e6 < curve.seconds < 1e6 + 60  # of both sessions
     assert_same_files(whole, stopped)
 
 
