@@ -157,7 +157,7 @@ def gather(folders: Iterable[Path], metrics: Sequence[str]) -> dict[tuple[str, s
 
 
 def label(resolved: configuration.Resolved) -> str:
-    """The method, with every option except the steps that is not what the task has by default."""
+    """The method and its preset, and every option but the steps that is not what these set."""
     s, stored = resolved.settings, configuration.shipped(resolved.algo)
     task = {name: getattr(s, name) for name in ("env", "dataset", "source", "preset")}
     usual = configuration.resolve(
@@ -168,7 +168,8 @@ def label(resolved: configuration.Resolved) -> str:
         for name, value in resolved.options.items()
         if value != usual[name] and name != "steps"
     ]
-    return " ".join([resolved.algo, *given])
+    preset = [] if s.preset == "full" else [f"preset={s.preset}"]
+    return " ".join([resolved.algo, *preset, *given])
 
 
 def logged(run: Path) -> Iterable[tuple[str, int, np.ndarray]]:

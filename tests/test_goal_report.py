@@ -37,7 +37,9 @@ def test_a_cell_holds_success_per_task_per_seed_and_the_published_rows(tmp_path)
     write_run(tmp_path / "b", "ota", 1, [[1.0, 1.0]] * 5)
     write_run(tmp_path / "c", "hiql", 0)
     found = make_goal_report(Options((str(tmp_path),), str(tmp_path / "out")))["cells"]
-    assert [(c["method"], c["seeds"]) for c in found] == [("hiql", [0]), ("ota", [0, 1])]
+    assert [(c["method"], c["seeds"]) for c in found] == [
+        ("hiql preset=small", [0]), ("ota preset=small", [0, 1]),
+    ]  # fmt: skip
     ota = found[1]
     assert ota["per_seed"] == pytest.approx([40, 100])
     assert ota["success"] == pytest.approx(70)
@@ -48,12 +50,12 @@ def test_a_cell_holds_success_per_task_per_seed_and_the_published_rows(tmp_path)
     assert list(ota["published"].values()) == [[67.2, 9.8]]
     assert list(found[0]["published"].values()) == [[46, 9], [43.0, 10.5]]
     text = (tmp_path / "out" / "table.md").read_text()
-    row = "| ota | 50,000 | 0: 40.0; 1: 100.0 | 70.0 [48.1, 85.5] | 30.0, 30.0: 30.0 | 75 100 50 75"
+    row = "| ota preset=small | 50,000 | 0: 40.0; 1: 100.0 | 70.0 [48.1, 85.5] | 30.0, 30.0: 30.0 |"
     assert row in text
     assert (tmp_path / "out" / "pointmaze-giant-navigate.png").stat().st_size > 1000
     panels = goal_report.panels("pointmaze-giant-navigate", found)
     assert list(panels) == ["all tasks", *(f"task-{i}" for i in range(1, 6))]
-    updates, success = panels["task-3"]["ota, 50,000 updates"]
+    updates, success = panels["task-3"]["ota preset=small, 50,000 updates"]
     assert updates.tolist() == [1, 2, 3, 4]
     assert success == pytest.approx(np.array([[0, 0, 50, 20]] * 2))
 
@@ -84,7 +86,9 @@ def test_runs_that_were_measured_otherwise_are_told(tmp_path):
 def test_a_seed_that_was_run_twice_is_told(tmp_path):
     write_run(tmp_path / "a", "ota", 0)
     write_run(tmp_path / "b", "ota", 0)
-    with pytest.raises(ConfigError, match="ota on pointmaze-giant-navigate: a seed was run twice"):
+    with pytest.raises(
+        ConfigError, match="ota preset=small on pointmaze-giant-navigate: a seed was run twice"
+    ):
         make_goal_report(Options((str(tmp_path),), str(tmp_path / "out")))
 
 

@@ -78,6 +78,13 @@ def test_methods_are_told_apart_by_values_and_not_by_where_they_were_given(tmp_p
     assert methods["prdc"]["tasks"]["halfcheetah-medium"]["seeds"] == [0, 1]
 
 
+def test_a_preset_is_part_of_a_methods_name(tmp_path):
+    write_run(tmp_path / "a", "prdc", [0], [[at(10)]], {"preset": "quick"})
+    write_run(tmp_path / "b", "prdc", [0], [[at(10)]])
+    methods = make_report(Options((str(tmp_path),), str(tmp_path / "out")))["methods"]
+    assert list(methods) == ["prdc", "prdc preset=quick"]
+
+
 def test_runs_of_further_seeds_join_and_a_repeated_seed_counts_once_with_its_latest(tmp_path):
     write_run(tmp_path / "new", "bc", [0], [[at(50)]], date="2026-03-01T00:00:00")
     write_run(tmp_path / "old", "bc", [0], [[at(1)]], date="2026-01-01T00:00:00")
