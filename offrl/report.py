@@ -213,6 +213,7 @@ def row(cells: dict[tuple[str, str], Cell], label: str, tasks: list[str]) -> dic
             "steps": cell.same[0],
             "episodes": cell.same[2],
             "unit": cell.same[3],
+            "curve": {"steps": cell.steps, "per_seed": stacked(cell.curve).tolist()},
             "metrics": {
                 name: [float(values[seed][-1, 1]) for seed in sorted(values)]
                 for name, values in cell.metrics.items()

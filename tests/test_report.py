@@ -49,6 +49,9 @@ def test_a_cell_is_the_mean_over_seeds_of_their_final_episodes(tmp_path):
     assert cell["iqm"] == pytest.approx(30)
     assert 20 <= cell["interval95"][0] < cell["interval95"][1] <= 40
     assert cell["metrics"]["actor/self_match"] == [0.0, 0.2]
+    assert cell["curve"]["steps"] == [5, 10]
+    zero = 100 * (0 - LOW) / (HIGH - LOW)  # the score of a return of 0
+    assert np.allclose(cell["curve"]["per_seed"], [[zero, 20], [zero, 40]])
     assert list(found["methods"]) == ["prdc", "td3bc alpha=40.0"]
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| prdc | 30.0 [20.0, 40.0] |" in text

@@ -189,7 +189,7 @@ def test_a_conversion_is_reused_until_the_file_changes(tmp_path):
     store(path, log([0, 0, 1, 0, 0], seed=1))
     os.utime(path, ns=(1, 1))
     assert files.load(path).digest != first.digest
-    assert len(list((tmp_path / "home" / "files").glob("*log*"))) == 1
+    assert len(list((tmp_path / "home" / "files").glob("log-*"))) == 1
 
 
 def test_files_of_one_name_do_not_share_a_conversion(tmp_path):
@@ -216,7 +216,7 @@ def test_a_missing_field_is_named(tmp_path, suffix, name):
                 file[key] = value
     with pytest.raises(DataError, match=f"no field '{name}'; it holds .*Store observations"):
         files.load(path)
-    assert not list((tmp_path / "home" / "files").glob("*log*"))
+    assert not list((tmp_path / "home" / "files").glob("log-*"))
 
 
 @pytest.mark.parametrize("suffix", ["hdf5", "npz"])
