@@ -270,7 +270,7 @@ def test_lists_may_be_longer_than_the_data():
 
 
 def entry(cache):
-    (folder,) = (cache / "neighbors").glob("*-v*")
+    (folder,) = (cache / "neighbors").glob("[!.]*-v*")
     return folder
 
 
