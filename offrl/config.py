@@ -18,9 +18,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
+from omegaconf import OmegaConf
 
 import offrl.algos
 from offrl.data import sources
@@ -178,7 +179,8 @@ def module(algo: str) -> types.ModuleType:
 def shipped(algo: str) -> dict[str, Any]:
     """The stored values of a method: `tasks` and `presets` as `resolve` takes them."""
     stored = resources.files("offrl.configs") / "algo" / f"{algo}.yaml"
-    return yaml.safe_load(stored.read_text())
+    # as Hydra reads them: to plain YAML 5e-4 is a word
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(stored.read_text())))
 
 
 def online(algo: str) -> bool:
