@@ -35,18 +35,27 @@ def train(argv: Sequence[str] | None = None) -> None:
     with readable_errors():
         overrides = check_overrides(argv)
         if {"-h", "--help"} & set(argv):
-            resolved = compose([word for word in argv if not word.startswith("-")])
-            print(f"{inspect.getdoc(train)}\n\n{resolved.help()}")
-            presets = ", ".join(["full", *configuration.shipped(resolved.algo).get("presets", {})])
-            print(f"methods: {', '.join(configuration.algorithms())}\npresets: {presets}")
-            print("resume=DIR continues a run; -m sweeps over comma-separated values; "
-                  "--hydra-help is Hydra's own")  # fmt: skip
+            explain(overrides)
         elif "resume" in overrides:
             resume(overrides, argv)
         elif any(flag.startswith("-") for flag in argv):
             sweep(argv)
         else:
             run(compose(argv))
+
+
+def explain(overrides: dict[str, list[Any]]) -> None:
+    """Print every setting as these overrides set it; of a sweep its first run."""
+    first = {key: values[0] for key, values in overrides.items() if key != "resume"}
+    algo = str(first.pop("algo", "prdc"))
+    stored = configuration.shipped(algo)
+    resolved = configuration.resolve(algo, first, stored.get("tasks"), stored.get("presets"))
+    presets = ", ".join(["full", *stored.get("presets", {})])
+    print(
+        f"{inspect.getdoc(train)}\n\n{resolved.help()}\n"
+        f"methods: {', '.join(configuration.algorithms())}\npresets: {presets}\n"
+        "resume=DIR continues a run; -m sweeps over comma-separated values; --hydra-help is Hydra's"
+    )
 
 
 def check_overrides(argv: Sequence[str]) -> dict[str, list[Any]]:
@@ -152,7 +161,7 @@ def run(resolved: Resolved, folder: Path | None = None, resume: bool = False) ->
     score, interval = result["score"], result["score"]["interval95"]
     spread = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
     data = f"data {result['dataset']['name']}; " if result["dataset"] else ""
-    print(f"{data}evaluated in {played_in(result['env'], result['versions'])}")
+    print(f"{data}evaluated in {played_in(result['env'], result['engines'])}")
     print(
         f"{result['unit']} score {score['iqm']:.1f}{spread}  (IQM of {len(result['seeds'])} "
         f"seed(s) x {len(result['final_returns'][0])} episodes, last checkpoint"
@@ -177,7 +186,7 @@ def resume(overrides: dict[str, list[Any]], argv: Sequence[str]) -> None:
 
 
 def sweep(argv: Sequence[str]) -> None:
-    """Hand over to Hydra: -m with any launcher, --help, --cfg and the rest."""
+    """Hand over to Hydra: -m with any launcher, --cfg and the rest."""
     import hydra
 
     # a job may start elsewhere than here, so the places of runs and files are made absolute

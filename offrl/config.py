@@ -41,17 +41,17 @@ class Settings:
     dataset: str = "medium"
     # auto: a file where dataset is the path of one, else generated
     source: Literal["auto", "generated", "d4rl", "minari", "ogbench", "files"] = "auto"
-    rows: int | None = None  # transitions to generate; None: the recipe's own number
+    rows: int | None = None  # transitions to generate; null: the recipe's own number
     # auto: what a Gymnasium id says, else v4 for source=d4rl and v5 for the rest
     env_version: Literal["auto", "v4", "v5"] = "auto"
     legacy_mass: bool = False  # capsule masses of the engines behind D4RL's data
     action_repeat: int = 1  # steps of the simulator per action; all steps here count actions
     envs: int = 1  # environments that an online method steps together, per seed
-    # processes that step them; 0: the training's own; None: whichever a short measurement favors
+    # processes that step them; 0: the training's own; null: whichever a short measurement favors
     env_workers: int | None = None
     seed: int = 0  # the first seed
     seeds: int = 1  # how many, counting up from `seed`
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
     # torch threads per process on a CPU; auto measures each stage's updates and takes as many as
     # help them, up to the cores that a process has; evaluation then takes one
     threads: int | Literal["auto"] = 1
@@ -60,12 +60,12 @@ class Settings:
     preset: str = "full"  # quick: minutes on two cores; full: the published protocol
     log_every: int = 1000  # updates between rows of metrics
     eval_every: int = 5000  # steps between points of the learning curve
-    eval_episodes: int = 10  # per point
+    eval_episodes: int = 10  # per point and seed
     # where points but the last are played: auto is beside, in a process of its own, on a GPU or
     # with a spare core for each training process, else inline
     evaluation: Literal["auto", "beside", "inline"] = "auto"
     final_episodes: int = 100  # of the last checkpoint; their mean is the score
-    snapshot_every: int | None = None  # steps between kept copies of the networks
+    snapshot_every: int | None = None  # steps between kept copies of the networks; null: none
     runs: str = "runs"  # folder of all runs
     keep_memory: bool = True  # stop glibc from returning freed memory between updates
 
@@ -110,7 +110,10 @@ class Resolved:
         rows += [(f"algo.{name}", value) for name, value in self.options.items()]
         rows += list(dataclasses.asdict(self.settings).items())
         width = max(len(name) for name, _ in rows)
-        return [f"{n:<{width}} = {v}  ({self.origins.get(n, 'default')})" for n, v in rows]
+        return [
+            f"{name:<{width}} = {spelled(value)}  ({self.origins.get(name, 'default')})"
+            for name, value in rows
+        ]
 
     def help(self) -> str:
         """Every setting and option with its value here, its origin and its meaning."""
@@ -121,7 +124,7 @@ class Resolved:
             for name, hint in fields_of(cls).items():
                 key, words = prefix + name, "|".join(map(str, words_of(hint)))
                 about = "; ".join(filter(None, [self.origins.get(key, "default"), words]))
-                lines.append(f"{key}={plain(getattr(values, name))}  ({about})")
+                lines.append(f"{key}={spelled(getattr(values, name))}  ({about})")
                 lines += [f"    {told[name]}"] if told[name] else []
             lines.append("")
         return "\n".join(lines)
@@ -155,6 +158,13 @@ def from_yaml(text: str) -> Resolved:
 
 def plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def spelled(value: Any) -> str:
+    """A value as the command line takes it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(plain(value)).replace(", ", ",")
 
 
 def algorithms() -> list[str]:

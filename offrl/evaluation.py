@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,9 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     returns = rows([episodes.returns for episodes in played])
     unit, values = scored(resolved, returns)
     id, legacy = env_id(resolved.settings.env, version(resolved)), resolved.settings.legacy_mass
-    versions = {name: metadata.version(name) for name in engines(id)}
+    env = make_env(resolved)()
+    versions = engines(env)
+    env.close()
     found = {
         "run": str(options.run),
         "checkpoints": [str(file) for file in files],

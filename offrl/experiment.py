@@ -9,6 +9,7 @@ runs/<algo>/<env>-<dataset>/<time>/
     result.json     the score and what it rests on; its presence marks a finished run
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -34,7 +35,7 @@ from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
 from offrl.engine.stage import Algorithm, Run, Spec, scenarios
 from offrl.engine.threads import candidates
 from offrl.envs import ogbench
-from offrl.envs.make import VERSIONS, env_id, factory, tasks
+from offrl.envs.make import VERSIONS, engines, env_id, factory, tasks
 from offrl.envs.vector import sizes
 from offrl.envs.workers import environments
 from offrl.machine import cores, cpu_name
@@ -76,8 +77,10 @@ def train(
             if device.type == "cpu":
                 process.prepare(resolved.settings.threads, resolved.settings.keep_memory)
                 say(products.choose(home(), cpu_name()))
-            env = env_id(resolved.settings.env, version(resolved))
-            write_json(folder / "run.json", provenance(resolved, data, env, device))
+            env = make_env(resolved)()
+            id, rest = env_id(resolved.settings.env, version(resolved)), engines(env)
+            env.close()
+            write_json(folder / "run.json", provenance(resolved, data, id, rest, device))
             (folder / "config.yaml").write_text(resolved.to_yaml())  # last: makes it resumable
         groups = layout(resolved, device)
         began = time.monotonic()
@@ -90,8 +93,18 @@ def train(
         except (Interrupted, KeyboardInterrupt) as stop:
             told = str(stop) or "stopped"
             raise Interrupted(f"{told}\ncontinue with: {resuming(folder)}") from None
-        seconds = time.monotonic() - began
+        finally:
+            seconds = spent(folder, time.monotonic() - began)
         return folder, finish(resolved, folder, groups, curves, device, seconds)
+
+
+def spent(folder: Path, seconds: float) -> float:
+    """Add a session's wall time to that of the run's earlier ones; returns the sum."""
+    about = json.loads((folder / "run.json").read_text())
+    about["seconds"] = about.get("seconds", 0.0) + seconds
+    with contextlib.suppress(OSError):  # a full disk has been told by then
+        write_json(folder / "run.json", about)
+    return about["seconds"]
 
 
 def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) -> None:
@@ -313,7 +326,7 @@ def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool
             with tqdm(
                 total=total, desc=name, unit="episode", leave=False, delay=2, disable=not progress
             ) as bar:
-                return evaluator(algo, episodes, tick=bar.update if progress else None).named()
+                return evaluator(algo, episodes, tick=bar.update).named()
 
     return Experiment(algo, stages, evaluate)
 

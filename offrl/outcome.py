@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from offrl.config import Resolved
 from offrl.data.dataset import Dataset
 from offrl.engine.fit import Curve
 from offrl.envs import ogbench, scores
-from offrl.envs.make import engines
 from offrl.machine import cores, cpu_name
 from offrl.nets import products
 from offrl.results import stats
@@ -84,9 +84,10 @@ def finish(
         "curve": {"steps": steps, "mean_return": points.mean(-1).tolist()},
         "device": str(device),
         "threads": max([n for c in curves for n in c.threads.values()], default=s.threads),
-        # of a resumed run the longest seed's sessions together
+        # where a session was killed it is missing in what was kept
         "seconds": round(max([seconds, *(c.seconds for c in curves)]), 1),
         "versions": stored["versions"],
+        "engines": stored.get("engines", {}),
         "commit": stored.get("commit"),
         "command": stored["command"],
         "date": stored["date"],
@@ -173,16 +174,26 @@ def plot_curve(
 
 
 def provenance(
-    resolved: Resolved, data: Dataset | None, env: str, device: torch.device
+    resolved: Resolved,
+    data: Dataset | None,
+    env: str,
+    engines: dict[str, str],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """What a run rests on, stored before it begins."""
+    """What a run rests on, stored before it begins.
+
+    Args:
+        env: the environment's id.
+        engines: packages of its dynamics and their versions.
+    """
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     repeat = resolved.settings.action_repeat
     return {
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "command": " ".join(sys.argv),
         "commit": source_commit(),
-        "versions": {name: metadata.version(name) for name in (*PACKAGES, *engines(env))},
+        "versions": {name: metadata.version(name) for name in PACKAGES} | engines,
+        "engines": engines,
         "device": hardware,
         "device_type": device.type,
         "cores": cores(),
@@ -202,34 +213,36 @@ def provenance(
     }
 
 
-def played_in(env: dict[str, Any], versions: dict[str, str]) -> str:
+def played_in(env: Mapping[str, Any], engines: Mapping[str, str]) -> str:
     """An environment and what its dynamics rest on, in words."""
     masses = " with legacy masses" if env["legacy_mass"] else ""
-    return ", ".join([env["id"] + masses, *(f"{n} {versions[n]}" for n in engines(env["id"]))])
+    return ", ".join([env["id"] + masses, *(f"{name} {engines[name]}" for name in engines)])
 
 
 def source_commit() -> str | None:
     """The commit of the library's sources, with "+" if they differ from it; None if installed."""
     root = Path(offrl.__file__).resolve().parents[1]
+    apart = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(root), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "--no-optional-locks", "-C", str(root), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=apart)
+        return done.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != root:
             return None  # a user's own repository, in which the library is installed
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--", "offrl", "configs")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def resuming(folder: Path) -> str:
-    """The command that continues a run, as this process was started."""
-    script = Path(sys.argv[0])
-    start = f"python {script}" if script.name == "train.py" else "offrl train"
-    return f"{start} {shlex.quote(f'resume={folder}')}"
+    """The command that continues a run: the repository's script if it is what runs here."""
+    script, ours = Path(sys.argv[0]), Path(offrl.__file__).resolve().parents[1] / "scripts/train.py"
+    start = ["python", str(script)] if script.resolve() == ours else ["offrl", "train"]
+    return shlex.join([*start, f"resume={folder}"])
 
 
 def placeless(command: str) -> str:

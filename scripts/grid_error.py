@@ -13,6 +13,7 @@ from offrl import config
 from offrl.cli import readable_errors
 from offrl.config import ConfigError
 from offrl.envs import grid
+from offrl.envs.make import env_id
 from offrl.evaluation import checkpoints, load_algorithm
 from offrl.report import label
 
@@ -21,7 +22,7 @@ def main() -> None:
     for name in sys.argv[1:]:
         folder, files = checkpoints(Path(name))
         resolved = config.from_yaml((folder / "config.yaml").read_text())
-        if (resolved.algo, resolved.settings.env) != ("dqn", grid.NAME):
+        if resolved.algo != "dqn" or env_id(resolved.settings.env) != grid.ID:
             raise ConfigError(f"{folder} is not a run of algo=dqn env={grid.NAME}")
         options = resolved.config()
         obs, optimal = map(torch.from_numpy, grid.GridWorld().optimal(options.discount))

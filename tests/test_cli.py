@@ -3,14 +3,17 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from importlib import metadata
+from importlib.metadata import packages_distributions
 from itertools import pairwise
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -450,14 +453,18 @@ def test_a_goal_conditioned_method_needs_an_environment_that_names_goals(capsys)
 def test_data_without_rewards_are_for_methods_that_need_none(algo):
     pytest.importorskip("ogbench")
     experiment.check_task(configuration.resolve(algo, {"env": "pointmaze-medium"}))
-    with pytest.raises(ConfigError, match=f"td3bc learns from rewards.*these: bc,.*{algo}"):
+    with pytest.raises(ConfigError, match="td3bc learns from rewards") as refused:
         experiment.check_task(configuration.resolve("td3bc", {"env": "pointmaze-medium"}))
+    assert algo in str(refused.value).partition("methods for these: ")[2].split(", ")
+    given = {"env": "pointmaze-medium", "dataset": "rewarded.npz"}  # may hold rewards
+    experiment.check_task(configuration.resolve("td3bc", given))
 
 
 def test_the_command_that_continues_a_run_is_the_one_that_began_it(monkeypatch):
-    for program, start in (("scripts/train.py", "python scripts/train.py"),
+    script = Path(offrl.__file__).resolve().parents[1] / "scripts" / "train.py"
+    for program, start in ((str(script), f"python {shlex.quote(str(script))}"),
                            ("/usr/bin/offrl", "offrl train"),
-                           ("theirs.py", "offrl train")):  # fmt: skip
+                           ("train.py", "offrl train")):  # fmt: skip
         monkeypatch.setattr("sys.argv", [program, "algo=bc"])
         assert outcome.resuming(Path("a run")) == f"{start} 'resume=a run'"
 
@@ -480,24 +487,112 @@ def test_help_lists_every_setting_with_value_origin_choices_and_meaning(capsys):
     assert "there is no setting" in fails(capsys, "--help", "envv=hopper")
 
 
-def test_a_result_names_the_commit_and_what_the_dynamics_rest_on(monkeypatch, tmp_path):
-    root = Path(offrl.__file__).resolve().parents[1]
-    found = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
-    commit = outcome.source_commit()
-    if found.returncode == 0 and (root / ".git").exists():
-        assert commit is not None
-        assert commit.removesuffix("+") == found.stdout.strip()
-    monkeypatch.setattr("offrl.__file__", str(tmp_path / "offrl" / "__init__.py"))
-    assert outcome.source_commit() is None
-    version = metadata.version("mujoco")
+@pytest.mark.parametrize("cls", [configuration.Settings, *(
+    configuration.module(name).Config for name in configuration.algorithms()
+)])  # fmt: skip
+def test_every_setting_has_a_meaning(cls):
+    assert [name for name, told in configuration.meanings(cls).items() if not told] == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-m", "env=hopper,ant"], ["resume=runs/x"], ["--cfg", "job"], ["hydra/launcher=joblib"],
+     ["-m", "algo=bc,prdc", "seed=0,1"]],
+)  # fmt: skip
+def test_help_is_given_with_any_words(words, capsys):
+    train("--help", *words)
+    assert "\nrows=null  (default)\n" in capsys.readouterr().out
+
+
+def commit_of(monkeypatch, root):
+    monkeypatch.setattr("offrl.__file__", str(root / "offrl" / "__init__.py"))
+    return outcome.source_commit()
+
+
+def test_a_run_keeps_the_commit_of_the_sources(monkeypatch, tmp_path):
+    root = tmp_path / "repository"
+    (root / "offrl").mkdir(parents=True)
+    who = ["-c", "user.name=x", "-c", "user.email=x"]
+
+    def git(*words):
+        done = subprocess.run(
+            ["git", *who, *words], cwd=root, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    assert commit_of(monkeypatch, root) is None
+    git("init")
+    for name in ("offrl/a.py", "README.md"):
+        (root / name).write_text("1")
+    git("add", "."), git("commit", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    assert commit_of(monkeypatch, root) == head
+    (root / "README.md").write_text("2")
+    assert commit_of(monkeypatch, root) == head
+    (root / "offrl" / "mine.py").write_text("a method of one's own, not added yet")
+    assert commit_of(monkeypatch, root) == head + "+"
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    assert commit_of(monkeypatch, root) == head + "+"
+    inside = root / "site-packages"
+    inside.mkdir()
+    assert commit_of(monkeypatch, inside) is None  # of a user's own repository
+
+
+class Own(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+
+def test_a_run_keeps_what_its_dynamics_rest_on():
+    mujoco = metadata.version("mujoco")
+    robot = make.factory("halfcheetah")()
+    assert make.engines(robot) == {"mujoco": mujoco}
+    assert make.engines(gymnasium.make("CartPole-v1")) == make.engines(Own()) == {}
     env = {"id": "HalfCheetah-v5", "legacy_mass": True}
-    assert outcome.played_in(env, {"mujoco": version}) == (
-        f"HalfCheetah-v5 with legacy masses, mujoco {version}"
-    )
-    assert make.engines("CartPole-v1") == ()
-    assert make.engines("LunarLander-v3") == ("box2d",)
+    told = outcome.played_in(env, make.engines(robot))
+    assert told == f"HalfCheetah-v5 with legacy masses, mujoco {mujoco}"
+    gymnasium.register("Wrapped-v0", lambda **given: gymnasium.make("Hopper-v5"))
+    assert make.engines(make.factory("Wrapped-v0")()) == {"mujoco": mujoco}
+    del gymnasium.registry["Wrapped-v0"]
+
+
+@pytest.mark.parametrize(
+    ("module", "env", "names"),
+    [("dm_control", "dmc-cheetah-run", ["dm_control", "mujoco"]),
+     ("ogbench", "antmaze-medium", ["ogbench", "mujoco"]),
+     ("ogbench", "cube-single", ["ogbench", "dm_control", "mujoco"]),
+     ("Box2D", "LunarLander-v3", [next(iter(packages_distributions().get("Box2D", [""])))])],
+)  # fmt: skip
+def test_a_run_keeps_the_versions_of_other_suites(module, env, names):
+    pytest.importorskip(module)
+    assert list(make.engines(make.factory(env)())) == names
+
+
+def test_a_run_of_before_is_resumed_and_all_its_time_counts(monkeypatch, capsys):
+    """Its run.json lacks what later versions keep there."""
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    words = ["algo=bc", "env=hopper", write_data(), "steps=20", *SIZES]
+    with monkeypatch.context() as patch:
+        patch.setattr("offrl.experiment.build", interrupted)
+        with pytest.raises(SystemExit):
+            train(*words)
+    place = only_run() / "run.json"
+    about = json.loads(place.read_text())
+    assert 0 < about.pop("seconds") < 60
+    for name in ("engines", "commit"):
+        del about[name]
+    about["versions"] = {name: about["versions"][name] for name in outcome.PACKAGES}
+    place.write_text(json.dumps(about | {"seconds": 1e6}))
+    capsys.readouterr()
+    train(f"resume={only_run()}")
+    out = capsys.readouterr().out
+    assert "evaluated in Hopper-v5\n" in out
+    result = json.loads((only_run() / "result.json").read_text())
+    assert 1e6 < result["seconds"] < 1e6 + 60
+    assert result["commit"] is None
 
 
 def test_evaluate_names_missing_options_and_files(capsys):

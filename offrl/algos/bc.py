@@ -25,9 +25,9 @@ FIELDS = ("obs", "act")
 @dataclass(frozen=True)
 class Config:
     steps: int = 1_000_000  # updates
-    batch: int = 256
+    batch: int = 256  # transitions per update
     lr: float = 3e-4  # Adam
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
 
 
 class BC:

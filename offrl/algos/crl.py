@@ -43,12 +43,12 @@ FLOOR = 1e-6  # of exp(Q) in the actor's loss, as in OGBench: no gradient below
 @dataclass(frozen=True)
 class Config:
     steps: int = 1_000_000  # updates
-    batch: int = 1024
+    batch: int = 1024  # rows per update, each with its goals
     lr: float = 3e-4  # Adam, one for all networks
     discount: float = 0.99  # of the future states; 0.995 in giant mazes and for humanoids
     alpha: float = 0.1  # weight of imitation in the actor's loss
     latent: int = 512  # d
-    hidden: tuple[int, ...] = (512, 512, 512)
+    hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
     value_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # the state itself, its trajectory, any state
     actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
     goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all

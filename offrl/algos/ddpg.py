@@ -35,12 +35,12 @@ FIELDS = ()  # needs no data set: it collects its own
 @dataclass(frozen=True)
 class Config:
     steps: int = 1_000_000  # environment steps, warm-up included
-    batch: int = 256
+    batch: int = 256  # transitions per update
     lr: float = 3e-4  # Adam, both optimizers
-    discount: float = 0.99
+    discount: float = 0.99  # per step
     tau: float = 0.005  # share of the online weights in each target update
     explore_noise: float = 0.1  # std of the noise on collected actions
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     warmup: int = 25_000  # uniformly random environment steps before the first update
     capacity: int = 1_000_000  # rows of the replay
 

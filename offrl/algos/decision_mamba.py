@@ -66,24 +66,27 @@ class Config:
     steps: int = 100_000  # updates
     batch: int = 64  # windows
     context: int = 20  # K; steps of a window
+    # layers and width: 3 x 64, 3 x 128, 3 x 256, 24 x 768
     size: Literal["tiny", "small", "base", "release"] = "small"
     fine: bool = True  # mix step groups beside tokens
     self_evolution: bool = True  # blend labels with an earlier policy
     inverse: bool = True  # predict the next state and return too
     grouping: Grouping = "causal"  # release: the authors' groups, which leak labels
     fusion: Fusion = "parallel"  # shared_gate: the paper's Figure 1 taken literally
-    mask_pads: bool = True
+    mask_pads: bool = True  # pads of a window enter no state
     eval_mode: Literal["window", "recurrent"] = "window"  # recurrent: from the episode's start
     mlp_embedding: bool = True  # tokens through a residual MLP; else one linear map
     mlp_head: bool = True  # actions from an MLP without tanh; else one linear map with tanh
-    act_weight: float = 0.9  # of the three losses with `inverse`; without, the action's is 1
-    obs_weight: float = 0.05
-    return_weight: float = 0.05
-    final_blend: float = 0.85  # beta_T; the released example, hopper-medium
-    blend_cap: float = 0.5
+    act_weight: float = 0.9  # of the action's loss with `inverse`; without, it is 1
+    obs_weight: float = 0.05  # of the loss of the next state
+    return_weight: float = 0.05  # of the loss of the next return
+    # share of an earlier policy's action in the label of the last stage; the released example's,
+    # hopper-medium
+    final_blend: float = 0.85
+    blend_cap: float = 0.5  # largest share in any stage
     lr: float = 1e-4  # AdamW with eps 1e-6
     lr_warmup: int = 2_500  # updates of linear warm-up
-    weight_decay: float = 1e-5
+    weight_decay: float = 1e-5  # of weights; not of biases and norms
     decay_all: bool = False  # decay A_log, D and RMSNorm weights too
     clip: float = 0.25  # largest norm of the gradient
     targets: tuple[float, ...] = ()  # returns to ask for in evaluation; per task

@@ -47,9 +47,10 @@ class Config:
     steps: int = 100_000  # updates
     batch: int = 64  # windows
     context: int = 20  # K; steps of a window
+    # widths 80, 152, 296 (parameters of Decision Mamba's), 128 (the authors')
     size: Literal["tiny", "small", "base", "release"] = "small"
-    layers: int = 3
-    dropout: float = 0.1
+    layers: int = 3  # blocks
+    dropout: float = 0.1  # probability
     lr: float = 1e-4  # AdamW
     lr_warmup: int = 10_000  # updates of linear warm-up
     weight_decay: float = 1e-4  # of all parameters

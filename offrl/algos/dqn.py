@@ -40,12 +40,12 @@ ACTIONS = ("discrete",)
 @dataclass(frozen=True)
 class Config:
     steps: int = 500_000  # environment steps, warm-up included
-    batch: int = 128
+    batch: int = 128  # transitions per update
     lr: float = 2.5e-4  # Adam
-    discount: float = 0.99
+    discount: float = 0.99  # per step
     double: bool = False  # the online network picks the action of the target
     beer: float = 0.0  # weight of BEER's penalty on the rank of the features; 1e-3 in the paper
-    hidden: tuple[int, ...] = (120, 84)
+    hidden: tuple[int, ...] = (120, 84)  # widths of the hidden layers
     warmup: int = 10_000  # uniformly random environment steps before the first update
     capacity: int = 10_000  # rows of the replay
     update_every: int = 10  # environment steps per update

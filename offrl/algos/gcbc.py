@@ -34,9 +34,9 @@ GOALS = True  # the environment must name goals
 @dataclass(frozen=True)
 class Config:
     steps: int = 1_000_000  # updates
-    batch: int = 1024
+    batch: int = 1024  # rows per update, each with its goals
     lr: float = 3e-4  # Adam
-    hidden: tuple[int, ...] = (512, 512, 512)
+    hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
     actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # the state itself, its trajectory, any state
     goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
     images: bool = False  # observations are 64 x 64 RGB images; one seed per run

@@ -41,13 +41,13 @@ WEIGHT_CAP = 100.0  # largest weight of the regression
 @dataclass(frozen=True)
 class Config:
     steps: int = 1_000_000  # updates
-    batch: int = 1024
+    batch: int = 1024  # rows per update, each with its goals
     lr: float = 3e-4  # Adam, one for both networks
     discount: float = 0.99  # 0.995 in giant mazes and for humanoids
     tau: float = 0.005  # share of the online weights in each target update
-    expectile: float = 0.9
+    expectile: float = 0.9  # of the value's regression, above 0.5: towards the best
     alpha: float = 10.0  # inverse temperature of the regression
-    hidden: tuple[int, ...] = (512, 512, 512)
+    hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
     value_goals: tuple[float, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
     actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
     goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all

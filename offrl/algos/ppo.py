@@ -56,14 +56,14 @@ class Config:
     epochs: int = 10  # passes over a rollout
     batch: int = 64  # rows of a minibatch; divides rollout * envs
     lr: float = 3e-4  # Adam; falls linearly to 0 over the iterations
-    discount: float = 0.99
+    discount: float = 0.99  # per step
     trace: float = 0.95  # GAE's lambda
     clip: float = 0.2  # of the ratio, and of the change of a value
-    clip_value: bool = True
-    value_weight: float = 0.5
+    clip_value: bool = True  # clip the change of a value too
+    value_weight: float = 0.5  # of the value's loss
     entropy: float = 0.0  # weight of the policy's entropy
     max_norm: float = 0.5  # of the joint gradient
-    bootstrap_timeouts: bool = True
+    bootstrap_timeouts: bool = True  # go on from the last observation where an episode was cut off
     normalize: bool = True  # observations and rewards
     hidden: tuple[int, ...] = (64, 64)  # tanh units, policy and value apart
 

@@ -43,12 +43,12 @@ GOALS = True  # the environment must name goals
 @dataclass(frozen=True)
 class Config:
     steps: int = 1_000_000  # updates
-    batch: int = 1024
+    batch: int = 1024  # rows per update, each with its goals
     lr: float = 3e-4  # Adam, one for everything
     slack: float = 0.05  # squared excess of one-step distances that is allowed on average
     alpha: float = 0.003  # weight of imitation in the actor's loss
-    latent: int = 512
-    hidden: tuple[int, ...] = (512, 512, 512)
+    latent: int = 512  # numbers of a state's latent, which the metric reads as intervals
+    hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
     value_goals: tuple[float, ...] = (0.0, 0.0, 1.0)  # the state itself, its trajectory, any state
     actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
     images: bool = False  # observations are 64 x 64 RGB images; one seed per run

@@ -41,11 +41,11 @@ FIELDS = ()  # needs no data set: it collects its own
 @dataclass(frozen=True)
 class Config:
     steps: int = 1_000_000  # environment steps, warm-up included
-    batch: int = 256
+    batch: int = 256  # transitions per update
     lr: float = 3e-4  # Adam, all three optimizers
-    discount: float = 0.99
+    discount: float = 0.99  # per step
     tau: float = 0.005  # share of the online weights in each target update
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     alpha: float = 1.0  # first temperature
     beer: float = 0.0  # weight of BEER's penalty on the rank of the features; 1e-3 in its paper
     warmup: int = 10_000  # uniformly random environment steps before the first update

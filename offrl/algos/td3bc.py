@@ -34,17 +34,17 @@ FIELDS = ("obs", "act", "reward", "next_obs", "terminal")
 @dataclass(frozen=True)
 class Config:
     steps: int = 1_000_000  # updates
-    batch: int = 256
+    batch: int = 256  # transitions per update
     lr: float = 3e-4  # Adam, both optimizers
-    discount: float = 0.99
+    discount: float = 0.99  # per step
     tau: float = 0.005  # share of the online weights in each target update
     noise: float = 0.2  # std of the target-action noise; actions live in [-1, 1]
-    noise_clip: float = 0.5
+    noise_clip: float = 0.5  # largest size of that noise
     alpha: float = 2.5  # trust in Q against imitation; 0 is behavior cloning
     actor_every: int = 2  # critic updates per actor update
-    hidden: tuple[int, ...] = (256, 256)
+    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     reward_scale: float = 1.0  # r <- reward_scale r + reward_shift, in training only
-    reward_shift: float = 0.0
+    reward_shift: float = 0.0  # see reward_scale
 
 
 class TD3BC:

@@ -1,12 +1,12 @@
 """The loop: stages, evaluation, metrics, checkpoints, exact resume. Knows no algorithm."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -369,10 +369,8 @@ def check_finite(state: dict[str, Any], where: str = "") -> None:
             )
 
 
-STOPPING = (
-    b"\nstopping: a checkpoint is written after the update or evaluation that is running; "
-    b"Ctrl-C again stops at once, at the checkpoint before\n"
-)
+STOPPING = b"stopping: a checkpoint is written after the update or evaluation that is running"
+AGAIN = b"; Ctrl-C again stops at once, at the checkpoint before"
 
 
 class StopRequests:
@@ -391,11 +389,13 @@ class StopRequests:
     def handle(self, number: int, frame: Any) -> None:
         if self.urgent or (signal.SIGINT in self.received and number == signal.SIGINT):
             raise KeyboardInterrupt
-        if not self.received and multiprocessing.parent_process() is None:
-            os.write(2, STOPPING)  # print is not for signal handlers
         self.received.append(number)
+        if len(self.received) == 1 and multiprocessing.parent_process() is None:
+            again = AGAIN if number == signal.SIGINT else b""
+            with contextlib.suppress(OSError):  # whoever read it may be gone
+                os.write(2, b"\n" + STOPPING + again + b"\n")  # print is not for signal handlers
 
-    @contextmanager
+    @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """Within it the first signal interrupts."""
         if self.received:
@@ -407,7 +407,7 @@ class StopRequests:
             self.urgent = False
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
     """Receive SIGINT and SIGTERM; outside of the main thread nothing is received."""
     stopping = StopRequests()

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import gymnasium
@@ -22,6 +23,7 @@ ROBOTS = {
     "inverted-double-pendulum": "InvertedDoublePendulum",
 }  # fmt: skip
 VERSIONS = ("v5", "v4")
+OURS = ("gymnasium", "offrl")  # packages whose versions every run keeps
 
 
 class ScaleAction(gymnasium.ActionWrapper):
@@ -159,18 +161,20 @@ def build(id: str, legacy_mass: bool, render: bool, action_repeat: int) -> gymna
     return env if discrete else ScaleAction(env)
 
 
-def engines(id: str) -> tuple[str, ...]:
-    """The packages besides Gymnasium on whose versions an environment's dynamics rest."""
-    entry = str(gymnasium.spec(id).entry_point)
-    name = id.removesuffix(f"-{ogbench.VERSION}")
-    if ogbench.known(name):
-        scripted = ogbench.family(name) in ogbench.MANIPULATION
-        return ("ogbench", "dm_control", "mujoco") if scripted else ("ogbench", "mujoco")
-    if entry.startswith(dm_control.__name__):
-        return ("dm_control", "mujoco")
-    if "box2d" in entry:
-        return ("box2d",)
-    return ("mujoco",) if "mujoco" in entry else ()
+def engines(env: gymnasium.Env) -> dict[str, str]:
+    """Packages besides Gymnasium on which an environment's dynamics rest -> their versions."""
+    import mujoco
+
+    core = env.unwrapped
+    root = type(core).__module__.partition(".")[0]
+    names = metadata.packages_distributions().get(root, []) if root not in OURS else []
+    if isinstance(core, dm_control.DMControl) or ".manipspace." in type(core).__module__:
+        names = [*names, "dm_control"]
+    if "dm_control" in names or isinstance(getattr(core, "model", None), mujoco.MjModel):
+        names = [*names, "mujoco"]
+    if ".box2d." in type(core).__module__:
+        names = metadata.packages_distributions().get("Box2D", [])
+    return {name: metadata.version(name) for name in names}
 
 
 def tasks(env: gymnasium.Env) -> tuple[dict[str, Any], ...]:

@@ -20,7 +20,7 @@ from offrl.data.collect import Collector
 from offrl.engine import checkpoint
 from offrl.engine.beside import Beside
 from offrl.engine.evaluate import Evaluator
-from offrl.engine.fit import Interrupted, Runner, Schedule, fit
+from offrl.engine.fit import Interrupted, Runner, Schedule, StopRequests, fit
 from offrl.engine.log import Diverged
 from offrl.engine.stage import Run, Spec
 from offrl.envs.make import factory
@@ -189,6 +189,19 @@ def test_interrupted_between_two_rows_of_metrics_and_resumed_equals_uninterrupte
     _, curve = run("offline", stopped, resume=True)
     assert 1e6 < curve.seconds < 1e6 + 60  # of both sessions
     assert_same_files(whole, stopped)
+
+
+def test_a_stop_is_received_although_nobody_reads_what_is_said_about_it(monkeypatch):
+    def broken(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("os.write", broken)
+    stopping = StopRequests()
+    stopping.handle(signal.SIGTERM, None)
+    stopping.handle(signal.SIGINT, None)
+    assert stopping.received == [signal.SIGTERM, signal.SIGINT]
+    with pytest.raises(KeyboardInterrupt):
+        stopping.handle(signal.SIGINT, None)
 
 
 def toy_player():
