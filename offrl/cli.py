@@ -13,6 +13,7 @@ from offrl.data.sources import SUFFIXES
 
 # flags of Hydra that are followed by a value
 HYDRA_FLAGS = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd"}
+USUAL = "prdc"  # the method that configs/train.yaml names
 OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
 
 
@@ -47,12 +48,10 @@ def train(argv: Sequence[str] | None = None) -> None:
 def explain(overrides: dict[str, list[Any]]) -> None:
     """Print every setting as these overrides set it; of a sweep its first run."""
     first = {key: values[0] for key, values in overrides.items() if key != "resume"}
-    algo = str(first.pop("algo", "prdc"))
-    stored = configuration.shipped(algo)
-    resolved = configuration.resolve(algo, first, stored.get("tasks"), stored.get("presets"))
-    presets = ", ".join(["full", *stored.get("presets", {})])
+    algo = str(first.pop("algo", USUAL))
+    presets = ", ".join(["full", *configuration.shipped(algo).get("presets", {})])
     print(
-        f"{inspect.getdoc(train)}\n\n{resolved.help()}\n"
+        f"{inspect.getdoc(train)}\n\n{configuration.configured(algo, first).help()}\n"
         f"methods: {', '.join(configuration.algorithms())}\npresets: {presets}\n"
         "resume=DIR continues a run; -m sweeps over comma-separated values; --hydra-help is Hydra's"
     )
@@ -94,7 +93,7 @@ def check_overrides(argv: Sequence[str]) -> dict[str, list[Any]]:
             values[key] = [unquoted(v) for v in override.sweep_iterator()]
         else:
             values[key] = [unquoted(override.value())]
-    for algo in values.get("algo", ["prdc"]):
+    for algo in values.get("algo", [USUAL]):
         configuration.module(str(algo))
         for key in values:
             configuration.check_key(key, str(algo))
@@ -225,8 +224,8 @@ class readable_errors:
         return None
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        from offrl.engine.fit import Interrupted
         from offrl.engine.log import Diverged
+        from offrl.engine.stop import Interrupted
         from offrl.parallel import Failed
 
         if error is None or os.environ.get("OFFRL_DEBUG"):

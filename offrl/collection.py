@@ -21,7 +21,7 @@ from offrl.data.rollout import Share, borders, roll_out
 from offrl.engine.stage import Algorithm, Policy
 from offrl.envs.make import env_id
 from offrl.evaluation import checkpoints, load_algorithm
-from offrl.experiment import make_env, version
+from offrl.task import make_env, version
 
 D4RL_NAMES = {
     "obs": "observations", "act": "actions", "reward": "rewards", "next_obs": "next_observations",

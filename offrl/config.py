@@ -193,6 +193,12 @@ def shipped(algo: str) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(stored.read_text())))
 
 
+def configured(algo: str, overrides: Mapping[str, Any]) -> Resolved:
+    """`resolve` with the stored values of the method."""
+    stored = shipped(algo)
+    return resolve(algo, overrides, stored.get("tasks"), stored.get("presets"))
+
+
 def online(algo: str) -> bool:
     """Whether the method collects its own data."""
     return not module(algo).FIELDS

@@ -12,14 +12,14 @@ from tqdm import tqdm
 from offrl import config as configuration
 from offrl.config import ConfigError, Resolved
 from offrl.engine import checkpoint
-from offrl.engine.evaluate import Episodes, Evaluator
+from offrl.engine.evaluate import Episodes, Evaluator, evaluator_of
 from offrl.engine.stage import Algorithm, Policy, Spec
 from offrl.envs.make import engines, env_id, factory, tasks
 from offrl.envs.vector import flat, sizes
-from offrl.experiment import evaluator_of, make_env, prepare, version
 from offrl.outcome import UNITS, played_in, rows, scored, summary
-from offrl.parallel import Failed
+from offrl.parallel import Failed, prepare
 from offrl.seeding import derive, generator
+from offrl.task import make_env, version
 
 
 @dataclass(frozen=True)

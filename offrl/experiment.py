@@ -12,9 +12,8 @@ runs/<algo>/<env>-<dataset>/<time>/
 import contextlib
 import datetime
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,25 +23,25 @@ import torch
 from tqdm import tqdm
 
 from offrl import config as configuration
-from offrl.config import ConfigError, Resolved
-from offrl.data import sources
+from offrl.config import Resolved
 from offrl.data.collect import Collector
-from offrl.data.dataset import Dataset, check, check_fits, home
+from offrl.data.dataset import Dataset, home
 from offrl.engine import process
 from offrl.engine.beside import Beside
-from offrl.engine.evaluate import Evaluator
-from offrl.engine.fit import Curve, Interrupted, Progress, Schedule, fit
-from offrl.engine.stage import Algorithm, Run, Spec, scenarios
+from offrl.engine.evaluate import evaluator_of
+from offrl.engine.fit import Curve, Progress, Schedule, fit
+from offrl.engine.stage import Algorithm, Run, Spec
+from offrl.engine.stop import Interrupted
 from offrl.engine.threads import candidates
-from offrl.envs import ogbench
-from offrl.envs.make import VERSIONS, engines, env_id, factory, tasks
-from offrl.envs.vector import sizes
+from offrl.envs.make import engines, env_id
 from offrl.envs.workers import environments
+from offrl.evaluation import player
 from offrl.machine import cores, cpu_name
 from offrl.nets import products
 from offrl.outcome import finish, provenance, resuming, write_json
-from offrl.parallel import Display, Failed, Group, at_once, spread
+from offrl.parallel import Display, Failed, Group, at_once, prepare, spread
 from offrl.seeding import derive, generator
+from offrl.task import check_robot, check_task, load_data, make_env, pick_device, version
 
 
 def train(
@@ -63,7 +62,10 @@ def train(
     """
     device = pick_device(resolved.settings.device)
     check_robot(resolved)
-    check_task(resolved)  # a wrong name stops the run before anything is loaded
+    env = make_env(resolved)()
+    check_task(resolved, env)  # a wrong name stops the run before anything is loaded
+    played = env_id(resolved.settings.env, version(resolved)), engines(env)
+    env.close()
     data = load_data(resolved)
     if data is not None:
         say(f"data: {data.name}, {len(data)} transitions in {data.episodes} episodes; "
@@ -77,10 +79,7 @@ def train(
             if device.type == "cpu":
                 process.prepare(resolved.settings.threads, resolved.settings.keep_memory)
                 say(products.choose(home(), cpu_name()))
-            env = make_env(resolved)()
-            id, rest = env_id(resolved.settings.env, version(resolved)), engines(env)
-            env.close()
-            write_json(folder / "run.json", provenance(resolved, data, id, rest, device))
+            write_json(folder / "run.json", provenance(resolved, data, *played, device))
             (folder / "config.yaml").write_text(resolved.to_yaml())  # last: makes it resumable
         groups = layout(resolved, device)
         began = time.monotonic()
@@ -123,130 +122,6 @@ def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) ->
             f"the data set has changed since {folder} was started (digest {data.digest[:12]}, "
             f"then {stored[:12]}); restore it or start a new run"
         )
-
-
-def prepare(resolved: Resolved, folder: Path, device: torch.device) -> None:
-    """Threads, allocator and products of this process, as the run in `folder` has them.
-
-    Raises:
-        Failed: if the run's products are not to be had.
-    """
-    process.prepare(resolved.settings.threads, resolved.settings.keep_memory)
-    if device.type == "cuda":
-        return
-    kept = json.loads((folder / "run.json").read_text())
-    if "products" not in kept:  # of a run that an earlier version started
-        products.choose(home(), cpu_name())
-        return
-    if kept["products"] and not products.onednn_works():
-        raise Failed(
-            f"{folder} was started with products by oneDNN, which this torch "
-            f"({torch.__version__}) does not offer; continue it with the version it was started "
-            f"with ({kept['versions']['torch']}), or start a new run"
-        )
-    products.use(kept["products"])
-
-
-def load_data(resolved: Resolved) -> Dataset | None:
-    """The data set on disk or in memory, checked against the method and the environment."""
-    if configuration.online(resolved.algo):
-        return None
-    s = resolved.settings
-    data = sources.load(s.source, s.env, s.dataset, s.rows)
-    check(data, configuration.module(resolved.algo).FIELDS)
-    env = make_env(resolved)()
-    check_fits(data, math.prod(env.observation_space.shape or ()),
-               math.prod(env.action_space.shape or ()), s.env)  # fmt: skip
-    env.close()
-    return data
-
-
-def check_task(resolved: Resolved) -> None:
-    """Raises ConfigError if the method is not for such an environment or such data.
-
-    A method says by `ACTIONS` if it takes others than continuous ones, by `GOALS` that it needs
-    goals.
-    """
-    s, algo = resolved.settings, resolved.algo
-    env = make_env(resolved)()
-    kind = "discrete" if sizes(env)[2] else "continuous"
-    goals = bool(tasks(env))
-    env.close()
-    made = sources.settled(s.source, s.dataset) in ("generated", "ogbench")
-    no_rewards = made and ogbench.known(s.env)
-
-    def fits(name: str) -> bool:
-        rewards = "reward" in configuration.module(name).FIELDS
-        return (
-            kind in actions(name)
-            and (goals or not goal_conditioned(name))
-            and not (rewards and no_rewards)
-        )
-
-    if fits(algo):
-        return
-    if kind not in actions(algo):
-        wrong = f"is for {' or '.join(actions(algo))} actions, {s.env} has {kind} ones"
-    elif goal_conditioned(algo) and not goals:
-        wrong = (
-            f"needs an environment that names goals, as OGBench's do (env={ogbench.NAMES[0]}), "
-            f"not {s.env}"
-        )
-    else:
-        wrong = f"learns from rewards, which OGBench's data of {s.env} do not have"
-    fitting = [name for name in configuration.algorithms() if fits(name)]
-    alike = configuration.online(algo)
-    same = [name for name in fitting if configuration.online(name) == alike]
-    raise ConfigError(f"{algo} {wrong}; methods for these: {', '.join(same or fitting)}")
-
-
-def actions(algo: str) -> tuple[str, ...]:
-    return getattr(configuration.module(algo), "ACTIONS", ("continuous",))
-
-
-def goal_conditioned(algo: str) -> bool:
-    return getattr(configuration.module(algo), "GOALS", False)
-
-
-def make_env(resolved: Resolved) -> Callable[[], Any]:
-    s = resolved.settings
-    return factory(s.env, version(resolved), s.legacy_mass, action_repeat=s.action_repeat)
-
-
-def version(resolved: Resolved) -> str:
-    """The robots' version: D4RL's scores belong to v4's dynamics, generated data to v5."""
-    s = resolved.settings
-    if s.env_version != "auto":
-        return s.env_version
-    if (named := s.env.rpartition("-")[2]) in VERSIONS:
-        return named
-    return "v4" if s.source == "d4rl" else "v5"
-
-
-def check_robot(resolved: Resolved) -> None:
-    """Generated data come from the v5 robots: scores of other robots would be of another task.
-
-    Raises:
-        ConfigError: if other robots are asked for.
-    """
-    s = resolved.settings
-    generated = sources.settled(s.source, s.dataset) == "generated"
-    if configuration.online(resolved.algo) or not generated:
-        return
-    if version(resolved) != "v5" or s.legacy_mass:
-        raise ConfigError(
-            "generated data come from the v5 robots with their own masses; "
-            "env_version=v4 and legacy_mass=true go with source=d4rl or files"
-        )
-
-
-def pick_device(name: str) -> torch.device:
-    """Raises Failed if CUDA is asked for and absent."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise Failed("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def layout(resolved: Resolved, device: torch.device) -> list[Group]:
@@ -331,35 +206,6 @@ def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool
     return Experiment(algo, stages, evaluate)
 
 
-def evaluator_of(
-    algo: Algorithm,
-    make: Callable[[], Any],
-    axes: tuple[int, ...],
-    episodes: Sequence[int],
-    seed: int,
-    device: torch.device | str = "cpu",
-) -> Evaluator:
-    """The evaluator of a method's scenarios, or of the environment's tasks where it has none.
-
-    Args:
-        episodes: the numbers of episodes per scenario that it will be asked for.
-    """
-    names = scenarios(algo)
-    env = make()
-    options = () if names else tasks(env)
-    env.close()
-    names = names or tuple(f"task-{option['task_id']}" for option in options)
-    return Evaluator(
-        make, axes, width(*episodes), derive(seed, "evaluator"), device, names, options
-    )
-
-
-def width(*episodes: int) -> int:
-    """Environments of an evaluation: the largest divisor of both episode counts up to ten."""
-    common = math.gcd(*episodes)
-    return max(n for n in range(1, 11) if common % n == 0)
-
-
 def train_group(
     folder: Path,
     group: Group,
@@ -373,8 +219,6 @@ def train_group(
     Args:
         data: of an offline method, where this process has loaded it.
     """
-    from offrl.evaluation import player  # which imports this module
-
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
     s = resolved.settings
     device = pick_device(s.device)

@@ -17,9 +17,10 @@ import torch
 from torch import Generator, Tensor
 
 from offrl.config import Resolved
+from offrl.engine.evaluate import evaluator_of
 from offrl.engine.stage import Algorithm, Batch, Policy
-from offrl.experiment import evaluator_of, make_env
 from offrl.nets.goal import normalized
+from offrl.task import make_env
 
 SPEED = 0.16  # of the data along their paths, per step: 0.2 E[min(1 + N(0, 0.5^2), 1)]
 SIDE = 3  # points along the side of a cell that a subgoal is read as

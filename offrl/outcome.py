@@ -219,9 +219,14 @@ def played_in(env: Mapping[str, Any], engines: Mapping[str, str]) -> str:
     return ", ".join([env["id"] + masses, *(f"{name} {engines[name]}" for name in engines)])
 
 
+def repository() -> Path:
+    """The folder that holds the package: the repository, unless the package is installed."""
+    return Path(offrl.__file__).resolve().parents[1]
+
+
 def source_commit() -> str | None:
     """The commit of the library's sources, with "+" if they differ from it; None if installed."""
-    root = Path(offrl.__file__).resolve().parents[1]
+    root = repository()
     apart = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
 
     def git(*words: str) -> str:
@@ -240,8 +245,9 @@ def source_commit() -> str | None:
 
 def resuming(folder: Path) -> str:
     """The command that continues a run: the repository's script if it is what runs here."""
-    script, ours = Path(sys.argv[0]), Path(offrl.__file__).resolve().parents[1] / "scripts/train.py"
-    start = ["python", str(script)] if script.resolve() == ours else ["offrl", "train"]
+    script = Path(sys.argv[0])
+    ours = script.resolve() == repository() / "scripts" / "train.py"
+    start = ["python", str(script)] if ours else ["offrl", "train"]
     return shlex.join([*start, f"resume={folder}"])
 
 

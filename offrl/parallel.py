@@ -1,18 +1,23 @@
-"""Groups of seeds in parallel processes under one command, with one progress line."""
+"""The processes of a run: groups of seeds in parallel under one command, with one progress line."""
 
+import json
 import multiprocessing
 import queue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from offrl.config import Resolved
+from offrl.data.dataset import home
 from offrl.engine import checkpoint, process
-from offrl.engine.fit import Curve, Interrupted, Progress, stop_requests
+from offrl.engine.fit import Curve, Progress
 from offrl.engine.log import Diverged
-from offrl.machine import cores
+from offrl.engine.stop import Interrupted, stop_requests
+from offrl.machine import cores, cpu_name
+from offrl.nets import products
 from offrl.outcome import resuming, scored
 
 Group = list[int]
@@ -97,6 +102,28 @@ def work(folder: Path, group: Group, resume: bool, inbox: Any) -> None:
         inbox.put(("error", group, Interrupted("stopped between two checkpoints")))
     except (Interrupted, Diverged, ValueError, OSError, Failed) as error:
         inbox.put(("error", group, type(error)(str(error))))
+
+
+def prepare(resolved: Resolved, folder: Path, device: torch.device) -> None:
+    """Threads, allocator and products of this process, as the run in `folder` has them.
+
+    Raises:
+        Failed: if the run's products are not to be had.
+    """
+    process.prepare(resolved.settings.threads, resolved.settings.keep_memory)
+    if device.type == "cuda":
+        return
+    kept = json.loads((folder / "run.json").read_text())
+    if "products" not in kept:  # of a run that an earlier version started
+        products.choose(home(), cpu_name())
+        return
+    if kept["products"] and not products.onednn_works():
+        raise Failed(
+            f"{folder} was started with products by oneDNN, which this torch "
+            f"({torch.__version__}) does not offer; continue it with the version it was started "
+            f"with ({kept['versions']['torch']}), or start a new run"
+        )
+    products.use(kept["products"])
 
 
 class Display:

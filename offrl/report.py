@@ -158,11 +158,9 @@ def gather(folders: Iterable[Path], metrics: Sequence[str]) -> dict[tuple[str, s
 
 def label(resolved: configuration.Resolved) -> str:
     """The method and its preset, and every option but the steps that is not what these set."""
-    s, stored = resolved.settings, configuration.shipped(resolved.algo)
+    s = resolved.settings
     task = {name: getattr(s, name) for name in ("env", "dataset", "source", "preset")}
-    usual = configuration.resolve(
-        resolved.algo, task, stored.get("tasks"), stored.get("presets")
-    ).options
+    usual = configuration.configured(resolved.algo, task).options
     given = [
         f"{name}={value}"
         for name, value in resolved.options.items()

@@ -29,12 +29,12 @@ from offrl.engine import process
 from offrl.engine.capture import Speed, Updates
 from offrl.engine.recording import NotRecordable, Recorder, Recording, tensors
 from offrl.engine.stage import Run, Sampler, Spec, Stage
-from offrl.experiment import pick_device
 from offrl.machine import cores, cpu_name
 from offrl.nets import products
 from offrl.peers.start import FIELDS, packages, rival
 from offrl.results.plots import scores
 from offrl.seeding import generator
+from offrl.task import pick_device
 from offrl.timing import held_to, product_rate, seconds
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "mv", "_linear_pointwise"}
@@ -215,9 +215,7 @@ class Method:
     ) -> "Method":  # fmt: skip
         """The method after its warm-up."""
         given = {"env": options.env, "dataset": options.dataset, "source": options.source}
-        values = configuration.resolve(
-            name, given | chosen(name, options), configuration.shipped(name).get("tasks")
-        )
+        values = configuration.configured(name, given | chosen(name, options))
         method, seeds = configuration.module(name), (count,) if count > 1 else ()
         algo = method.make(
             values.config(), Spec(data.obs_dim, data.act_dim, *data.statistics()),

@@ -24,10 +24,10 @@ from offrl.engine import process
 from offrl.engine.stage import Batch, Policy, Spec, scenarios
 from offrl.envs.make import factory
 from offrl.envs.vector import Vector
-from offrl.experiment import pick_device
 from offrl.machine import cpu_name
 from offrl.nets import fused_backbone
 from offrl.seeding import derive, generator
+from offrl.task import pick_device
 
 ALGO = "decision_mamba"
 
@@ -84,7 +84,7 @@ def main() -> None:
 def make(given: argparse.Namespace, mode: str | None, device: torch.device) -> Any:
     """The method with its first weights, the same in every call."""
     own = {"env": given.env, "algo.size": given.size} | ({"algo.eval_mode": mode} if mode else {})
-    options = config.resolve(ALGO, own, config.shipped(ALGO).get("tasks")).config()
+    options = config.configured(ALGO, own).config()
     example = Vector([factory(given.env)], [0])
     spec = Spec(example.obs_dim, example.act_dim)
     example.close()

@@ -39,7 +39,7 @@ class Ours:
         given: dict[str, Any] = {"env": env}
         if hasattr(config.module(name).Config, "warmup"):
             given["algo.warmup"] = WARM_UP
-        resolved = config.resolve(name, given, config.shipped(name).get("tasks"))
+        resolved = config.configured(name, given)
         experiment = build(resolved, [0], None, False)
         self.algo, (self.stage,) = experiment.algo, experiment.stages
         self.collector: Any = self.stage.parts["collector"]
@@ -72,7 +72,7 @@ def peer(name: str, env: str) -> Callable[[int], int]:
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.logger import Logger
 
-    resolved = config.resolve(name.lower(), {"env": env}, config.shipped(name.lower()).get("tasks"))
+    resolved = config.configured(name.lower(), {"env": env})
     options, envs = resolved.config(), make_vec_env(factory(env), resolved.settings.envs)
     shared = {"learning_rate": options.lr, "batch_size": options.batch, "device": "cpu", "seed": 0,
               "policy_kwargs": {"net_arch": list(options.hidden)}}  # fmt: skip

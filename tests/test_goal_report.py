@@ -15,8 +15,7 @@ WON = [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]  # task by ta
 
 
 def write_run(folder, algo, seed, won=WON, env="pointmaze-giant"):
-    given, stored = {"env": env, "preset": "small"}, config.shipped(algo)
-    resolved = config.resolve(algo, given, stored.get("tasks"), stored.get("presets"))
+    resolved = config.configured(algo, {"env": env, "preset": "small"})
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(resolved.to_yaml())
     result = {

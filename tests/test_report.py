@@ -12,8 +12,7 @@ from offrl.report import Options, counted, courses, gather, make_report
 
 def write_run(folder, algo, seeds, returns, overrides=None, date="2026-01-01T00:00:00", digest="d"):
     """A finished run on halfcheetah-medium; `returns` (seeds, episodes)."""
-    given, stored = {"env": "halfcheetah", **(overrides or {})}, config.shipped(algo)
-    resolved = config.resolve(algo, given, stored.get("tasks"), stored.get("presets"))
+    resolved = config.configured(algo, {"env": "halfcheetah", **(overrides or {})})
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(resolved.to_yaml())
     (folder / "run.json").write_text(json.dumps({"device": "some CPU", "cores": 2}))

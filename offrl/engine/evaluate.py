@@ -10,7 +10,8 @@ import torch
 from scipy.signal import lfilter
 from torch import Generator, Tensor
 
-from offrl.engine.stage import Batch, Policy
+from offrl.engine.stage import Algorithm, Batch, Policy, scenarios
+from offrl.envs.make import tasks
 from offrl.envs.vector import Vector
 from offrl.seeding import derive
 
@@ -185,3 +186,32 @@ class Evaluator:
 
     def close(self) -> None:
         self.envs.close()
+
+
+def evaluator_of(
+    algo: Algorithm,
+    make: Callable[[], Any],
+    axes: tuple[int, ...],
+    episodes: Sequence[int],
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Evaluator:
+    """The evaluator of a method's scenarios, or of the environment's tasks where it has none.
+
+    Args:
+        episodes: the numbers of episodes per scenario that it will be asked for.
+    """
+    names = scenarios(algo)
+    env = make()
+    options = () if names else tasks(env)
+    env.close()
+    names = names or tuple(f"task-{option['task_id']}" for option in options)
+    return Evaluator(
+        make, axes, width(*episodes), derive(seed, "evaluator"), device, names, options
+    )
+
+
+def width(*episodes: int) -> int:
+    """Environments of an evaluation: the largest divisor of both episode counts up to ten."""
+    common = math.gcd(*episodes)
+    return max(n for n in range(1, 11) if common % n == 0)

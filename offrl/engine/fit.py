@@ -1,12 +1,7 @@
 """The loop: stages, evaluation, metrics, checkpoints, exact resume. Knows no algorithm."""
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +14,7 @@ from offrl.engine.beside import Beside
 from offrl.engine.capture import Speed, Updates
 from offrl.engine.log import Diverged, Log, Meter
 from offrl.engine.stage import Algorithm, Sampler, Stage
+from offrl.engine.stop import Interrupted, StopRequests, stop_requests
 from offrl.engine.threads import fastest
 
 Evaluate = Callable[[Algorithm, int], dict[str, Tensor]]  # (algo, episodes) -> name -> (*S, n)
@@ -57,10 +53,6 @@ class Progress:
     per_second: float
     score: float | None
     notes: list[str] = field(default_factory=list)
-
-
-class Interrupted(Exception):
-    """The run was stopped by a signal after its checkpoint was written."""
 
 
 @dataclass
@@ -195,7 +187,7 @@ class Runner:
             self.save()
         return self.curve
 
-    def run_stage(self, stage: Stage, stopping: "StopRequests") -> None:
+    def run_stage(self, stage: Stage, stopping: StopRequests) -> None:
         with stopping.at_once():  # nothing is lost: the last stage's end is in the checkpoint
             if self.threads:
                 torch.set_num_threads(1)  # until this stage's are known
@@ -367,57 +359,3 @@ def check_finite(state: dict[str, Any], where: str = "") -> None:
             raise Diverged(
                 f"{where}{name} holds NaN or infinite values; the last good checkpoint stays"
             )
-
-
-STOPPING = b"stopping: a checkpoint is written after the update or evaluation that is running"
-AGAIN = b"; Ctrl-C again stops at once, at the checkpoint before"
-
-
-class StopRequests:
-    """SIGINT and SIGTERM, counted so that the loop ends at a border of updates.
-
-    A second SIGINT interrupts at once, as does the first while nothing needs saving.
-    """
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self.urgent = False
-
-    def __bool__(self) -> bool:
-        return bool(self.received)
-
-    def handle(self, number: int, frame: Any) -> None:
-        if self.urgent or (signal.SIGINT in self.received and number == signal.SIGINT):
-            raise KeyboardInterrupt
-        self.received.append(number)
-        if len(self.received) == 1 and multiprocessing.parent_process() is None:
-            again = AGAIN if number == signal.SIGINT else b""
-            with contextlib.suppress(OSError):  # whoever read it may be gone
-                os.write(2, b"\n" + STOPPING + again + b"\n")  # print is not for signal handlers
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within it the first signal interrupts."""
-        if self.received:
-            raise KeyboardInterrupt
-        self.urgent = True
-        try:
-            yield
-        finally:
-            self.urgent = False
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequests]:
-    """Receive SIGINT and SIGTERM; outside of the main thread nothing is received."""
-    stopping = StopRequests()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    old = {number: signal.signal(number, stopping.handle) for number in numbers}
-    try:
-        yield stopping
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)

@@ -20,9 +20,10 @@ from offrl.data.collect import Collector
 from offrl.engine import checkpoint
 from offrl.engine.beside import Beside
 from offrl.engine.evaluate import Evaluator
-from offrl.engine.fit import Interrupted, Runner, Schedule, StopRequests, fit
+from offrl.engine.fit import Runner, Schedule, fit
 from offrl.engine.log import Diverged
 from offrl.engine.stage import Run, Spec
+from offrl.engine.stop import Interrupted, StopRequests
 from offrl.envs.make import factory
 from offrl.envs.vector import Vector
 
