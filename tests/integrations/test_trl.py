@@ -22,6 +22,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from offrl.integrations import trl as adapter
+from offrl.integrations import trl_loss, trl_rollout
 from offrl.integrations.trl import with_regularizers
 from offrl.regularizers import (
     IGPO,
@@ -580,14 +581,14 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(base, folder, tmp_path):
         return trainer
 
     whole = run(6)
-    saved = torch.load(tmp_path / "checkpoint-3" / adapter.FILE, weights_only=True)
+    saved = torch.load(tmp_path / "checkpoint-3" / trl_loss.FILE, weights_only=True)
     again = run(6, str(tmp_path / "checkpoint-3"))
     for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, q)
     state = whole.reg.state_dict()
     for name, value in state.items():
         assert torch.equal(value, again.reg.state_dict()[name]), name
-    (tmp_path / "checkpoint-3" / adapter.FILE).unlink()
+    (tmp_path / "checkpoint-3" / trl_loss.FILE).unlink()
     with pytest.warns(UserWarning, match="start anew"):
         anew = run(6, str(tmp_path / "checkpoint-3"))
     if base is DPO:
@@ -670,7 +671,7 @@ def test_a_missing_column_of_a_stream_is_named_at_its_first_rows(folder, tmp_pat
 def test_turns_are_runs_of_policy_tokens():
     mask = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 1]])
     expected = [[-1, 0, 0, -1, 1, -1], [0, -1, -1, -1, -1, 1]]
-    assert adapter.turns(mask).tolist() == expected
+    assert trl_rollout.turns(mask).tolist() == expected
 
 
 @pytest.mark.parametrize(

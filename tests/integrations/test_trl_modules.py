@@ -15,7 +15,8 @@ trl = pytest.importorskip("trl")
 from transformers import TrainerCallback
 from trl.rewards import get_cosine_scaled_reward, get_soft_overlong_punishment
 
-from offrl.integrations.trl import Preference, Rollout
+from offrl.integrations.trl_loss import Preference
+from offrl.integrations.trl_rollout import Rollout
 from offrl.regularizers import (
     EMPG,
     LDDPO,
