@@ -19,8 +19,13 @@ OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
 
 def main() -> None:
     """The console command: offrl train|evaluate|collect|report|speed key=value ..."""
-    commands = {"train": train, "evaluate": evaluate, "collect": collect,
-                "report": report, "speed": speed}  # fmt: skip
+    commands = {
+        "train": train,
+        "evaluate": evaluate,
+        "collect": collect,
+        "report": report,
+        "speed": speed,
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
         sys.exit(2)
@@ -122,9 +127,9 @@ def for_hydra(argv: Sequence[str]) -> list[str]:
 def compose(argv: Sequence[str]) -> Resolved:
     """The configuration of one run, composed by Hydra's API."""
     from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
+    from hydra import initialize_config_dir
 
-    with initialize_config_module("offrl.configs", version_base="1.3"):
+    with initialize_config_dir(str(configuration.folder().absolute()), version_base="1.3"):
         return resolve(hydra_compose("train", overrides=for_hydra(argv)), argv)
 
 
@@ -150,8 +155,8 @@ def resolve(cfg: Any, words: Sequence[str]) -> Resolved:
 
 def run(resolved: Resolved, folder: Path | None = None, resume: bool = False) -> dict[str, Any]:
     """Print the settings, train, print the score."""
-    from offrl import experiment
-    from offrl.outcome import played_in
+    from offrl.runs import train as experiment
+    from offrl.runs.record import played_in
 
     print("\n".join(resolved.lines()), flush=True)
     folder, result = experiment.train(
@@ -195,9 +200,8 @@ def sweep(argv: Sequence[str]) -> None:
         place = next((i for i, word in enumerate(words) if "=" in word), len(words))
         words.insert(place, f"runs={Path('runs').absolute()}")
     sys.argv = [sys.argv[0], *for_hydra(words)]
-    hydra.main(version_base="1.3", config_path="pkg://offrl.configs", config_name="train")(
-        sweep_job
-    )()
+    stored = str(configuration.folder().absolute())
+    hydra.main(version_base="1.3", config_path=stored, config_name="train")(sweep_job)()
 
 
 def anchored(word: str) -> str:
@@ -226,7 +230,7 @@ class readable_errors:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         from offrl.engine.log import Diverged
         from offrl.engine.stop import Interrupted
-        from offrl.parallel import Failed
+        from offrl.runs.workers import Failed
 
         if error is None or os.environ.get("OFFRL_DEBUG"):
             return
@@ -240,7 +244,7 @@ class readable_errors:
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
     """Score a run directory or checkpoint: `run=runs/... episodes=100 video=film.gif`."""
-    from offrl.evaluation import Options, evaluate_run
+    from offrl.runs.evaluate import Options, evaluate_run
 
     with readable_errors():
         evaluate_run(options(Options, sys.argv[1:] if argv is None else argv))
@@ -248,7 +252,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 
 def collect(argv: Sequence[str] | None = None) -> None:
     """Make a data set from policies: `env=hopper dataset=medium rows=1_000_000`."""
-    from offrl.collection import Options, collect_data
+    from offrl.runs.collect import Options, collect_data
 
     with readable_errors():
         collect_data(options(Options, sys.argv[1:] if argv is None else argv))
@@ -256,7 +260,7 @@ def collect(argv: Sequence[str] | None = None) -> None:
 
 def report(argv: Sequence[str] | None = None) -> None:
     """Table and pictures of finished runs: `runs=[runs] out=benchmarks/mine`."""
-    from offrl.report import Options, make_report
+    from offrl.runs.report import Options, make_report
 
     with readable_errors():
         make_report(options(Options, sys.argv[1:] if argv is None else argv))
@@ -264,7 +268,7 @@ def report(argv: Sequence[str] | None = None) -> None:
 
 def speed(argv: Sequence[str] | None = None) -> None:
     """Updates per second, side by side: `algos=[td3bc,prdc] env=halfcheetah`."""
-    from offrl.speed import Options, measure_speed
+    from benchmarks.harness.speed import Options, measure_speed
 
     with readable_errors():
         measure_speed(options(Options, sys.argv[1:] if argv is None else argv))

@@ -16,7 +16,6 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -167,6 +166,12 @@ def spelled(value: Any) -> str:
     return str(plain(value)).replace(", ", ",")
 
 
+def folder() -> Path:
+    """Where the stored values are: in the package, or beside it where links are not links."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+
+
 def algorithms() -> list[str]:
     """Names of the methods: the modules of `offrl.algos`."""
     return sorted(m.name for m in pkgutil.iter_modules(offrl.algos.__path__))
@@ -188,7 +193,7 @@ def module(algo: str) -> types.ModuleType:
 
 def shipped(algo: str) -> dict[str, Any]:
     """The stored values of a method: `tasks` and `presets` as `resolve` takes them."""
-    stored = resources.files("offrl.configs") / "algo" / f"{algo}.yaml"
+    stored = folder() / "algo" / f"{algo}.yaml"
     # as Hydra reads them: to plain YAML 5e-4 is a word
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(stored.read_text())))
 
@@ -292,9 +297,20 @@ def check_key(key: str, algo: str) -> None:
         raise ConfigError(f"there is no setting {key!r}{hint}; known: {', '.join(known)}")
 
 
-COUNTS = ("seeds", "threads", "log_every", "eval_every", "eval_episodes", "final_episodes",
-          "snapshot_every", "rows", "action_repeat", "envs", "algo.steps",
-          "algo.batch")  # fmt: skip
+COUNTS = (
+    "seeds",
+    "threads",
+    "log_every",
+    "eval_every",
+    "eval_episodes",
+    "final_episodes",
+    "snapshot_every",
+    "rows",
+    "action_repeat",
+    "envs",
+    "algo.steps",
+    "algo.batch",
+)
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
-"""See `offrl.goal_report.Options`."""
+"""See `tools.goal_report.Options`."""
 
 import sys
 
 from offrl.cli import options, readable_errors
-from offrl.goal_report import Options, make_goal_report
+from tools.goal_report import Options, make_goal_report
 
 if __name__ == "__main__":
     with readable_errors():

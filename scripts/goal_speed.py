@@ -4,9 +4,9 @@
 
 A pass is one batch of rows through one network. `formulas` is OTA's loss as it is written, in
 torch's own operators, where every head computes its phi; `authors` shares phi between the heads of
-a term, as the authors' code does (offrl/peers/per_term.py); `ota` joins all passes and computes
-each phi once. The three make the same update. They take turns, so that a busy machine slows all.
-Times are of the processor, not of the clock, on one thread.
+a term, as the authors' code does (benchmarks/harness/peers/per_term.py); `ota` joins all passes and
+computes each phi once. The three make the same update. They take turns, so that a busy machine
+slows all. Times are of the processor, not of the clock, on one thread.
 """
 
 import argparse
@@ -20,15 +20,18 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness.peers import per_term
+from offrl import system
 from offrl.algos import hiql, ota
-from offrl.engine import process
-from offrl.engine.stage import Batch, Spec
-from offrl.machine import cpu_name
-from offrl.peers import per_term
+from offrl.engine.method import Batch, Spec
+from offrl.system import cpu_name
 
 PASSES = {  # of phi, and of heads
-    "formulas": (22, 20), "authors": (12, 20), "ota": (9, 20), "hiql": (7, 14)
-}  # fmt: skip
+    "formulas": (22, 20),
+    "authors": (12, 20),
+    "ota": (9, 20),
+    "hiql": (7, 14),
+}
 GOALS = ("low_goal", "high_goal", "value_goal", "waypoint", "goal")
 STATES = ("obs", "next_obs", "option_end", "ahead")
 
@@ -43,7 +46,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=5, help="in each round")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    process.prepare(1, keep_memory=True)
+    system.prepare(1, keep_memory=True)
     runs = updates(given)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(given.rounds + 1):
@@ -55,21 +58,27 @@ def main() -> None:
                 times[name].append((time.process_time() - start) / given.updates)
     base = statistics.median(times["ota"])
     found: dict[str, Any] = {
-        "hardware": cpu_name(), "threads": 1, "torch": torch.__version__,
-        "width": given.width, "batch": given.batch, "obs": given.obs, "act": given.act,
+        "hardware": cpu_name(),
+        "threads": 1,
+        "torch": torch.__version__,
+        "width": given.width,
+        "batch": given.batch,
+        "obs": given.obs,
+        "act": given.act,
         "forms": {},
-    }  # fmt: skip
+    }
     print(f"{found['hardware']}, one thread, width {given.width}, batch {given.batch}")
     print(f"{'':<9} {'phi':>4} {'heads':>6} {'updates/s':>10} {'time / ota':>11}")
     for name, taken in times.items():
         phi, heads = PASSES[name]
         middle = statistics.median(taken)
         found["forms"][name] = {
-            "phi_passes": phi, "head_passes": heads,
+            "phi_passes": phi,
+            "head_passes": heads,
             "updates_per_second": round(1 / middle, 2),
             "range": [round(1 / max(taken), 2), round(1 / min(taken), 2)],
             "time_ratio": round(middle / base, 3),
-        }  # fmt: skip
+        }
         print(f"{name:<9} {phi:>4} {heads:>6} {1 / middle:>10.1f} {middle / base:>11.2f}")
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ from offrl.cli import readable_errors
 from offrl.config import ConfigError
 from offrl.envs import grid
 from offrl.envs.make import env_id
-from offrl.evaluation import checkpoints, load_algorithm
-from offrl.report import label
+from offrl.runs.evaluate import checkpoints, load_algorithm
+from offrl.runs.report import label
 
 
 def main() -> None:

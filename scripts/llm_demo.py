@@ -52,15 +52,27 @@ def build(folder: str, seed: int) -> PreTrainedTokenizerFast:
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     raw.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]",
-        unk_token="[UNK]", padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=raw,
+        pad_token="[PAD]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        padding_side="left",
+    )
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(symbols), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(symbols),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -109,10 +121,20 @@ class Progress(TrainerCallback):
 
 def common(folder: str, seed: int, steps: int) -> dict:
     return dict(
-        output_dir=folder, use_cpu=True, bf16=False, activation_checkpointing=False,
-        report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, seed=seed,
-        max_steps=steps, learning_rate=3e-3, lr_scheduler_type="constant", log_level="error",
-    )  # fmt: skip
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        activation_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=seed,
+        max_steps=steps,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        log_level="error",
+    )
 
 
 def grpo(regularizers: list, folder: str, seed: int, steps: int, bar: tqdm) -> dict:
@@ -121,8 +143,12 @@ def grpo(regularizers: list, folder: str, seed: int, steps: int, bar: tqdm) -> d
     trainer = with_regularizers(GRPOTrainer)(
         model=folder,
         args=GRPOConfig(
-            **common(folder, seed, steps), per_device_train_batch_size=32, num_generations=8,
-            max_completion_length=12, generation_kwargs={"min_new_tokens": 5}, beta=0.0,
+            **common(folder, seed, steps),
+            per_device_train_batch_size=32,
+            num_generations=8,
+            max_completion_length=12,
+            generation_kwargs={"min_new_tokens": 5},
+            beta=0.0,
         ),
         processing_class=tokenizer,
         reward_funcs=mean_value,
@@ -130,7 +156,7 @@ def grpo(regularizers: list, folder: str, seed: int, steps: int, bar: tqdm) -> d
         callbacks=[Progress(bar)],
         regularizers=regularizers,
         correct=("mean_value", 0.9),
-    )  # fmt: skip
+    )
     train(trainer)
     rows = [row for row in trainer.state.log_history if "entropy" in row]
     return {name: [row[key] for row in rows] for name, (key, _) in CURVES.items()}
@@ -222,8 +248,9 @@ def draw(curves: dict[str, list[dict]], seeds: int, path: Path) -> None:
             values = smooth(np.array([run[key] for run in runs]))
             steps = np.arange(values.shape[1])
             panel.plot(steps, values.mean(0), color=colors[name], linewidth=1.8, label=name)
-            panel.fill_between(steps, values.min(0), values.max(0), color=colors[name],
-                               alpha=0.13, linewidth=0)  # fmt: skip
+            panel.fill_between(
+                steps, values.min(0), values.max(0), color=colors[name], alpha=0.13, linewidth=0
+            )
         panel.set(xlabel="optimizer step", title=label, ylim=(0, None))
         panel.grid(alpha=0.3)
     panels[1].axhline(TARGET, color="black", linewidth=0.8, linestyle="--")

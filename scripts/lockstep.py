@@ -18,16 +18,15 @@ from unittest.mock import patch
 
 import torch
 
-from offrl import config
+from offrl import config, system
 from offrl.data.windows import act_taken, extend
-from offrl.engine import process
-from offrl.engine.stage import Batch, Policy, Spec, scenarios
+from offrl.engine.method import Batch, Policy, Spec, scenarios
 from offrl.envs.make import factory
 from offrl.envs.vector import Vector
-from offrl.machine import cpu_name
-from offrl.nets import fused_backbone
+from offrl.nets.kernels import fused_backbone
+from offrl.runs.task import pick_device
 from offrl.seeding import derive, generator
-from offrl.task import pick_device
+from offrl.system import cpu_name
 
 ALGO = "decision_mamba"
 
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    process.prepare(given.threads, keep_memory=True)
+    system.prepare(given.threads, keep_memory=True)
     device = pick_device(given.device)
     policy, window = make(given, given.eval_mode, device), make(given, None, device)
     seen, acts, envs_seconds, together = play(policy, given, device)
@@ -73,9 +72,10 @@ def main() -> None:
         "times_faster_than_plain_with_environments": (plain * batch + envs_seconds)
         / (together + envs_seconds),
         "largest_difference": {
-            "first_window": float(worst[:20].max()), "all": float(worst.max()),
+            "first_window": float(worst[:20].max()),
+            "all": float(worst.max()),
         },
-    }  # fmt: skip
+    }
     print(json.dumps(found, indent=1))
     if given.out:
         given.out.write_text(json.dumps(found, indent=1))

@@ -1,9 +1,9 @@
-"""See `offrl.mazes.Options`."""
+"""See `tools.mazes.Options`."""
 
 import sys
 
 from offrl.cli import options, readable_errors
-from offrl.mazes import Options, look
+from tools.mazes import Options, look
 
 if __name__ == "__main__":
     with readable_errors():

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 
-from offrl import config
+from offrl import config, system
 from offrl.data.dataset import home
-from offrl.engine import process
-from offrl.engine.capture import Updates
+from offrl.engine.capture.updates import Updates
 from offrl.envs.make import factory
-from offrl.experiment import build
-from offrl.machine import cpu_name
-from offrl.nets import products
+from offrl.nets.kernels import products
+from offrl.runs.train import build
+from offrl.system import cpu_name
 
 WARM_UP = 300  # environment steps before the clock starts
 PEERS = ("TD3", "SAC", "PPO", "DQN", "DDPG")
@@ -74,14 +73,23 @@ def peer(name: str, env: str) -> Callable[[int], int]:
 
     resolved = config.configured(name.lower(), {"env": env})
     options, envs = resolved.config(), make_vec_env(factory(env), resolved.settings.envs)
-    shared = {"learning_rate": options.lr, "batch_size": options.batch, "device": "cpu", "seed": 0,
-              "policy_kwargs": {"net_arch": list(options.hidden)}}  # fmt: skip
+    shared = {
+        "learning_rate": options.lr,
+        "batch_size": options.batch,
+        "device": "cpu",
+        "seed": 0,
+        "policy_kwargs": {"net_arch": list(options.hidden)},
+    }
     if name == "PPO":
         shared |= {"n_steps": options.rollout, "n_epochs": options.epochs}
     else:
         every = getattr(options, "update_every", 1)
-        shared |= {"learning_starts": WARM_UP, "train_freq": every, "gradient_steps": 1,
-                   "buffer_size": options.capacity}  # fmt: skip
+        shared |= {
+            "learning_starts": WARM_UP,
+            "train_freq": every,
+            "gradient_steps": 1,
+            "buffer_size": options.capacity,
+        }
     model = getattr(stable_baselines3, name)("MlpPolicy", envs, **shared)
     model.set_logger(Logger(folder=None, output_formats=[]))
 
@@ -107,7 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    process.prepare(1, keep_memory=True)
+    system.prepare(1, keep_memory=True)
     print(products.choose(home(), cpu_name()))
     ours = {name: Ours(name, given.env) for name in given.algos}
     runs = {f"{name} collects": method.collect for name, method in ours.items()}
@@ -123,18 +131,23 @@ def main() -> None:
         for name, run in runs.items():
             rates[name].append(rate(run, given.steps))
     found: dict[str, Any] = {
-        "env": given.env, "hardware": cpu_name(), "threads": 1, "torch": torch.__version__,
-        "rounds": given.rounds, "steps": given.steps, "rows": {},
-    }  # fmt: skip
+        "env": given.env,
+        "hardware": cpu_name(),
+        "threads": 1,
+        "torch": torch.__version__,
+        "rounds": given.rounds,
+        "steps": given.steps,
+        "rows": {},
+    }
     if given.peers:
         found["stable-baselines3"] = metadata.version("stable-baselines3")
     print(f"{'':<16} {'steps/s':>9} {'range':>15} {'updates/s':>10} {'over SB3':>9}")
     for name, values in rates.items():
         middle = statistics.median(values)
         row = found["rows"][name] = {
-            "steps_per_second": round(middle, 1), "range": [round(min(values), 1),
-                                                            round(max(values), 1)],
-        }  # fmt: skip
+            "steps_per_second": round(middle, 1),
+            "range": [round(min(values), 1), round(max(values), 1)],
+        }
         updates = against = ""
         if name in ours:
             row["updates_per_second"] = round(middle / float(ours[name].stage.stride), 1)
@@ -143,8 +156,10 @@ def main() -> None:
             pairs = zip(values, rates[f"sb3-{name}"], strict=True)
             row["over_sb3"] = round(statistics.median(a / b for a, b in pairs), 2)
             against = f"{row['over_sb3']:.2f}"
-        print(f"{name:<16} {middle:>9.0f} {min(values):>7.0f}-{max(values):<7.0f} "
-              f"{updates:>10} {against:>9}")  # fmt: skip
+        print(
+            f"{name:<16} {middle:>9.0f} {min(values):>7.0f}-{max(values):<7.0f} "
+            f"{updates:>10} {against:>9}"
+        )
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offrl.machine import cores, cpu_name
-from offrl.nets import fused_scan, scan
+from offrl.nets.kernels import fused_scan, scan
+from offrl.system import cores, cpu_name
 
 
 def whole(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,9 +53,16 @@ def mambapy(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 
 FORMS: dict[str, scan.Form] = {
     form.__name__: form
-    for form in (textbook, mambapy, scan.loop, scan.recompute, scan.chunked, scan.chunked_again,
-                 fused_scan.fused)
-}  # fmt: skip
+    for form in (
+        textbook,
+        mambapy,
+        scan.loop,
+        scan.recompute,
+        scan.chunked,
+        scan.chunked_again,
+        fused_scan.fused,
+    )
+}
 
 
 def draw(options: argparse.Namespace) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -154,12 +161,16 @@ def main() -> None:
     chosen = scan.fastest(torch.device("cpu"), torch.float32, options.states).__name__
     result = {
         "shape": {key: getattr(options, key) for key in ("batch", "length", "channels", "states")},
-        "hardware": cpu_name(), "torch": torch.__version__, "date": date.today().isoformat(),
+        "hardware": cpu_name(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
         "command": "python scripts/scan.py " + " ".join(sys.argv[1:]),
         "mambapy": importlib.metadata.version("mambapy") if "mambapy" in names else None,
         "load": round(os.getloadavg()[0], 1),  # above the number of cores: threads wait in turn
-        "chosen": chosen, "rounds": options.rounds, "forms": [],
-    }  # fmt: skip
+        "chosen": chosen,
+        "rounds": options.rounds,
+        "forms": [],
+    }
     base = "mambapy" if "mambapy" in names else "textbook"
     print(f"{cpu_name()}, torch {torch.__version__}; chosen on this machine: {chosen}")
     print(f"load of the machine {result['load']} on {cores()} cores")
@@ -175,12 +186,18 @@ def main() -> None:
                 f"{threads:7} {name:13}{forward:12.1f}{both:9.1f}{low:8.0f} -{high:5.0f}"
                 f"{ratio:7.2f}{memory[name]:9.0f}{error[name]:9.0e}"
             )
-            result["forms"].append({
-                "form": name, "threads": threads, "forward_ms": round(forward, 1),
-                "both_ms": round(both, 1), "range_ms": [round(low, 1), round(high, 1)],
-                f"ratio_to_{base}": round(ratio, 3), "peak_mb": round(memory[name], 1),
-                "gradient_error": float(f"{error[name]:.1e}"),
-            })  # fmt: skip
+            result["forms"].append(
+                {
+                    "form": name,
+                    "threads": threads,
+                    "forward_ms": round(forward, 1),
+                    "both_ms": round(both, 1),
+                    "range_ms": [round(low, 1), round(high, 1)],
+                    f"ratio_to_{base}": round(ratio, 3),
+                    "peak_mb": round(memory[name], 1),
+                    "gradient_error": float(f"{error[name]:.1e}"),
+                }
+            )
     print(f"ratio: to {base}, forward and backward; error: of gradients against loop, relative")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

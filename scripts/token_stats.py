@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from offrl.cli import options, readable_errors
-from offrl.outcome import cpu_name
 from offrl.regularizers.functional import Nucleus, SetEntropy, token_stats
+from offrl.runs.record import cpu_name
 
 MASS = 0.8
 WANT = {"logp": "logp", "entropy": "entropy", "nucleus": SetEntropy(Nucleus(MASS))}
@@ -83,8 +83,9 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor, o: Options) -> Tensor
 
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor, o: Options) -> Tensor:
-    found = token_stats(hidden, weight, None, targets, WANT,
-                        chunk_tokens=o.chunk_tokens, chunk_vocab=o.chunk_vocab)  # fmt: skip
+    found = token_stats(
+        hidden, weight, None, targets, WANT, chunk_tokens=o.chunk_tokens, chunk_vocab=o.chunk_vocab
+    )
     return sum(found.values(), torch.zeros(())).mean()
 
 
@@ -115,9 +116,12 @@ def one_pass(o: Options) -> dict[str, float]:
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     gradients = sum(x.numel() * x.element_size() for x in grads)
     return {
-        "gib": (resident("VmHWM") - before - gradients) / 2**30, "wall": wall, "cpu": cpu,
-        "value": value.item(), "norm": sum(float(x.square().sum()) for x in grads) ** 0.5,
-    }  # fmt: skip
+        "gib": (resident("VmHWM") - before - gradients) / 2**30,
+        "wall": wall,
+        "cpu": cpu,
+        "value": value.item(),
+        "norm": sum(float(x.square().sum()) for x in grads) ** 0.5,
+    }
 
 
 def free_memory() -> int:
@@ -162,10 +166,16 @@ def compare(o: Options) -> dict[str, Any]:
     for turn in range(o.rounds):
         for form in o.forms:
             if form != "naive" or turn < o.naive_rounds:
-                command = [sys.executable, __file__, f"form={form}",
-                           f"tokens={tokens[form]}", *shared]  # fmt: skip
-                printed = subprocess.run(command, check=True, env=environment, text=True,
-                                         stdout=subprocess.PIPE).stdout  # fmt: skip
+                command = [
+                    sys.executable,
+                    __file__,
+                    f"form={form}",
+                    f"tokens={tokens[form]}",
+                    *shared,
+                ]
+                printed = subprocess.run(
+                    command, check=True, env=environment, text=True, stdout=subprocess.PIPE
+                ).stdout
                 passes[form].append(json.loads(printed.splitlines()[-1]))
                 print(f"{form}: {passes[form][-1]['cpu']:.1f} s of CPU time", flush=True)
     rows = {
@@ -182,13 +192,22 @@ def compare(o: Options) -> dict[str, Any]:
         if "plain" in rows and tokens[form] == o.tokens:
             row["cpu_ratio"] = row["cpu"] / rows["plain"]["cpu"]
         ratio = f"{row['cpu_ratio']:13.2f}" if "cpu_ratio" in row else ""
-        print(f"{form:<8}{tokens[form]:>8}{row['gib']:>8.2f}{row['wall']:>9.1f}{row['cpu']:>9.1f}"
-              + ratio)  # fmt: skip
+        print(
+            f"{form:<8}{tokens[form]:>8}{row['gib']:>8.2f}{row['wall']:>9.1f}{row['cpu']:>9.1f}"
+            + ratio
+        )
     found = {
-        "tokens": o.tokens, "hidden": o.hidden, "vocab": o.vocab, "dtype": "float32",
-        "tile": [o.chunk_tokens, o.chunk_vocab], "hardware": cpu_name(), "threads": o.threads,
-        "torch": torch.__version__, "date": date.today().isoformat(), "forms": rows,
-    }  # fmt: skip
+        "tokens": o.tokens,
+        "hidden": o.hidden,
+        "vocab": o.vocab,
+        "dtype": "float32",
+        "tile": [o.chunk_tokens, o.chunk_vocab],
+        "hardware": cpu_name(),
+        "threads": o.threads,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "forms": rows,
+    }
     if "naive" in rows and "ours" in rows:
         found["memory_ratio"] = rows["ours"]["gib"] / rows["naive"]["gib"]
         print(f"memory of ours / naive: {found['memory_ratio']:.3f}")

@@ -11,13 +11,13 @@ import offrl
 
 ROOT = Path(offrl.__file__).parent
 ALLOWED = {
-    "algos": {"nets", "regularizers", "data", "engine.stage", "engine.optim"},
+    "algos": {"nets", "regularizers", "data", "engine.method", "engine.optim"},
     "regularizers": {"regularizers"},
     "integrations": {"integrations", "regularizers"},
-    "nets": {"nets", "opaque"},
-    "data": {"data", "engine.stage", "seeding", "envs", "nets", "machine", "opaque"},
+    "nets": {"nets"},
+    "data": {"data", "engine.method", "seeding", "envs", "nets", "system"},
     "envs": {"envs", "seeding"},
-    "engine": {"engine", "data", "envs", "seeding", "opaque"},
+    "engine": {"engine", "data", "envs", "nets.kernels.opaque", "seeding"},
     "results": {"results", "data", "envs"},
 }
 

@@ -18,16 +18,19 @@ import pytest
 import torch
 
 import offrl
-from offrl import cli, experiment, outcome, task
+from offrl import cli, system
 from offrl import config as configuration
 from offrl.config import ConfigError
-from offrl.engine import checkpoint, process
-from offrl.engine.fit import Curve, Progress
+from offrl.engine import checkpoint
+from offrl.engine.loop import Curve, Progress
 from offrl.engine.threads import candidates
 from offrl.envs import make
-from offrl.machine import cores
-from offrl.nets import products
-from offrl.parallel import Display, Failed
+from offrl.nets.kernels import products
+from offrl.runs import record as outcome
+from offrl.runs import task
+from offrl.runs import train as experiment
+from offrl.runs.workers import Display, Failed
+from offrl.system import cores
 
 EPISODES = ["eval_episodes=2", "final_episodes=2"]
 SIZES = ["algo.hidden=[16]", "algo.batch=16", *EPISODES]
@@ -151,8 +154,15 @@ def test_a_run_does_not_go_on_with_products_that_are_gone(monkeypatch):
 
 
 def test_a_return_conditioned_run_scores_every_target_and_the_best(capsys):
-    train("algo=decision_transformer", "env=hopper", write_data(), "steps=40", "eval_every=20",
-          "algo.targets=[3600,1800]", *WINDOWS)  # fmt: skip
+    train(
+        "algo=decision_transformer",
+        "env=hopper",
+        write_data(),
+        "steps=40",
+        "eval_every=20",
+        "algo.targets=[3600,1800]",
+        *WINDOWS,
+    )
     folder = only_run()
     result = json.loads((folder / "result.json").read_text())
     assert list(result["scenarios"]) == ["target-3600", "target-1800"]
@@ -246,9 +256,12 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on():
     words = ["algo=td3bc", "env=hopper", write_data(), "steps=100_000", "seeds=2", *SIZES]
     command = [sys.executable, "-c", "from offrl.cli import train; train()", *words]
     running = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and len(list(Path("runs").rglob("metrics.csv"))) < 2:
         time.sleep(0.05)
@@ -269,7 +282,7 @@ def stopped_before_training(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("offrl.experiment.build", interrupted)
+        patch.setattr("offrl.runs.train.build", interrupted)
         with pytest.raises(SystemExit) as stop:
             train("algo=bc", "env=hopper", write_data(), "steps=20", *SIZES)
     return stop.value.code
@@ -288,7 +301,7 @@ def test_a_worker_that_outlives_its_command_keeps_the_folder(capsys):
     words = ["algo=bc", "env=hopper", write_data(), "steps=20", *SIZES]
     train(*words)
     (only_run() / "result.json").unlink()
-    with process.only_one(only_run() / "seed-0"):
+    with system.only_one(only_run() / "seed-0"):
         err = fails(capsys, f"resume={only_run()}")
     assert "another process is training in" in err
     assert "seed-0" in err
@@ -392,13 +405,21 @@ def test_a_place_that_is_not_writable_is_named(capsys):
 
 
 def test_an_online_run_and_its_evaluation(capsys):
-    train("algo=sac", "env=Pendulum-v1", "steps=80", "algo.warmup=40", "eval_every=40",
-          "snapshot_every=20", *SIZES)  # fmt: skip
+    train(
+        "algo=sac",
+        "env=Pendulum-v1",
+        "steps=80",
+        "algo.warmup=40",
+        "eval_every=40",
+        "snapshot_every=20",
+        *SIZES,
+    )
     folder = only_run()
     assert folder.parent == Path("runs/sac/Pendulum-v1")
     assert sorted(p.name for p in (folder / "seed-0" / "snapshots").iterdir()) == [
-        "000000060.pt", "000000080.pt",
-    ]  # fmt: skip
+        "000000060.pt",
+        "000000080.pt",
+    ]
     capsys.readouterr()
     cli.evaluate([f"run={folder}", "episodes=2", "out=scores.json"])
     line = capsys.readouterr().out.splitlines()[-1]
@@ -412,20 +433,32 @@ def test_an_online_run_and_its_evaluation(capsys):
 
 
 def test_an_online_run_logs_ranks_and_bias_at_every_point_of_its_curve():
-    train("algo=td3", "env=Pendulum-v1", "algo.beer=1e-3", "steps=80", "algo.warmup=40",
-          "eval_every=20", "seeds=1", *SIZES)  # fmt: skip
+    train(
+        "algo=td3",
+        "env=Pendulum-v1",
+        "algo.beer=1e-3",
+        "steps=80",
+        "algo.warmup=40",
+        "eval_every=20",
+        "seeds=1",
+        *SIZES,
+    )
     with open(only_run() / "seed-0" / "metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["stage"] == "evaluation"]
-    found = {name: [int(row["step"]) for row in rows if row["name"] == name]
-             for name in ("rank/feature", "rank/effective", "bias", "return")}  # fmt: skip
+    found = {
+        name: [int(row["step"]) for row in rows if row["name"] == name]
+        for name in ("rank/feature", "rank/effective", "bias", "return")
+    }
     assert found == {name: [60, 80] for name in found}
 
 
 @pytest.mark.parametrize(
     ("algo", "steps"),
-    [("dqn", ["steps=400", "algo.warmup=100", "algo.update_every=10"]),
-     ("ppo", ["steps=640", "algo.rollout=32"])],
-)  # fmt: skip
+    [
+        ("dqn", ["steps=400", "algo.warmup=100", "algo.update_every=10"]),
+        ("ppo", ["steps=640", "algo.rollout=32"]),
+    ],
+)
 def test_discrete_runs_count_environment_steps_and_are_scored(algo, steps, capsys):
     train(f"algo={algo}", "env=CartPole-v1", "envs=2", "eval_every=200", *steps, *SIZES)
     folder = only_run()
@@ -470,9 +503,11 @@ def test_data_without_rewards_are_for_methods_that_need_none(algo):
 
 def test_the_command_that_continues_a_run_is_the_one_that_began_it(monkeypatch):
     script = Path(offrl.__file__).resolve().parents[1] / "scripts" / "train.py"
-    for program, start in ((str(script), f"python {shlex.quote(str(script))}"),
-                           ("/usr/bin/offrl", "offrl train"),
-                           ("train.py", "offrl train")):  # fmt: skip
+    for program, start in (
+        (str(script), f"python {shlex.quote(str(script))}"),
+        ("/usr/bin/offrl", "offrl train"),
+        ("train.py", "offrl train"),
+    ):
         monkeypatch.setattr("sys.argv", [program, "algo=bc"])
         assert outcome.resuming(Path("a run")) == f"{start} 'resume=a run'"
 
@@ -495,18 +530,27 @@ def test_help_lists_every_setting_with_value_origin_choices_and_meaning(capsys):
     assert "there is no setting" in fails(capsys, "--help", "envv=hopper")
 
 
-@pytest.mark.parametrize("cls", [configuration.Settings, *(
-    configuration.module(name).Config for name in configuration.algorithms()
-)])  # fmt: skip
+@pytest.mark.parametrize(
+    "cls",
+    [
+        configuration.Settings,
+        *(configuration.module(name).Config for name in configuration.algorithms()),
+    ],
+)
 def test_every_setting_has_a_meaning(cls):
     assert [name for name, told in configuration.meanings(cls).items() if not told] == []
 
 
 @pytest.mark.parametrize(
     "words",
-    [["-m", "env=hopper,ant"], ["resume=runs/x"], ["--cfg", "job"], ["hydra/launcher=joblib"],
-     ["-m", "algo=bc,prdc", "seed=0,1"]],
-)  # fmt: skip
+    [
+        ["-m", "env=hopper,ant"],
+        ["resume=runs/x"],
+        ["--cfg", "job"],
+        ["hydra/launcher=joblib"],
+        ["-m", "algo=bc,prdc", "seed=0,1"],
+    ],
+)
 def test_help_is_given_with_any_words(words, capsys):
     train("--help", *words)
     assert "\nrows=null  (default)\n" in capsys.readouterr().out
@@ -566,11 +610,13 @@ def test_a_run_keeps_what_its_dynamics_rest_on():
 
 @pytest.mark.parametrize(
     ("module", "env", "names"),
-    [("dm_control", "dmc-cheetah-run", ["dm_control", "mujoco"]),
-     ("ogbench", "antmaze-medium", ["ogbench", "mujoco"]),
-     ("ogbench", "cube-single", ["ogbench", "dm_control", "mujoco"]),
-     ("Box2D", "LunarLander-v3", metadata.packages_distributions().get("Box2D"))],
-)  # fmt: skip
+    [
+        ("dm_control", "dmc-cheetah-run", ["dm_control", "mujoco"]),
+        ("ogbench", "antmaze-medium", ["ogbench", "mujoco"]),
+        ("ogbench", "cube-single", ["ogbench", "dm_control", "mujoco"]),
+        ("Box2D", "LunarLander-v3", metadata.packages_distributions().get("Box2D")),
+    ],
+)
 def test_a_run_keeps_the_versions_of_other_suites(module, env, names):
     pytest.importorskip(module)
     assert list(make.engines(make.factory(env)())) == names

@@ -3,10 +3,12 @@ from typing import Literal
 import pytest
 import torch
 
-from offrl import config, experiment, parallel
+from offrl import config
 from offrl.config import ConfigError, convert, from_yaml, resolve
 from offrl.envs import ogbench
-from offrl.experiment import layout
+from offrl.runs import train as experiment
+from offrl.runs import workers as parallel
+from offrl.runs.train import layout
 
 TASKS = {"halfcheetah-*": {"alpha": 40.0}, "*-medium": {"eval_episodes": 50}}
 PRESETS = {"quick": {"steps": 100, "eval_every": 10}}
@@ -85,10 +87,17 @@ def test_a_misspelt_algorithm_names_the_nearest():
 
 @pytest.mark.parametrize(
     ("value", "hint", "out"),
-    [(1e6, int, 1_000_000), (3, float, 3.0), ([1, 2], tuple[int, ...], (1, 2)),
-     ("auto", int | Literal["auto"], "auto"), (2.0, int | Literal["auto"], 2),
-     (None, int | None, None), (5, int | None, 5), ("a", Literal["a", "b"], "a")],
-)  # fmt: skip
+    [
+        (1e6, int, 1_000_000),
+        (3, float, 3.0),
+        ([1, 2], tuple[int, ...], (1, 2)),
+        ("auto", int | Literal["auto"], "auto"),
+        (2.0, int | Literal["auto"], 2),
+        (None, int | None, None),
+        (5, int | None, 5),
+        ("a", Literal["a", "b"], "a"),
+    ],
+)
 def test_values_take_the_declared_type(value, hint, out):
     got = convert("x", value, hint)
     assert got == out
@@ -102,10 +111,12 @@ def test_task_patterns_cannot_match_across_benchmarks():
 
 @pytest.mark.parametrize(
     ("env", "path", "task"),
-    [("antmaze-giant", "/x/antmaze-giant-stitch-v0.npz", "antmaze-giant-stitch"),
-     ("halfcheetah", "/x/halfcheetah_medium-v2.hdf5", "halfcheetah-medium"),
-     ("hopper", "/x/logs-v2.npz", "hopper-logs-v2")],
-)  # fmt: skip
+    [
+        ("antmaze-giant", "/x/antmaze-giant-stitch-v0.npz", "antmaze-giant-stitch"),
+        ("halfcheetah", "/x/halfcheetah_medium-v2.hdf5", "halfcheetah-medium"),
+        ("hopper", "/x/logs-v2.npz", "hopper-logs-v2"),
+    ],
+)
 def test_a_published_file_has_the_task_values_of_its_data_set(env, path, task):
     assert resolve("td3bc", {"env": env, "dataset": path}, TASKS).task == task
 
@@ -143,8 +154,15 @@ COEFFICIENTS = {  # published: alphas of these methods, both of HIQL, and its k
 ACTOR_GOALS = {"stitch": (0.0, 0.5, 0.5), "explore": (0.0, 0.0, 1.0)}
 VALUE_GOALS = {"qrl": (0.0, 0.0, 1.0), "crl": (0.0, 1.0, 0.0)}
 MAZES, PLAY = ("navigate", "stitch"), ("play", "noisy")
-KINDS = {"pointmaze": MAZES, "antmaze": (*MAZES, "explore"), "humanoidmaze": MAZES,
-         "antsoccer": MAZES, "cube": PLAY, "scene": PLAY, "puzzle": PLAY}  # fmt: skip
+KINDS = {
+    "pointmaze": MAZES,
+    "antmaze": (*MAZES, "explore"),
+    "humanoidmaze": MAZES,
+    "antsoccer": MAZES,
+    "cube": PLAY,
+    "scene": PLAY,
+    "puzzle": PLAY,
+}
 ALONG, MIXED = (0.0, 1.0, 0.0), (0.2, 0.5, 0.3)
 
 
@@ -156,11 +174,14 @@ def published(method, env, kind):
     *_, alpha, k = COEFFICIENTS[group]
     horizon = 0.995 if "giant" in env or family == "humanoidmaze" else 0.99
     found = {
-        "lr": 3e-4, "batch": 256 if pixels else 1024, "hidden": (512, 512, 512),
-        "steps": 500_000 if pixels else 1_000_000, "images": pixels,
+        "lr": 3e-4,
+        "batch": 256 if pixels else 1024,
+        "hidden": (512, 512, 512),
+        "steps": 500_000 if pixels else 1_000_000,
+        "images": pixels,
         "crop_share": 0.5 if pixels and manipulation else 0.0,
         "actor_goals": ALONG if method == "gcbc" else ACTOR_GOALS.get(kind, ALONG),
-    }  # fmt: skip
+    }
     if method != "gcbc":
         found |= {"value_goals": VALUE_GOALS.get(method, MIXED)}
     if method not in ("gcbc", "qrl"):

@@ -10,9 +10,16 @@ from pathlib import Path
 import pytest
 
 SWEEP = [
-    "-m", "algo=td3", "env=hopper", "steps=60,80", "algo.warmup=20", "algo.hidden=[16]",
-    "eval_every=40", "eval_episodes=2", "final_episodes=2",
-]  # fmt: skip
+    "-m",
+    "algo=td3",
+    "env=hopper",
+    "steps=60,80",
+    "algo.warmup=20",
+    "algo.hidden=[16]",
+    "eval_every=40",
+    "eval_episodes=2",
+    "final_episodes=2",
+]
 
 
 def sweep(folder, *words, env=None):
@@ -52,9 +59,14 @@ def test_a_ray_head_in_a_process_of_its_own_gives_the_same_results(tmp_path, one
     # head and client share a token made here, whatever the machine's own Ray settings are
     env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     start = [
-        ray, "start", "--head", "--num-cpus=2", "--port=6399",
-        "--node-ip-address=127.0.0.1", "--include-dashboard=false",
-    ]  # fmt: skip
+        ray,
+        "start",
+        "--head",
+        "--num-cpus=2",
+        "--port=6399",
+        "--node-ip-address=127.0.0.1",
+        "--include-dashboard=false",
+    ]
     subprocess.run(start, check=True, capture_output=True, cwd="/", env=env, timeout=120)
     try:
         address = "hydra.launcher.ray.init.address='127.0.0.1:6399'"
@@ -67,7 +79,13 @@ def test_a_ray_head_in_a_process_of_its_own_gives_the_same_results(tmp_path, one
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["submitit_local", "submitit_slurm"])
 def test_submitit_is_selectable(tmp_path, launcher):
-    command = [sys.executable, "-c", "from offrl.cli import train; train()",
-               f"hydra/launcher={launcher}", "--cfg", "hydra"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        "from offrl.cli import train; train()",
+        f"hydra/launcher={launcher}",
+        "--cfg",
+        "hydra",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert "submitit_launcher" in done.stdout, done.stderr

@@ -74,12 +74,25 @@ def line(tmp_path, monkeypatch):
 
 
 def test_a_policy_trained_on_own_walks_reaches_both_ends(line):
-    cli.train([
-        "algo=hiql", "env=Line-v0", "source=ogbench", "dataset=walks.npz", "algo.goal_columns=[0]",
-        "algo.hidden=[32,32]", "algo.batch=128", "algo.lr=0.003", "algo.tau=0.05",
-        "algo.discount=0.9", "algo.subgoal_steps=4", "steps=500", "eval_every=500",
-        "eval_episodes=2", "final_episodes=5",
-    ])  # fmt: skip
+    cli.train(
+        [
+            "algo=hiql",
+            "env=Line-v0",
+            "source=ogbench",
+            "dataset=walks.npz",
+            "algo.goal_columns=[0]",
+            "algo.hidden=[32,32]",
+            "algo.batch=128",
+            "algo.lr=0.003",
+            "algo.tau=0.05",
+            "algo.discount=0.9",
+            "algo.subgoal_steps=4",
+            "steps=500",
+            "eval_every=500",
+            "eval_episodes=2",
+            "final_episodes=5",
+        ]
+    )
     (path,) = Path("runs").rglob("result.json")
     result = json.loads(path.read_text())
     assert list(result["scenarios"]) == ["task-1", "task-2"]
@@ -96,11 +109,23 @@ def test_images_go_from_a_file_through_training_to_the_score(line, algo):
         actions=np.ones((20, 1), np.float32),
         terminals=np.arange(20) == 19,
     )
-    cli.train([
-        f"algo={algo}", "env=Picture-v0", "source=ogbench", "dataset=pictures.npz",
-        "algo.images=true", "algo.crop_share=0.5", "algo.hidden=[16]", "algo.batch=4", "steps=3",
-        "evaluation=inline", "eval_every=3", "eval_episodes=1", "final_episodes=1",
-    ])  # fmt: skip
+    cli.train(
+        [
+            f"algo={algo}",
+            "env=Picture-v0",
+            "source=ogbench",
+            "dataset=pictures.npz",
+            "algo.images=true",
+            "algo.crop_share=0.5",
+            "algo.hidden=[16]",
+            "algo.batch=4",
+            "steps=3",
+            "evaluation=inline",
+            "eval_every=3",
+            "eval_episodes=1",
+            "final_episodes=1",
+        ]
+    )
     (path,) = Path("runs").rglob("result.json")
     result = json.loads(path.read_text())
     assert np.shape(result["final_returns"]) == (1, 2)

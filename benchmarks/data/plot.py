@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from offrl.data import generated
+from offrl.data.sources import generated
 from offrl.results.returns import distribution
 
 ROBOTS = ("halfcheetah", "hopper", "walker2d")

@@ -18,5 +18,11 @@ for path in sorted(HERE.glob("*-metrics.csv")):
             if row["stage"] == "evaluation" and row["name"] == "return"
         ]
     steps, returns = np.array(points).T
-    learning_curve(HERE / f"{env}.png", steps, returns[None], f"SAC on {env} (v5), seed 0",
-                   "return of 10 deterministic episodes", "environment steps")  # fmt: skip
+    learning_curve(
+        HERE / f"{env}.png",
+        steps,
+        returns[None],
+        f"SAC on {env} (v5), seed 0",
+        "return of 10 deterministic episodes",
+        "environment steps",
+    )

@@ -15,8 +15,8 @@ import torch
 from torch import Generator, Tensor
 
 from offrl.data import Dataset, prepare, transitions
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import Actor, Standardize
 
 FIELDS = ("obs", "act")

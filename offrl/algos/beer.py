@@ -34,9 +34,9 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.collect import off_policy
+from offrl.data.collector import off_policy
+from offrl.engine.method import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.nets import Actor, Critics
 from offrl.regularizers.rank import beer_penalty, ranks
 
@@ -63,8 +63,13 @@ class Config:
 
 class BEER:
     NAMES = (
-        "actor", "critics", "actor_target", "critics_target", "actor_opt", "critics_opt",
-    )  # fmt: skip
+        "actor",
+        "critics",
+        "actor_target",
+        "critics_target",
+        "actor_opt",
+        "critics_opt",
+    )
 
     def __init__(
         self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
@@ -93,9 +98,11 @@ class BEER:
         penalty, stats = self.penalty(f, t, batch)  # (*S, 1, B)
         loss = error + self.config.beta * penalty.mean((-2, -1))
         return loss, {
-            "critics/loss": error, "critics/q": q.mean((-2, -1)),
-            "beer/open": stats["open"].squeeze(-1), "beer/cos": stats["cos"].squeeze(-1),
-        }  # fmt: skip
+            "critics/loss": error,
+            "critics/q": q.mean((-2, -1)),
+            "beer/open": stats["open"].squeeze(-1),
+            "beer/cos": stats["cos"].squeeze(-1),
+        }
 
     def penalty(self, f: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         """R (*S, 1, B) of features f and t (*S, 1, B, m), with statistics (*S, 1)."""
@@ -105,9 +112,15 @@ class BEER:
                 g = self.critics.features(batch["next_obs"], self.actor(batch["next_obs"]))
         weight, bias = self.critics.last
         return beer_penalty(
-            f, t, batch["reward"].unsqueeze(-2), weight, c.discount, g=g,
-            bias=bias if c.bias_aware else None, terminal=batch["terminal"].unsqueeze(-2),
-        )  # fmt: skip
+            f,
+            t,
+            batch["reward"].unsqueeze(-2),
+            weight,
+            c.discount,
+            g=g,
+            bias=bias if c.bias_aware else None,
+            terminal=batch["terminal"].unsqueeze(-2),
+        )
 
     @torch.no_grad()
     def target(self, batch: Batch) -> tuple[Tensor, Tensor]:

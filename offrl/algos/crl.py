@@ -29,10 +29,10 @@ from torch.nn import functional as F
 
 from offrl.data import Dataset
 from offrl.data.goals import check_mixture, goal_transitions
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
-from offrl.nets.gelu import GeluMLP
 from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob
+from offrl.nets.kernels.gelu import GeluMLP
 
 FIELDS = ("obs", "act", "next_obs")
 GOALS = True  # the environment must name goals
@@ -142,8 +142,14 @@ def stages(algo: CRL, data: Dataset, run: Run) -> list[Stage]:
 
     def start():
         return goal_transitions(
-            data, c.batch, c.value_goals, c.actor_goals, c.discount,
-            c.images * c.crop_share, run.seeds, run.device,
-        )  # fmt: skip
+            data,
+            c.batch,
+            c.value_goals,
+            c.actor_goals,
+            c.discount,
+            c.images * c.crop_share,
+            run.seeds,
+            run.device,
+        )
 
     return [Stage("train", run.steps, start, algo.update, algo.cycle)]

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.collect import off_policy
+from offrl.data.collector import off_policy
+from offrl.engine.method import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.nets import Actor, Critics
 from offrl.regularizers.rank import ranks
 
@@ -47,8 +47,13 @@ class Config:
 
 class DDPG:
     NAMES = (
-        "actor", "critics", "actor_target", "critics_target", "actor_opt", "critics_opt",
-    )  # fmt: skip
+        "actor",
+        "critics",
+        "actor_target",
+        "critics_target",
+        "actor_opt",
+        "critics_opt",
+    )
 
     def __init__(
         self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()

@@ -48,10 +48,10 @@ from torch.nn import functional as F
 
 from offrl.data import Dataset, prepare
 from offrl.data.windows import per_step, windows
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adamw, descend, frozen, warm_up
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import Linear, Standardize
-from offrl.nets.multigrained import Backbone, Fusion, Grouping
+from offrl.nets.sequence.multigrained import Backbone, Fusion, Grouping
 from offrl.regularizers import ProgressiveTarget, RegInputs
 from offrl.regularizers.reductions import masked_reduce
 

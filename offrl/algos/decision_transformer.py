@@ -31,10 +31,10 @@ from torch import Generator, Tensor, nn
 
 from offrl.data import Dataset, prepare
 from offrl.data.windows import act_taken, extend, windows
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adamw, descend, warm_up
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import Linear, Standardize
-from offrl.nets.transformer import Transformer
+from offrl.nets.sequence.transformer import Transformer
 from offrl.regularizers.reductions import masked_reduce
 
 FIELDS = ("obs", "act", "reward")

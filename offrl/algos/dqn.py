@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.collect import Collector, watched
+from offrl.data.collector import Collector, watched
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import MLP
 from offrl.regularizers.rank import action_features, beer_penalty, ranks
 
@@ -84,10 +84,13 @@ class DQN:
         penalty, stats = beer_penalty(
             action_features(features, batch["act"], self.actions),
             action_features(after, act, self.actions),
-            batch["reward"], self.network.pairs()[-1][0], self.config.discount,
-            g=action_features(online, act, self.actions), terminal=batch["terminal"],
+            batch["reward"],
+            self.network.pairs()[-1][0],
+            self.config.discount,
+            g=action_features(online, act, self.actions),
+            terminal=batch["terminal"],
             mask=act == batch["act"],
-        )  # fmt: skip
+        )
         loss = loss + self.config.beer * penalty.mean(-1)
         return loss, metrics | {"beer/open": stats["open"], "beer/cos": stats["cos"]}
 

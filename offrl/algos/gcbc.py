@@ -22,8 +22,8 @@ from torch import Generator, Tensor
 
 from offrl.data import Dataset
 from offrl.data.goals import check_mixture, trajectories
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets.encoders import cropped
 from offrl.nets.goal import GoalActor, GoalColumns
 

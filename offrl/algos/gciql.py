@@ -30,8 +30,8 @@ from torch import Generator, Tensor
 
 from offrl.data import Dataset
 from offrl.data.goals import check_mixture, goal_transitions
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets.goal import GoalActor, GoalColumns, Values, held, normal_log_prob
 
 FIELDS = ("obs", "act", "next_obs")
@@ -140,8 +140,14 @@ def stages(algo: GCIQL, data: Dataset, run: Run) -> list[Stage]:
 
     def start():
         return goal_transitions(
-            data, c.batch, c.value_goals, c.actor_goals, c.discount,
-            c.images * c.crop_share, run.seeds, run.device,
-        )  # fmt: skip
+            data,
+            c.batch,
+            c.value_goals,
+            c.actor_goals,
+            c.discount,
+            c.images * c.crop_share,
+            run.seeds,
+            run.device,
+        )
 
     return [Stage("train", run.steps, start, algo.update, algo.cycle)]

@@ -28,8 +28,8 @@ from torch import Generator, Tensor
 
 from offrl.data import Dataset
 from offrl.data.goals import check_mixture, goal_transitions
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets.goal import GoalActor, GoalColumns, Values
 
 FIELDS = ("obs", "act", "next_obs")
@@ -135,8 +135,14 @@ def stages(algo: GCIVL, data: Dataset, run: Run) -> list[Stage]:
 
     def start():
         return goal_transitions(
-            data, c.batch, c.value_goals, c.actor_goals, c.discount,
-            c.images * c.crop_share, run.seeds, run.device,
-        )  # fmt: skip
+            data,
+            c.batch,
+            c.value_goals,
+            c.actor_goals,
+            c.discount,
+            c.images * c.crop_share,
+            run.seeds,
+            run.device,
+        )
 
     return [Stage("train", run.steps, start, algo.update, algo.cycle)]

@@ -37,8 +37,8 @@ from torch import Generator, Tensor
 
 from offrl.data import Dataset
 from offrl.data.goals import check_mixture, trajectories
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets.encoders import cropped
 from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized
 
@@ -117,9 +117,11 @@ class HIQL:
         high_weight = advantage_weight(c.high_alpha, v_ahead_g - v_g)
         high = -(high_weight * self.high.log_prob(s, g, subgoal)).mean(-1)
         metrics |= {
-            "low/loss": low, "low/weight": low_weight.mean(-1),
-            "high/loss": high, "high/weight": high_weight.mean(-1),
-        }  # fmt: skip
+            "low/loss": low,
+            "low/weight": low_weight.mean(-1),
+            "high/loss": high,
+            "high/weight": high_weight.mean(-1),
+        }
         return value + low + high, metrics
 
     def value_loss(

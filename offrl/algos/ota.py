@@ -43,8 +43,8 @@ from torch import Generator, Tensor
 
 from offrl.data import Dataset
 from offrl.data.goals import check_mixture, trajectories
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets.encoders import cropped
 from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized
 
@@ -111,9 +111,14 @@ class OTA:
         rep_l, rep_h = self.reps((s, l), (s, h))
         with torch.no_grad():  # one call per network for all terms
             rep_next, rep_end, rep_w, rep_next_w, rep_g, rep_ahead_g, subgoal = self.reps(
-                (next_s, l), (end, h), (s, w), (next_s, w), (s, g), (ahead, g),
+                (next_s, l),
+                (end, h),
+                (s, w),
+                (next_s, w),
+                (s, g),
+                (ahead, g),
                 (s, self.goal(ahead)),
-            )  # fmt: skip
+            )
             target_next, target_now = self.values_target(
                 ((next_s, rep_next), (s, rep_l)), ((end, rep_end), (s, rep_h))
             )
@@ -131,9 +136,11 @@ class OTA:
         high_weight = (c.high_alpha * advantage.select(-2, 1)).exp().clamp(max=WEIGHT_CAP)
         high = -(high_weight * self.high.log_prob(s, g, subgoal)).mean(-1)
         metrics |= {
-            "low/loss": low, "low/weight": low_weight.mean(-1),
-            "high/loss": high, "high/weight": high_weight.mean(-1),
-        }  # fmt: skip
+            "low/loss": low,
+            "low/weight": low_weight.mean(-1),
+            "high/loss": high,
+            "high/weight": high_weight.mean(-1),
+        }
         return value + low + high, metrics
 
     def value_loss(
@@ -148,9 +155,11 @@ class OTA:
         losses = (weight.unsqueeze(-2) * (q - now).square()).mean(-1).sum(-1)  # (*S, 2)
         (low, high), means = losses.unbind(-1), now.mean((-2, -1))
         metrics = {
-            "value/low_loss": low, "value/low_mean": means.select(-1, 0),
-            "value/high_loss": high, "value/high_mean": means.select(-1, 1),
-        }  # fmt: skip
+            "value/low_loss": low,
+            "value/low_mean": means.select(-1, 0),
+            "value/high_loss": high,
+            "value/high_mean": means.select(-1, 1),
+        }
         return low + high, metrics
 
     def reps(self, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -200,12 +209,21 @@ def stages(algo: OTA, data: Dataset, run: Run) -> list[Stage]:
             end, high_goal = states.options(i, c.option_steps, c.value_goals, c.discount, generator)
             goal, ahead = states.subgoals(i, c.subgoal_steps, c.actor_goals, generator)
             waypoint = states.ahead(i, c.subgoal_steps)
-            names = ("obs", "next_obs", "option_end", "low_goal", "high_goal", "waypoint", "goal",
-                     "ahead")  # fmt: skip
+            names = (
+                "obs",
+                "next_obs",
+                "option_end",
+                "low_goal",
+                "high_goal",
+                "waypoint",
+                "goal",
+                "ahead",
+            )
             found, act = states.gather(i, i + 1, end, low_goal, high_goal, waypoint, goal, ahead)
             successes = {
-                "low_success": (low_goal == i).float(), "high_success": (high_goal == end).float()
-            }  # fmt: skip
+                "low_success": (low_goal == i).float(),
+                "high_success": (high_goal == end).float(),
+            }
             found = cropped(found, c.images * c.crop_share, generator)
             return dict(zip(names, found, strict=True)) | {"act": act} | successes
 

@@ -30,10 +30,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.collect import Collector
+from offrl.data.collector import Collector
 from offrl.data.table import columns, pack, unpack
-from offrl.engine.optim import adamw, descend
-from offrl.engine.stage import (
+from offrl.engine.method import (
     Batch,
     Metrics,
     Run,
@@ -43,6 +42,7 @@ from offrl.engine.stage import (
     load_modules,
     modules_state,
 )
+from offrl.engine.optim import adamw, descend
 from offrl.nets.on_policy import Categorical, Gaussian, Running, TanhMLP
 
 FIELDS = ()  # needs no data set: it collects its own
@@ -102,10 +102,12 @@ class PPO:
         error, entropy = 0.5 * error.mean(-1), entropy.mean(-1)
         loss = policy + c.value_weight * error - c.entropy * entropy
         return loss, {
-            "policy/loss": policy, "value/loss": error, "policy/entropy": entropy,
+            "policy/loss": policy,
+            "value/loss": error,
+            "policy/entropy": entropy,
             "policy/kl": (ratio - 1 - change).mean(-1),
             "policy/clipped": (near != ratio).float().mean(-1),
-        }  # fmt: skip
+        }
 
     @torch.no_grad()
     def act(
@@ -190,10 +192,13 @@ class Rollouts:
         advantage = accumulated(delta.flip(-2), c.discount * c.trace * (1 - end).flip(-2)).flip(-2)
         act = rows["act"].flatten(len(shape) - 2, len(shape) - 1)
         fields = {
-            "obs": obs, "act": act, "log_prob": algo.actor.judge(obs, act)[0],
-            "advantage": advantage.flatten(-2), "return": (advantage + value).flatten(-2),
+            "obs": obs,
+            "act": act,
+            "log_prob": algo.actor.judge(obs, act)[0],
+            "advantage": advantage.flatten(-2),
+            "return": (advantage + value).flatten(-2),
             "value": value.flatten(-2),
-        }  # fmt: skip
+        }
         self.table.copy_(pack(fields, self.columns, len(shape) - 1))
         if c.normalize:
             algo.observations.add(rows["obs"].flatten(-3, -2))
@@ -221,9 +226,11 @@ class Rollouts:
     def shuffle(self) -> None:
         """A new order for the next pass."""
         uniform = torch.rand(
-            self.order.shape, dtype=torch.float64, generator=self.algo.generator,
+            self.order.shape,
+            dtype=torch.float64,
+            generator=self.algo.generator,
             device=self.order.device,
-        )  # fmt: skip
+        )
         self.order.copy_(uniform.argsort(-1))
         self.place.zero_()
 

@@ -38,8 +38,8 @@ from torch import Generator, Tensor
 
 from offrl.data import Dataset, prepare, transitions
 from offrl.data.neighbors import StateNeighbors
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.nets import Actor, Critics, Standardize
 from offrl.regularizers.functional import imitation, normalized_trust
 
@@ -66,9 +66,14 @@ class Config:
 
 class PRDC:
     NAMES = (
-        "standardize", "actor", "critics", "actor_target", "critics_target",
-        "actor_opt", "critics_opt",
-    )  # fmt: skip
+        "standardize",
+        "actor",
+        "critics",
+        "actor_target",
+        "critics_target",
+        "actor_opt",
+        "critics_opt",
+    )
 
     def __init__(
         self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()

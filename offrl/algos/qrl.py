@@ -30,10 +30,10 @@ from torch.nn import functional as F
 
 from offrl.data import Dataset
 from offrl.data.goals import check_mixture, goal_transitions
+from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend
-from offrl.engine.stage import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
-from offrl.nets.gelu import GeluMLP
 from offrl.nets.goal import GoalActor, held, normal_log_prob
+from offrl.nets.kernels.gelu import GeluMLP
 from offrl.nets.metric import IQE
 
 FIELDS = ("obs", "act", "next_obs")
@@ -102,9 +102,12 @@ class QRL:
         model = (there[0] + there[1]).mean(-1) / 2
         loss = spread + price.detach() * excess + dual + model
         return loss, {
-            "value/spread": spread, "value/excess": excess, "value/price": price,
-            "value/mean": far.mean(-1), "model/loss": model,
-        }  # fmt: skip
+            "value/spread": spread,
+            "value/excess": excess,
+            "value/price": price,
+            "value/mean": far.mean(-1),
+            "model/loss": model,
+        }
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         s, goal = batch["obs"], batch["goal"]
@@ -149,8 +152,14 @@ def stages(algo: QRL, data: Dataset, run: Run) -> list[Stage]:
     def start():
         # the metric's goals are random, so the discount of trajectory goals plays no part
         return goal_transitions(
-            data, c.batch, c.value_goals, c.actor_goals, 0.99,
-            c.images * c.crop_share, run.seeds, run.device,
-        )  # fmt: skip
+            data,
+            c.batch,
+            c.value_goals,
+            c.actor_goals,
+            0.99,
+            c.images * c.crop_share,
+            run.seeds,
+            run.device,
+        )
 
     return [Stage("train", run.steps, start, algo.update, algo.cycle)]

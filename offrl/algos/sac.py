@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.data.collect import off_policy
+from offrl.data.collector import off_policy
+from offrl.engine.method import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.nets import Critics, GaussianActor
 from offrl.regularizers.rank import beer_penalty, ranks
 
@@ -54,9 +54,14 @@ class Config:
 
 class SAC:
     NAMES = (
-        "actor", "critics", "critics_target", "temperature",
-        "actor_opt", "critics_opt", "temperature_opt",
-    )  # fmt: skip
+        "actor",
+        "critics",
+        "critics_target",
+        "temperature",
+        "actor_opt",
+        "critics_opt",
+        "temperature_opt",
+    )
 
     def __init__(
         self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
@@ -100,9 +105,14 @@ class SAC:
             g = self.critics.features(batch["next_obs"], act)
         reward = batch["reward"] - c.discount * alpha.unsqueeze(-1) * log_prob
         penalty, stats = beer_penalty(
-            f, t, reward.unsqueeze(-2), self.critics.last[0], c.discount, g=g,
+            f,
+            t,
+            reward.unsqueeze(-2),
+            self.critics.last[0],
+            c.discount,
+            g=g,
             terminal=batch["terminal"].unsqueeze(-2),
-        )  # fmt: skip
+        )
         loss = loss + c.beer * penalty.mean((-2, -1))
         return loss, metrics | {f"beer/{name}": stats[name].mean(-1) for name in ("open", "cos")}
 

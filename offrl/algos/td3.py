@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.collect import off_policy
+from offrl.data.collector import off_policy
+from offrl.engine.method import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.engine.stage import Batch, Metrics, Spec, load_modules, modules_state
 from offrl.nets import Actor, Critics
 from offrl.regularizers.rank import beer_penalty, ranks
 
@@ -53,8 +53,13 @@ class Config:
 
 class TD3:
     NAMES = (
-        "actor", "critics", "actor_target", "critics_target", "actor_opt", "critics_opt",
-    )  # fmt: skip
+        "actor",
+        "critics",
+        "actor_target",
+        "critics_target",
+        "actor_opt",
+        "critics_opt",
+    )
 
     def __init__(
         self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
@@ -93,9 +98,14 @@ class TD3:
         with torch.no_grad():
             g = self.critics.features(batch["next_obs"], self.actor(batch["next_obs"]))
         return beer_penalty(
-            f, t, batch["reward"].unsqueeze(-2), self.critics.last[0], self.config.discount, g=g,
+            f,
+            t,
+            batch["reward"].unsqueeze(-2),
+            self.critics.last[0],
+            self.config.discount,
+            g=g,
             terminal=batch["terminal"].unsqueeze(-2),
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def target(self, batch: Batch) -> tuple[Tensor, Tensor]:

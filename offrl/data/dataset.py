@@ -157,9 +157,12 @@ def check(data: Dataset, needs: Iterable[str]) -> None:
         )
     if "act" in needs and not data.discrete:
         reject(
-            data, "act", data["act"].abs() > 1 + 1e-5, "lies outside [-1, 1]",
+            data,
+            "act",
+            data["act"].abs() > 1 + 1e-5,
+            "lies outside [-1, 1]",
             "rescale the actions by the environment's action bounds",
-        )  # fmt: skip
+        )
     if "reward" in needs and data["reward"].dim() == 1 and size > 1:
         reward = data["reward"]
         if bool(reward.min() == reward.max()):

@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 from offrl.data.dataset import DataError, Dataset
 from offrl.data.samplers import BUDGET, gatherer
-from offrl.engine.stage import Batch, Sampler
+from offrl.engine.method import Batch, Sampler
 from offrl.nets.encoders import cropped
 
 BLOCK = 16_384  # rows that are checked at once

@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from offrl.data.dataset import DataError, once, store, write
-from offrl.opaque import opaque
+from offrl.nets.kernels.opaque import opaque
 
 VERSION = 1  # of the stored lists
 GROUP = 32  # rows whose smallest float32 value decides whether they are compared in float64
@@ -285,9 +285,11 @@ class Tree:
         """
         bound = square**0.5 * (1 + 1e-9) + 2 * self.error
         distance, at = self.tree.query(
-            points.numpy() @ self.axes, k=range(1, k + 1), distance_upper_bound=bound,
+            points.numpy() @ self.axes,
+            k=range(1, k + 1),
+            distance_upper_bound=bound,
             workers=torch.get_num_threads(),
-        )  # fmt: skip
+        )
         near = self.order[torch.from_numpy(at).clamp_(max=len(self.order) - 1)]
         outside = torch.from_numpy(distance[:, -1]).clamp(max=bound) - self.error
         return near, outside.clamp(min=0).square() * (1 - 1e-9)

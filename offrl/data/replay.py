@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from offrl.data.table import columns, pack, unpack
-from offrl.engine.stage import Batch, Sampler
+from offrl.engine.method import Batch, Sampler
 
 
 class Replay:

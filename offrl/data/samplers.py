@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from offrl.data.dataset import Dataset
 from offrl.data.table import columns, pack, unpack
-from offrl.engine.stage import Batch, Sampler
+from offrl.engine.method import Batch, Sampler
 
 BUDGET = 8 << 30  # bytes of transitions that are held on the training device
 
@@ -52,10 +52,12 @@ def gatherer(
     """Index (*I,) on the device -> fields (*I, ...) there; see `transitions`."""
     size = len(next(iter(fields.values())))
     first = {name: value[:1].to(device) for name, value in fields.items()}
-    layout, width = columns({
-        name: (tuple(value.shape[1:]), value.dtype)
-        for name, value in (transform(first) if transform else first).items()
-    })  # fmt: skip
+    layout, width = columns(
+        {
+            name: (tuple(value.shape[1:]), value.dtype)
+            for name, value in (transform(first) if transform else first).items()
+        }
+    )
 
     if size * width * 4 > budget:
 

@@ -34,8 +34,15 @@ def columns(fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[Col
 
 def pack(fields: dict[str, Tensor], layout: Columns, lead: int) -> Tensor:
     """Rows (*lead, width) float32 from fields that carry `lead` leading axes each."""
-    return torch.cat([fields[name].flatten(lead).float() if layout[name].shape
-                      else fields[name].float().unsqueeze(-1) for name in layout], -1)  # fmt: skip
+    return torch.cat(
+        [
+            fields[name].flatten(lead).float()
+            if layout[name].shape
+            else fields[name].float().unsqueeze(-1)
+            for name in layout
+        ],
+        -1,
+    )
 
 
 def unpack(rows: Tensor, layout: Columns) -> dict[str, Tensor]:

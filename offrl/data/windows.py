@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from offrl.data.dataset import Dataset
 from offrl.data.samplers import BUDGET, gatherer
-from offrl.engine.stage import Batch, Sampler
+from offrl.engine.method import Batch, Sampler
 
 ACT_PAD = -10.0  # what the released code of Decision Transformer puts there
 
@@ -90,8 +90,9 @@ def windows(
     return sample
 
 
-def extend(window: Batch | None, now: Batch, goal: Tensor, scale: float, length: int,
-           act_dim: int) -> Batch:  # fmt: skip
+def extend(
+    window: Batch | None, now: Batch, goal: Tensor, scale: float, length: int, act_dim: int
+) -> Batch:
     """The window of a policy that meets `now`: moved on by one step, begun anew where start is 1.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from scipy.signal import lfilter
 from torch import Generator, Tensor
 
-from offrl.engine.stage import Algorithm, Batch, Policy, scenarios
+from offrl.engine.method import Algorithm, Batch, Policy, scenarios
 from offrl.envs.make import tasks
 from offrl.envs.vector import Vector
 from offrl.seeding import derive
@@ -68,9 +68,14 @@ class Bias:
         self.begin = [0] * count
 
     def add(
-        self, now: Batch, act: Tensor, reward: Tensor, terminal: Tensor, timeout: Tensor,
+        self,
+        now: Batch,
+        act: Tensor,
+        reward: Tensor,
+        terminal: Tensor,
+        timeout: Tensor,
         finished: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """One step of all environments, before `finished` counts the episodes that end with it."""
         self.past.append(torch.stack([self.estimate(now, act).flatten().cpu(), reward]))
         for i in (terminal + timeout).nonzero().flatten().tolist():
@@ -144,9 +149,11 @@ class Evaluator:
         bias = Bias(algo, count, each) if self.parts == 1 and hasattr(algo, "estimate") else None
         while bool((finished < each).any()):
             now = {
-                "obs": self.grouped(obs), "start": self.grouped(start),
-                "reward": self.grouped(reward), "scenario": scenario,
-            }  # fmt: skip
+                "obs": self.grouped(obs),
+                "start": self.grouped(start),
+                "reward": self.grouped(reward),
+                "scenario": scenario,
+            }
             if self.envs.goal is not None:
                 now["goal"] = self.grouped(self.envs.goal)
             act, memory = algo.act(now, memory, explore=False, generator=generator)

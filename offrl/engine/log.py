@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offrl.engine.stage import Metrics
+from offrl.engine.method import Metrics
 
 LIMIT = 1e15  # beyond it a metric has run away: a squared error of thirty million
 

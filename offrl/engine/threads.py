@@ -7,8 +7,8 @@ from copy import deepcopy
 
 import torch
 
-from offrl.engine.capture import WARM_UP, Speed, Updates
-from offrl.engine.stage import Algorithm, Sampler, Stage
+from offrl.engine.capture.updates import WARM_UP, Speed, Updates
+from offrl.engine.method import Algorithm, Sampler, Stage
 
 ROUNDS = 7
 LEAST = 0.1  # seconds of a round, or one cycle if that takes longer

@@ -23,9 +23,19 @@ UNLIMITED = 1e10  # the bound of a motor without one (lqr); counts as 1
 # what tasks draw for their model, once (lqr) or at a reset: places and sizes of targets, tendons,
 # terrain, springs
 MODEL = (
-    "body_pos", "body_quat", "geom_pos", "geom_quat", "geom_size", "geom_rgba", "site_pos",
-    "site_size", "light_pos", "wrap_prm", "hfield_data", "jnt_stiffness",
-)  # fmt: skip
+    "body_pos",
+    "body_quat",
+    "geom_pos",
+    "geom_quat",
+    "geom_size",
+    "geom_rgba",
+    "site_pos",
+    "site_size",
+    "light_pos",
+    "wrap_prm",
+    "hfield_data",
+    "jnt_stiffness",
+)
 
 
 def suite() -> Any:
@@ -61,9 +71,11 @@ def register(name: str) -> str:
     id = f"{name}-{VERSION}"
     if id not in gymnasium.registry:
         gymnasium.register(
-            id, "offrl.envs.dm_control:DMControl", max_episode_steps=HORIZON,
+            id,
+            "offrl.envs.dm_control:DMControl",
+            max_episode_steps=HORIZON,
             kwargs={"domain": domain, "task": task},
-        )  # fmt: skip
+        )
     return id
 
 
@@ -123,10 +135,14 @@ class DMControl(gymnasium.Env):
         mujoco.mj_setState(physics.model.ptr, physics.data.ptr, state["physics"].numpy(), kind)
         mujoco.mj_step1(physics.model.ptr, physics.data.ptr)  # what a control step ends with
         position, has_gauss, gauss = state["draws"]
-        self.env.task.random.set_state({
-            "bit_generator": "MT19937", "has_gauss": has_gauss, "gauss": gauss,
-            "state": {"key": state["keys"].numpy().astype(np.uint32), "pos": position},
-        })  # fmt: skip
+        self.env.task.random.set_state(
+            {
+                "bit_generator": "MT19937",
+                "has_gauss": has_gauss,
+                "gauss": gauss,
+                "state": {"key": state["keys"].numpy().astype(np.uint32), "pos": position},
+            }
+        )
 
 
 def row(step: Any) -> np.ndarray:

@@ -17,11 +17,18 @@ from offrl.envs import dm_control, grid, ogbench
 logger = logging.getLogger(__name__)
 
 ROBOTS = {
-    "halfcheetah": "HalfCheetah", "hopper": "Hopper", "walker2d": "Walker2d", "ant": "Ant",
-    "humanoid": "Humanoid", "humanoid-standup": "HumanoidStandup", "swimmer": "Swimmer",
-    "reacher": "Reacher", "pusher": "Pusher", "inverted-pendulum": "InvertedPendulum",
+    "halfcheetah": "HalfCheetah",
+    "hopper": "Hopper",
+    "walker2d": "Walker2d",
+    "ant": "Ant",
+    "humanoid": "Humanoid",
+    "humanoid-standup": "HumanoidStandup",
+    "swimmer": "Swimmer",
+    "reacher": "Reacher",
+    "pusher": "Pusher",
+    "inverted-pendulum": "InvertedPendulum",
     "inverted-double-pendulum": "InvertedDoublePendulum",
-}  # fmt: skip
+}
 VERSIONS = ("v5", "v4")
 OURS = ("gymnasium", "offrl")  # packages whose versions every run keeps
 
@@ -90,7 +97,7 @@ def env_id(name: str, version: str | None = None) -> str:
     if name.startswith("d4rl-"):
         raise ValueError(
             f"there is no environment for {name!r} yet, so training on it could not be scored; "
-            "offrl.data.d4rl.load reads its data"
+            "offrl.data.sources.d4rl.load reads its data"
         )
     known = [*ROBOTS, grid.NAME, *ogbench.NAMES, *gymnasium.registry]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)

@@ -15,9 +15,9 @@ from torch import Tensor
 from offrl.regularizers import Compose, RegInputs
 from offrl.regularizers.base import Stage, across_ranks
 from offrl.regularizers.reductions import dense_groups
-from offrl.regularizers.selective import proxy_logp
-from offrl.regularizers.statistics import PLAIN, token_stats
-from offrl.regularizers.token_sets import LogMass, MinP, Nucleus, SetEntropy, Statistic
+from offrl.regularizers.tokens.selective import proxy_logp
+from offrl.regularizers.tokens.statistics import PLAIN, token_stats
+from offrl.regularizers.tokens.token_sets import LogMass, MinP, Nucleus, SetEntropy, Statistic
 
 FILE = "offrl_regularizers.pt"  # in every checkpoint folder
 LOSS_STAGES: tuple[Stage, ...] = ("token", "loss", "model")

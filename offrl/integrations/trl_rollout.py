@@ -25,9 +25,19 @@ class Rollout(Adapter):
     """
 
     offered = frozenset(
-        {"logp", "old_logp", "ref_logp", "entropy", "mask", "turn", "advantages", "step", *PER_ROW,
-         "extra.noise"}
-    )  # fmt: skip
+        {
+            "logp",
+            "old_logp",
+            "ref_logp",
+            "entropy",
+            "mask",
+            "turn",
+            "advantages",
+            "step",
+            *PER_ROW,
+            "extra.noise",
+        }
+    )
     reward_funcs: list
     reward_func_names: list[str]
     reward_processing_classes: list

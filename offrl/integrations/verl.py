@@ -161,8 +161,9 @@ class Advantage:
             self.reg.load_state_dict(saved["reg"])
             logger.warning(
                 "regularizers continue from batch %d of %s; a new run needs a file of its own",
-                self.step, self.state,
-            )  # fmt: skip
+                self.step,
+                self.state,
+            )
         x = self.describe(token_level_rewards, response_mask, rest.get("index"))
         shaped: Any = self.reg.run("reward", x)
         rewards = token_level_rewards.clone()

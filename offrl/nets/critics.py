@@ -43,6 +43,8 @@ class Critics(nn.Module):
     def first(self, obs: Tensor, act: Tensor) -> Tensor:
         """Q of the first network, (*S, B), with its weights held fixed: what a DPG actor climbs."""
         x = torch.cat([obs, act], -1)
-        one = [(weight.detach().select(-3, 0), bias.detach().select(-3, 0))
-               for weight, bias in self.net.pairs()]  # fmt: skip
+        one = [
+            (weight.detach().select(-3, 0), bias.detach().select(-3, 0))
+            for weight, bias in self.net.pairs()
+        ]
         return chain(x, one).squeeze(-1)

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from offrl.nets.encoders import FEATURES, SIDE, Impala
-from offrl.nets.gelu import GeluMLP
+from offrl.nets.kernels.gelu import GeluMLP
 
 
 class Sight(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.nets import products
+from offrl.nets.kernels import products
 
 
 class Linear(nn.Module):
@@ -116,8 +116,10 @@ class Chain(torch.autograd.Function):
         asked_x, _, *asked = ctx.needs_input_grad
         needs = (asked_x, *asked)
         count = len(needs) // 2  # of maps
-        x, params, inner = (ctx.saved_tensors[part] for part in
-                            (0, slice(1, 2 * count + 1), slice(2 * count + 1, None)))  # fmt: skip
+        x, params, inner = (
+            ctx.saved_tensors[part]
+            for part in (0, slice(1, 2 * count + 1), slice(2 * count + 1, None))
+        )
         (last,) = grads
         if torch.is_grad_enabled():  # differentiated twice: ordinary autograd operators
             of_x, *others = again(needs, x, params, last, ctx.rectified)
@@ -126,13 +128,17 @@ class Chain(torch.autograd.Function):
             *inner, result = inner
             last = torch.ops.aten.threshold_backward(last, result, 0)
         weights = params[::2]
-        out = [torch.empty_like(p, memory_format=torch.contiguous_format) if need else None
-               for p, need in zip((x, *params), needs, strict=True)]  # fmt: skip
+        out = [
+            torch.empty_like(p, memory_format=torch.contiguous_format) if need else None
+            for p, need in zip((x, *params), needs, strict=True)
+        ]
         shared = x.shape[:-2] != weights[0].shape[:-2]  # members add to one gradient of x
         if shared and out[0] is not None:
             out[0].zero_()
-        of = [None if o is None else matrices(o, like)
-              for o, like in zip(out, (weights[0], *params), strict=True)]  # fmt: skip
+        of = [
+            None if o is None else matrices(o, like)
+            for o, like in zip(out, (weights[0], *params), strict=True)
+        ]
         w, lowest = list(map(matrices, weights)), lowest_asked(needs)
         for m, (x_m, grad) in enumerate(zip(matrices(x, weights[0]), matrices(last), strict=True)):
             values = [x_m, *inner[m * (count - 1) : (m + 1) * (count - 1)]]

@@ -4,8 +4,8 @@ symmetric."""
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.nets.gelu import GeluMLP
 from offrl.nets.goal import Sight
+from offrl.nets.kernels.gelu import GeluMLP
 
 COMPONENT = 8  # intervals that are united to one component
 

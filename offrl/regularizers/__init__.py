@@ -1,28 +1,28 @@
 """Regularizers for any trainer: torch only, nothing else of this library is imported."""
 
 from offrl.regularizers import functional
-from offrl.regularizers.advantage import EMPG, IGPO, STCR
 from offrl.regularizers.base import Compose, RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import DualVariable, Schedule
 from offrl.regularizers.constraints import ConstrainedRewards, LagrangianPenalty
 from offrl.regularizers.control import AdvantageGatedClone
-from offrl.regularizers.entropy import (
+from offrl.regularizers.lipschitz import LipschitzPenalty, SpectralClip
+from offrl.regularizers.occupancy import Chi2Occupancy, OccupancyReward
+from offrl.regularizers.rank import FeatureRank
+from offrl.regularizers.self_evolution import ProgressiveTarget
+from offrl.regularizers.tokens.advantage import EMPG, IGPO, STCR
+from offrl.regularizers.tokens.entropy import (
     EntropyAnchor,
     EntropyBand,
     EntropyBonus,
     PeakEntropyMask,
     TemperatureController,
 )
-from offrl.regularizers.kl import DADS, EMAAnchor, GeometricMixture, KLReward, KLToReference
-from offrl.regularizers.length import LengthShaper, PromptHistory
-from offrl.regularizers.length_objectives import DLER, DRPO
-from offrl.regularizers.lipschitz import LipschitzPenalty, SpectralClip
-from offrl.regularizers.occupancy import Chi2Occupancy, OccupancyReward
-from offrl.regularizers.preference import INPO, LDDPO, RPO, SPO, GenARM, NLLAnchor, XPOTerm
-from offrl.regularizers.rank import FeatureRank
-from offrl.regularizers.selective import ClipCov, KLCov, LowProbability
-from offrl.regularizers.self_evolution import ProgressiveTarget
-from offrl.regularizers.softq import InverseSoftQ
+from offrl.regularizers.tokens.kl import DADS, EMAAnchor, GeometricMixture, KLReward, KLToReference
+from offrl.regularizers.tokens.length import LengthShaper, PromptHistory
+from offrl.regularizers.tokens.length_objectives import DLER, DRPO
+from offrl.regularizers.tokens.preference import INPO, LDDPO, RPO, SPO, GenARM, NLLAnchor, XPOTerm
+from offrl.regularizers.tokens.selective import ClipCov, KLCov, LowProbability
+from offrl.regularizers.tokens.softq import InverseSoftQ
 
 __all__ = [
     "DADS",

@@ -119,8 +119,12 @@ class DualVariable(nn.Module):
 
 def unlink(value: float, link: Link, limit: bool = False) -> float:
     """The raw number behind a value; with `limit`, ends of the link's range become infinite."""
-    low, high = {"exp": (0, math.inf), "softplus": (0, math.inf), "sigmoid": (0, 1),
-                 "tanh": (-1, 1)}.get(link, (-math.inf, math.inf))  # fmt: skip
+    low, high = {
+        "exp": (0, math.inf),
+        "softplus": (0, math.inf),
+        "sigmoid": (0, 1),
+        "tanh": (-1, 1),
+    }.get(link, (-math.inf, math.inf))
     if link == "identity":
         return value
     if not low < value < high:

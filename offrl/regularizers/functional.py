@@ -1,31 +1,8 @@
 """All pure functions of the package: tensors in, unreduced and unscaled tensors out."""
 
-from offrl.regularizers.advantage import (
-    bgpo_objective,
-    entropy_modulation,
-    igpo_advantages,
-    overlength_factor,
-    rto_rewards,
-    truncated_gae,
-    turn_rewards,
-)
 from offrl.regularizers.constraints import lagrangian_advantages, mixed_advantages
 from offrl.regularizers.control import gated_clone, imitation, nearest_pair, normalized_trust
 from offrl.regularizers.divergences import f_divergence, robust_value
-from offrl.regularizers.entropy import peak_mask, reinforce_positive
-from offrl.regularizers.kl import dads_weight, geometric_mixture, kl_estimate, kl_in_reward
-from offrl.regularizers.length import (
-    cosine,
-    curriculum,
-    grpo_lambda,
-    hapo,
-    kimi,
-    levels,
-    overlong,
-    truncate,
-    truncate_adaptive,
-)
-from offrl.regularizers.length_objectives import dler_advantages, drpo_loss, drpo_weights
 from offrl.regularizers.lipschitz import (
     lipschitz_bound,
     lipschitz_penalty,
@@ -33,15 +10,6 @@ from offrl.regularizers.lipschitz import (
     spectral_refresh,
 )
 from offrl.regularizers.occupancy import discriminator_loss, occupancy_penalty, sequence_chi2
-from offrl.regularizers.preference import (
-    dpo_loss,
-    f_link,
-    guided_logp,
-    inpo_loss,
-    ld_weight,
-    sequence_nll,
-    spo_reward,
-)
 from offrl.regularizers.rank import (
     action_features,
     beer_penalty,
@@ -63,15 +31,47 @@ from offrl.regularizers.reductions import (
     real,
     sum_and_count,
 )
-from offrl.regularizers.selective import (
+from offrl.regularizers.self_evolution import progressive_target, smoothed_nll
+from offrl.regularizers.tokens.advantage import (
+    bgpo_objective,
+    entropy_modulation,
+    igpo_advantages,
+    overlength_factor,
+    rto_rewards,
+    truncated_gae,
+    turn_rewards,
+)
+from offrl.regularizers.tokens.entropy import peak_mask, reinforce_positive
+from offrl.regularizers.tokens.kl import dads_weight, geometric_mixture, kl_estimate, kl_in_reward
+from offrl.regularizers.tokens.length import (
+    cosine,
+    curriculum,
+    grpo_lambda,
+    hapo,
+    kimi,
+    levels,
+    overlong,
+    truncate,
+    truncate_adaptive,
+)
+from offrl.regularizers.tokens.length_objectives import dler_advantages, drpo_loss, drpo_weights
+from offrl.regularizers.tokens.preference import (
+    dpo_loss,
+    f_link,
+    guided_logp,
+    inpo_loss,
+    ld_weight,
+    sequence_nll,
+    spo_reward,
+)
+from offrl.regularizers.tokens.selective import (
     covariance,
     low_probability_loss,
     low_probability_mask,
     proxy_logp,
 )
-from offrl.regularizers.self_evolution import progressive_target, smoothed_nll
-from offrl.regularizers.softq import next_values, soft_q_reward, soft_q_weight
-from offrl.regularizers.statistics import (
+from offrl.regularizers.tokens.softq import next_values, soft_q_reward, soft_q_weight
+from offrl.regularizers.tokens.statistics import (
     Head,
     LogMass,
     MinP,

@@ -26,8 +26,15 @@ def learning_curve(
         axes.plot(steps, row, style, color="C0", alpha=0.3, linewidth=0.8)
     axes.plot(steps, mean, style, color="C0", linewidth=1.8, label=f"mean of {len(values)} seed(s)")
     if len(values) > 1:
-        axes.fill_between(steps, values.min(0), values.max(0), color="C0", alpha=0.15,
-                          linewidth=0, label="lowest to highest")  # fmt: skip
+        axes.fill_between(
+            steps,
+            values.min(0),
+            values.max(0),
+            color="C0",
+            alpha=0.15,
+            linewidth=0,
+            label="lowest to highest",
+        )
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -75,9 +82,12 @@ def grid(
     colors = colors_of({f"{t} {q}": m for t, row in rows.items() for q, m in row.items()})
     columns = list(next(iter(rows.values())))
     figure, places = plt.subplots(
-        len(rows), len(columns), figsize=(3.8 * len(columns), 3.0 * len(rows) + 0.6), dpi=120,
+        len(rows),
+        len(columns),
+        figsize=(3.8 * len(columns), 3.0 * len(rows) + 0.6),
+        dpi=120,
         squeeze=False,
-    )  # fmt: skip
+    )
     for line, (task, quantities) in zip(places, rows.items(), strict=True):
         for axes, (quantity, methods) in zip(line, quantities.items(), strict=True):
             shaded(axes, methods, colors)
@@ -116,16 +126,19 @@ def scores(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: s
     """
     colors = colors_of(panels)
     figure, places = plt.subplots(
-        1, len(panels), figsize=(3.4 * len(panels), 0.8 + 0.4 * len(colors)), dpi=120,
-        squeeze=False, sharey=True,
-    )  # fmt: skip
+        1,
+        len(panels),
+        figsize=(3.4 * len(panels), 0.8 + 0.4 * len(colors)),
+        dpi=120,
+        squeeze=False,
+        sharey=True,
+    )
     place = {name: i for i, name in enumerate(colors)}
     for axes, (task, methods) in zip(places[0], panels.items(), strict=True):
         for name, values in methods.items():
             axes.barh(place[name], values.mean(), color=colors[name], alpha=0.6)
             axes.plot(values, [place[name]] * len(values), "o", color="black", markersize=3)
-        axes.set(title=task, xlabel=xlabel, yticks=list(place.values()),
-                 yticklabels=list(place))  # fmt: skip
+        axes.set(title=task, xlabel=xlabel, yticks=list(place.values()), yticklabels=list(place))
         axes.grid(alpha=0.3, axis="x")
     places[0][0].invert_yaxis()
     figure.tight_layout()

@@ -47,13 +47,20 @@ def panel(axes: plt.Axes, env: str, sets: Mapping[str, Dataset]) -> None:
         lengths = data.lengths.double().numpy()
         counts, _ = np.histogram(value, edges, weights=lengths)
         base, color = len(sets) - 1 - level, f"C{level}"
-        axes.stairs(base + 0.85 * counts / counts.max(), edges, baseline=base, fill=True,
-                    color=color, alpha=0.7)  # fmt: skip
+        axes.stairs(
+            base + 0.85 * counts / counts.max(),
+            edges,
+            baseline=base,
+            fill=True,
+            color=color,
+            alpha=0.7,
+        )
         mean = float(np.average(value, weights=lengths))
         axes.plot([mean, mean], [base, base + 0.9], color="black", linewidth=1)
         text = f"{name}\n{len(data) / 1000:.0f}k, mean {value.mean():.1f}"
-        axes.text(1.02, (base + 0.4) / len(sets), text, transform=axes.transAxes, fontsize=8,
-                  va="center")  # fmt: skip
+        axes.text(
+            1.02, (base + 0.4) / len(sets), text, transform=axes.transAxes, fontsize=8, va="center"
+        )
     xlabel = "D4RL-normalized score" if known else "return"
     axes.set(title=env, xlabel=f"{xlabel} of the episode", yticks=[], ylim=(0, len(sets)))
     for side in ("top", "right", "left"):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offrl.engine.capture import Updates
-from offrl.engine.recording import Recorder, Recording, waits
-from offrl.engine.stage import Stage
+from offrl.engine.capture.recording import Recorder, Recording, waits
+from offrl.engine.capture.updates import Updates
+from offrl.engine.method import Stage
 
 
 def run(algo, batches, start=0, stop=30):
@@ -87,10 +87,12 @@ def finds_the_value_of_a_chain(algo, draw, then=lambda step: None):
     for step in range(600):
         here = torch.randint(2, (64,), generator=g)
         b = {
-            "obs": torch.nn.functional.one_hot(here, 3).float(), "act": draw(g),
-            "reward": here.float(), "terminal": here.float(),
+            "obs": torch.nn.functional.one_hot(here, 3).float(),
+            "act": draw(g),
+            "reward": here.float(),
+            "terminal": here.float(),
             "next_obs": torch.tensor([0.0, 1.0, 0.0]).expand(64, 3),
-        }  # fmt: skip
+        }
         algo.update(b, step)
         then(step)
     q = algo.estimate({"obs": torch.eye(3)[:2].repeat(32, 1)}, draw(g))

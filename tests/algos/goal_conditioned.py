@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offrl.engine.stage import Run, Spec
+from offrl.engine.method import Run, Spec
 from tests.algos import engineering
 from tests.data.trajectories import toy
 

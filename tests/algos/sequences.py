@@ -3,7 +3,7 @@
 import torch
 
 from offrl.data import Dataset
-from offrl.engine.stage import Run, Spec
+from offrl.engine.method import Run, Spec
 
 SPEC = Spec(obs_dim=2, act_dim=2)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from offrl.algos.bc import BC, Config
-from offrl.engine.stage import Spec
+from offrl.engine.method import Spec
 from tests.algos import engineering
 
 SMALL = Config(hidden=(32, 32))

@@ -7,7 +7,7 @@ import torch
 
 from offrl.algos import ddpg, sac, td3
 from offrl.algos.beer import BEER, Config
-from offrl.engine.stage import Spec
+from offrl.engine.method import Spec
 from offrl.regularizers.rank import beer_penalty
 from tests.algos import engineering
 from tests.algos.test_td3bc import batch
@@ -29,8 +29,12 @@ def host(name, weight, seeds=()):
 
 @pytest.mark.parametrize("seeds", [(), (3,)])
 def test_without_its_weight_it_is_ddpg_bit_for_bit(seeds):
-    plain = ddpg.DDPG(ddpg.Config(hidden=(32, 32)), Spec(obs_dim=3, act_dim=2),
-                      torch.Generator().manual_seed(0), seeds)  # fmt: skip
+    plain = ddpg.DDPG(
+        ddpg.Config(hidden=(32, 32)),
+        Spec(obs_dim=3, act_dim=2),
+        torch.Generator().manual_seed(0),
+        seeds,
+    )
     other = make(replace(SMALL, beta=0.0), seeds)
     data = lambda step: batch(seeds, seed=step)  # noqa: E731
     engineering.assert_equal(engineering.run(plain, data), engineering.run(other, data))
@@ -51,10 +55,15 @@ def test_the_penalty_is_the_regularizer_s_of_every_seed_s_own_network(norm_sourc
     weight, bias = algo.critics.last
     for i in range(2):
         expected, alone = beer_penalty(
-            f[i, 0], t[i, 0], b["reward"][i], weight[i, 0], 0.99,
+            f[i, 0],
+            t[i, 0],
+            b["reward"][i],
+            weight[i, 0],
+            0.99,
             g=g[i, 0] if norm_source == "mixed" else None,
-            bias=bias[i, 0] if bias_aware else None, terminal=b["terminal"][i],
-        )  # fmt: skip
+            bias=bias[i, 0] if bias_aware else None,
+            terminal=b["terminal"][i],
+        )
         torch.testing.assert_close(found[i, 0], expected)
         torch.testing.assert_close(stats["open"][i, 0], alone["open"])
         torch.testing.assert_close(stats["cos"][i, 0], alone["cos"])
@@ -100,10 +109,11 @@ def test_hosts_average_the_penalties_of_both_critics(name):
     f, g = again.critics.features(b["obs"], b["act"]), again.critics.features(b["next_obs"], act)
     t = again.critics_target.features(b["next_obs"], after)
     parts = [
-        beer_penalty(f[e], t[e], reward, again.critics.last[0][e], 0.99, g=g[e],
-                     terminal=b["terminal"])[0].mean()
+        beer_penalty(
+            f[e], t[e], reward, again.critics.last[0][e], 0.99, g=g[e], terminal=b["terminal"]
+        )[0].mean()
         for e in range(2)
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(losses[1] - losses[0], 0.5 * (parts[0] + parts[1]) / 2)
     assert losses[1] > losses[0]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from offrl.algos.ddpg import DDPG, Config
-from offrl.engine.stage import Spec
+from offrl.engine.method import Spec
 from tests.algos import engineering
 from tests.algos.test_td3bc import batch
 

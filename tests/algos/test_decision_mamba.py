@@ -10,10 +10,10 @@ from offrl import config as settings
 from offrl.algos import decision_mamba
 from offrl.algos.decision_mamba import Config, DecisionMamba
 from offrl.data.windows import act_taken, extend
+from offrl.engine.method import Run
 from offrl.engine.optim import warm_up
-from offrl.engine.stage import Run
-from offrl.nets import scan
-from offrl.nets.multigrained import Backbone, SharedGate
+from offrl.nets.kernels import scan
+from offrl.nets.sequence.multigrained import Backbone, SharedGate
 from offrl.regularizers import self_evolution
 from tests.algos import engineering
 from tests.algos.sequences import (

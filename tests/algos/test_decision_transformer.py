@@ -5,8 +5,8 @@ import torch
 
 from offrl.algos import decision_mamba, decision_transformer
 from offrl.algos.decision_transformer import WIDTHS, Config, DecisionTransformer
-from offrl.nets.multigrained import Backbone
-from offrl.nets.transformer import Transformer
+from offrl.nets.sequence.multigrained import Backbone
+from offrl.nets.sequence.transformer import Transformer
 from tests.algos import engineering
 from tests.algos.sequences import SPEC, batch_equals_one_by_one, obeys_its_target, window
 

@@ -5,7 +5,7 @@ import torch
 
 from offrl.algos import dqn
 from offrl.algos.dqn import DQN, Config
-from offrl.engine.stage import Spec
+from offrl.engine.method import Spec
 from tests.algos import engineering
 
 SMALL = Config(hidden=(32, 32), beer=1e-3, double=True)
@@ -19,8 +19,13 @@ def make(config=SMALL, seeds=(), device="cpu"):
 def batch(seeds=(), size=64, seed=1):
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=g)  # noqa: E731
-    return dict(obs=normal(3), act=torch.randint(4, (*seeds, size), generator=g), reward=normal(),
-                next_obs=normal(3), terminal=(normal() > 1).float())  # fmt: skip
+    return dict(
+        obs=normal(3),
+        act=torch.randint(4, (*seeds, size), generator=g),
+        reward=normal(),
+        next_obs=normal(3),
+        terminal=(normal() > 1).float(),
+    )
 
 
 def test_target_takes_the_largest_value_and_stops_at_terminal_steps():
@@ -91,8 +96,9 @@ def test_the_penalty_reaches_the_features_and_not_the_last_layer():
     algo, b = make(replace(SMALL, beer=1.0)), batch()
     plain = make(replace(SMALL, beer=0.0))
     params = list(algo.network.parameters()), list(plain.network.parameters())
-    with_, without = (torch.autograd.grad(a.loss(b)[0], p)
-                      for a, p in zip((algo, plain), params, strict=True))  # fmt: skip
+    with_, without = (
+        torch.autograd.grad(a.loss(b)[0], p) for a, p in zip((algo, plain), params, strict=True)
+    )
     same = [torch.allclose(x, y, atol=1e-7) for x, y in zip(with_, without, strict=True)]
     assert same[-2:] == [True, True]
     assert not any(same[:2])

@@ -3,7 +3,7 @@ from dataclasses import replace
 import torch
 
 from offrl.algos import gcbc
-from offrl.engine.stage import Run, Spec
+from offrl.engine.method import Run, Spec
 from tests.algos.goal_conditioned import (
     batch,
     learns_to_walk_a_line,

@@ -7,7 +7,7 @@ import torch
 
 from offrl.algos import hiql
 from offrl.algos.hiql import HIQL, Config, advantage_weight
-from offrl.engine.stage import Spec
+from offrl.engine.method import Spec
 from tests.algos import engineering
 from tests.algos.goal_conditioned import (
     learns_to_walk_a_line,

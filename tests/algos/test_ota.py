@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.harness.peers import per_term
 from offrl.algos import ota
 from offrl.algos.ota import OTA, Config, stages
-from offrl.engine.stage import Run, Spec
+from offrl.engine.method import Run, Spec
 from offrl.nets.goal import normal_log_prob
-from offrl.peers import per_term
 from tests.algos import engineering
 from tests.algos.goal_conditioned import (
     learns_to_walk_a_line,
@@ -37,8 +37,10 @@ def batch(seeds=(), size=64, seed=1, dtype=torch.float32):
     states = ("obs", "next_obs", "option_end", "low_goal", "high_goal", "waypoint", "goal", "ahead")
     flag = lambda: (torch.rand(*seeds, size, generator=g) < 0.2).to(dtype)  # noqa: E731
     return {name: draw(OBS) for name in states} | {
-        "act": draw(ACT).tanh(), "low_success": flag(), "high_success": flag()
-    }  # fmt: skip
+        "act": draw(ACT).tanh(),
+        "low_success": flag(),
+        "high_success": flag(),
+    }
 
 
 def batches(step):

@@ -6,8 +6,8 @@ import torch
 
 from offrl.algos import ppo
 from offrl.algos.ppo import PPO, Config, Rollouts
-from offrl.data.collect import Collector
-from offrl.engine.stage import Run, Spec
+from offrl.data.collector import Collector
+from offrl.engine.method import Run, Spec
 from offrl.envs.make import factory
 from offrl.envs.vector import Vector
 from tests.algos import engineering
@@ -24,8 +24,14 @@ def batch(seeds=(), size=64, seed=1, discrete=False):
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=g)  # noqa: E731
     act = torch.randint(2, (*seeds, size), generator=g) if discrete else normal(2)
-    return {"obs": normal(3), "act": act, "log_prob": normal() - 2, "advantage": normal(),
-            "return": normal(), "value": normal()}  # fmt: skip
+    return {
+        "obs": normal(3),
+        "act": act,
+        "log_prob": normal() - 2,
+        "advantage": normal(),
+        "return": normal(),
+        "value": normal(),
+    }
 
 
 def rollouts(name="Pendulum-v1", config=SMALL, seeds=(), envs=2, steps=10_000):
@@ -94,14 +100,17 @@ def test_the_loss_of_the_worked_example():
         "act": torch.zeros(4, 1),  # log-probability -1.418939
         "log_prob": -1.418939 - torch.tensor([1.5, 0.5, 0.5, 1.5]).log(),
         "advantage": torch.tensor([1.0, -1.0, 1.0, -1.0]),  # standardized +-0.866025
-        "value": torch.zeros(4), "return": torch.tensor([1.0, 0.0, -1.0, 0.0]),
-    }  # fmt: skip
+        "value": torch.zeros(4),
+        "return": torch.tensor([1.0, 0.0, -1.0, 0.0]),
+    }
     loss, metrics = algo.loss(b)
     expected = {
         "policy/loss": 0.866025 * (-1.2 + 0.8 - 0.5 + 1.5) / 4,
         "value/loss": 0.5 * (0.64 + 0.25 + 0.64 + 0.01) / 4,
-        "policy/entropy": 1.918939, "policy/kl": 0.143841, "policy/clipped": 1.0,
-    }  # fmt: skip
+        "policy/entropy": 1.918939,
+        "policy/kl": 0.143841,
+        "policy/clipped": 1.0,
+    }
     found = {name: float(x.detach()) for name, x in metrics.items()}
     assert found == pytest.approx(expected, abs=1e-5)
     assert float(loss.detach()) == pytest.approx(0.129904 + 0.5 * 0.1925 - 0.1 * 1.918939, abs=1e-5)

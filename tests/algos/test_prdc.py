@@ -7,7 +7,7 @@ from offrl.algos import prdc, td3bc
 from offrl.algos.prdc import PRDC, Config
 from offrl.data import Dataset
 from offrl.data.neighbors import StateNeighbors
-from offrl.engine.stage import Run, Spec
+from offrl.engine.method import Run, Spec
 from tests.algos import engineering
 
 SMALL = Config(hidden=(32, 32))
@@ -27,8 +27,14 @@ def batch(seeds=(), size=64, seed=1):
     g = torch.Generator().manual_seed(seed)
     index = torch.randint(300, (*seeds, size), generator=g)
     normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=g)  # noqa: E731
-    return dict(index=index, obs=OBS[index], act=ACT[index], reward=normal(), next_obs=normal(3),
-                terminal=(normal() > 1).float())  # fmt: skip
+    return dict(
+        index=index,
+        obs=OBS[index],
+        act=ACT[index],
+        reward=normal(),
+        next_obs=normal(3),
+        terminal=(normal() > 1).float(),
+    )
 
 
 def test_penalty_never_exceeds_that_of_the_own_action():

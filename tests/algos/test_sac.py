@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from offrl.algos.sac import SAC, Config
-from offrl.engine.stage import Spec
+from offrl.engine.method import Spec
 from offrl.nets import squashed_log_prob
 from tests.algos import engineering
 from tests.algos.test_td3bc import batch

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from offrl.algos.td3 import TD3, Config
-from offrl.engine.stage import Spec
+from offrl.engine.method import Spec
 from tests.algos import engineering
 from tests.algos.test_td3bc import batch
 

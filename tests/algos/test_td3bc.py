@@ -6,7 +6,7 @@ import torch
 
 from offrl.algos.td3bc import TD3BC, Config, stages
 from offrl.data import Dataset, transitions
-from offrl.engine.stage import Run, Spec
+from offrl.engine.method import Run, Spec
 from tests.algos import engineering
 
 SMALL = Config(hidden=(32, 32))
@@ -20,8 +20,13 @@ def make(config=SMALL, seeds=(), device="cpu"):
 def batch(seeds=(), size=64, seed=1):
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=g)  # noqa: E731
-    return dict(obs=normal(3), act=normal(2).tanh(), reward=normal(), next_obs=normal(3),
-                terminal=(normal() > 1).float())  # fmt: skip
+    return dict(
+        obs=normal(3),
+        act=normal(2).tanh(),
+        reward=normal(),
+        next_obs=normal(3),
+        terminal=(normal() > 1).float(),
+    )
 
 
 def test_target_of_a_terminal_step_is_its_reward():
@@ -159,8 +164,12 @@ def test_fixed_values():
     algo = make()
     first = algo.update(batch(), 0)
     second = algo.update(batch(seed=2), 1)
-    values = [float(first["critics/loss"]), float(second["critics/loss"]),
-              float(second["actor/imitation"]), float(second["actor/scale"])]  # fmt: skip
+    values = [
+        float(first["critics/loss"]),
+        float(second["critics/loss"]),
+        float(second["actor/imitation"]),
+        float(second["actor/scale"]),
+    ]
     assert values == pytest.approx([1.870724, 1.898759, 0.4779645, 70.23782], rel=1e-5)
 
 
@@ -181,8 +190,13 @@ def test_finds_the_best_arm_of_a_continuous_bandit():
 
 def test_reward_map_reaches_the_batch_and_nothing_else():
     obs = torch.arange(12.0).view(4, 3)
-    fields = dict(obs=obs, next_obs=obs + 1, act=torch.zeros(4, 2),
-                  reward=torch.tensor([0.0, 1.0, 0.0, 1.0]), terminal=torch.zeros(4))  # fmt: skip
+    fields = dict(
+        obs=obs,
+        next_obs=obs + 1,
+        act=torch.zeros(4, 2),
+        reward=torch.tensor([0.0, 1.0, 0.0, 1.0]),
+        terminal=torch.zeros(4),
+    )
     data = Dataset(fields, torch.zeros(1, dtype=torch.int64), torch.zeros(1), "toy")
     algo = make(replace(SMALL, reward_scale=10_000.0, reward_shift=-1.0))
     (stage,) = stages(algo, data, Run(steps=1))

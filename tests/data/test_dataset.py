@@ -13,11 +13,17 @@ ALL = ("obs", "act", "reward", "next_obs", "terminal", "timeout")
 
 def toy(rows=30, **changes):
     g = torch.Generator().manual_seed(0)
-    fields = dict(
-        obs=torch.randn(rows, 3, generator=g), act=torch.rand(rows, 2, generator=g) * 2 - 1,
-        reward=torch.arange(float(rows)), next_obs=torch.randn(rows, 3, generator=g),
-        terminal=torch.zeros(rows), timeout=(torch.arange(1, rows + 1) % 10 == 0).float(),
-    ) | changes  # fmt: skip
+    fields = (
+        dict(
+            obs=torch.randn(rows, 3, generator=g),
+            act=torch.rand(rows, 2, generator=g) * 2 - 1,
+            reward=torch.arange(float(rows)),
+            next_obs=torch.randn(rows, 3, generator=g),
+            terminal=torch.zeros(rows),
+            timeout=(torch.arange(1, rows + 1) % 10 == 0).float(),
+        )
+        | changes
+    )
     starts = torch.arange(0, rows, 10)
     return Dataset(fields, starts, episode_sums(fields["reward"], starts).float(), "toy")
 
@@ -56,15 +62,17 @@ def test_statistics_are_population_moments():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: {"obs": f["obs"].index_fill(0, torch.tensor([4]), torch.nan)},
-         r"obs is NaN or infinite in 1 of 30 rows, first in row 4"),
+        (
+            lambda f: {"obs": f["obs"].index_fill(0, torch.tensor([4]), torch.nan)},
+            r"obs is NaN or infinite in 1 of 30 rows, first in row 4",
+        ),
         (lambda f: {"act": f["act"] * 3}, r"act lies outside \[-1, 1\]"),
         (lambda f: {"reward": torch.ones(30)}, "reward is 1 in every row"),
         (lambda f: {"terminal": torch.full((30,), 0.5)}, "terminal is neither 0 nor 1"),
         (lambda f: {"reward": f["reward"][:29]}, "reward has 29 rows, obs has 30"),
         (lambda f: {"next_obs": f["next_obs"][:, :2]}, "differ in shape"),
     ],
-)  # fmt: skip
+)
 def test_unusable_data_are_refused_with_field_and_row(change, message):
     check(toy(), ALL)
     with pytest.raises(DataError, match=message):

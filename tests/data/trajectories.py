@@ -17,9 +17,12 @@ def toy(lengths=(5, 3, 9)):
         first += length + 1
     column = lambda parts: torch.stack([torch.cat(parts), torch.ones(sum(lengths))], -1)  # noqa: E731
     fields = {
-        "obs": column(obs), "next_obs": column(nxt), "act": torch.cat(act).unsqueeze(-1),
-        "terminal": torch.zeros(sum(lengths)), "timeout": torch.cat(timeout).float(),
-    }  # fmt: skip
+        "obs": column(obs),
+        "next_obs": column(nxt),
+        "act": torch.cat(act).unsqueeze(-1),
+        "terminal": torch.zeros(sum(lengths)),
+        "timeout": torch.cat(timeout).float(),
+    }
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     return Dataset(fields, starts, torch.zeros(len(lengths)), "toy")
 

@@ -55,9 +55,15 @@ def test_every_scenario_is_played_apart_and_the_best_is_the_headline():
     torch.testing.assert_close(found.returns, torch.full((2,), earned(3.0)))
     assert found.lengths.tolist() == [STEPS, STEPS]
     assert list(found.named()) == [
-        "return", "length", "return/low", "length/low", "return/high", "length/high",
-        "return/middle", "length/middle",
-    ]  # fmt: skip
+        "return",
+        "length",
+        "return/low",
+        "length/low",
+        "return/high",
+        "length/high",
+        "return/middle",
+        "length/middle",
+    ]
 
 
 def test_each_seed_has_its_own_best_scenario():

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from offrl.engine.fit import Runner, Schedule, fit
+from offrl.engine.loop import Runner, Schedule, fit
 from offrl.engine.threads import candidates, fastest
-from tests.engine.test_fit import KINDS, assert_same, offline
+from tests.engine.test_loop import KINDS, assert_same, offline
 
 
 @pytest.fixture(autouse=True)
@@ -32,17 +32,29 @@ def paced(stage, seconds, monkeypatch):
     return replace(stage, update=update)
 
 
-@pytest.mark.parametrize(("most", "found"), [
-    (1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("most", "found"),
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (3, [1, 2, 3]),
+        (8, [1, 2, 4, 8]),
+        (12, [1, 2, 4, 8, 12]),
+    ],
+)
 def test_candidates_are_powers_of_two_and_the_most(most, found):
     assert candidates(most) == found
 
 
-@pytest.mark.parametrize(("seconds", "best"), [
-    ({1: 2, 2: 1, 3: 3}, 2), ({1: 1, 2: 3, 3: 3}, 1), ({1: 3, 2: 3, 3: 1}, 3),
-    ({1: 1, 2: 0.97, 3: 0.96}, 1),  # they gain too little
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [
+        ({1: 2, 2: 1, 3: 3}, 2),
+        ({1: 1, 2: 3, 3: 3}, 1),
+        ({1: 3, 2: 3, 3: 1}, 3),
+        ({1: 1, 2: 0.97, 3: 0.96}, 1),  # they gain too little
+    ],
+)
 def test_the_number_with_the_shortest_update_is_found(monkeypatch, seconds, best):
     algo, (stage,) = offline()
     found, told = fastest(algo, paced(stage, seconds, monkeypatch), stage.start(), [1, 2, 3])
@@ -96,8 +108,18 @@ def test_a_resumed_run_keeps_the_threads_that_it_chose(tmp_path, monkeypatch):
         return stage.update(batch, step)
 
     algo, (stage,) = offline()
-    curve = fit(algo, [replace(stage, update=update)], tmp_path, None, schedule, [0], "toy", True,
-                speed="eager", threads=[1, 2])  # fmt: skip
+    curve = fit(
+        algo,
+        [replace(stage, update=update)],
+        tmp_path,
+        None,
+        schedule,
+        [0],
+        "toy",
+        True,
+        speed="eager",
+        threads=[1, 2],
+    )
     assert curve.threads == {"train": 2}
     assert seen == {2}
 

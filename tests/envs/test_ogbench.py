@@ -146,7 +146,7 @@ def test_goals_change_where_an_episode_begins_anew(giant):
 
 
 def test_success_is_shown_in_percent():
-    from offrl.outcome import scored
+    from offrl.runs.record import scored
 
     resolved = config.resolve("bc", {"env": "pointmaze-giant"})
     unit, value = scored(resolved, torch.tensor([0.0, 1.0]))

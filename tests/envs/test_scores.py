@@ -38,14 +38,16 @@ def test_score_of_the_mean_is_the_mean_score(env):
         (("maze2d-medium-dense-v1", "d4rl-maze2d-medium-dense"), "maze2d-medium-dense"),
         (("maze2d-open-dense-v0",), "maze2d-open-dense"),
         (("maze2d-eval-large-v1",), "maze2d-eval-large"),
-        (("d4rl-antmaze-large", "d4rl-antmaze-large-play", "antmaze-large-diverse-v2"),
-         "antmaze-large"),
+        (
+            ("d4rl-antmaze-large", "d4rl-antmaze-large-play", "antmaze-large-diverse-v2"),
+            "antmaze-large",
+        ),
         (("pen-human-v1", "d4rl-pen", "d4rl-pen-cloned"), "pen"),
         (("d4rl-kitchen", "kitchen-partial-v0"), "kitchen"),
         (("flow-ring-controller-v0",), "flow-ring"),
         (("carla-town-full-v0",), "carla-town"),
     ],
-)  # fmt: skip
+)
 def test_names_with_and_without_data_set_find_their_row(names, row):
     assert all(reference(name) == REFERENCES[row] for name in names)
 
@@ -58,9 +60,19 @@ def test_the_data_set_chooses_among_the_rows_of_maze2d():
 
 @pytest.mark.parametrize(
     "name",
-    ["antmaze-large", "antmaze-medium", "antmaze-large-navigate-v0", "antmaze-giant", "Hopper-v5",
-     "humanoid", "hopper-hard", "cube-single", "robotics-kitchen", ""],
-)  # fmt: skip
+    [
+        "antmaze-large",
+        "antmaze-medium",
+        "antmaze-large-navigate-v0",
+        "antmaze-giant",
+        "Hopper-v5",
+        "humanoid",
+        "hopper-hard",
+        "cube-single",
+        "robotics-kitchen",
+        "",
+    ],
+)
 def test_other_benchmarks_have_no_reference(name):
     assert reference(name) is None
     with pytest.raises(ValueError, match="no reference returns"):

@@ -66,8 +66,9 @@ class Slow:
         pass
 
 
-@pytest.mark.parametrize(("seconds", "count", "worth"), [(1e-3, 8, True), (2e-5, 8, False),
-                                                         (1e-3, 1, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seconds", "count", "worth"), [(1e-3, 8, True), (2e-5, 8, False), (1e-3, 1, False)]
+)
 def test_workers_are_worth_it_where_steps_are_slow_and_many(monkeypatch, seconds, count, worth):
     monkeypatch.setattr(workers.time, "perf_counter", lambda: Slow.clock)
     assert workers.worthwhile([lambda: Slow(seconds)] * count, 4) is worth

@@ -20,8 +20,8 @@ from offrl.regularizers import (
     RegOutput,
     Regularizer,
 )
-from offrl.regularizers.length import PromptHistory
 from offrl.regularizers.reductions import keep
+from offrl.regularizers.tokens.length import PromptHistory
 
 
 class Drift(Regularizer):

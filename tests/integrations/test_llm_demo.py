@@ -23,8 +23,11 @@ def run(*options):
     printed = subprocess.run(
         [sys.executable, str(SCRIPT), *options],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=True, timeout=1200,
-    ).stdout  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=1200,
+    ).stdout
     after = os.times()
     user = after.children_user - before.children_user
     assert user + after.children_system - before.children_system < 120

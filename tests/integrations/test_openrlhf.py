@@ -48,9 +48,9 @@ from offrl.regularizers import (
     Regularizer,
     Schedule,
 )
-from offrl.regularizers.advantage import STCR
 from offrl.regularizers.functional import kl_estimate
-from offrl.regularizers.length import FORMULAS
+from offrl.regularizers.tokens.advantage import STCR
+from offrl.regularizers.tokens.length import FORMULAS
 from tests.integrations.terms import Drift, Half, SequenceDrift
 
 B, P, T = 6, 2, 5

@@ -121,28 +121,46 @@ class Watcher(Regularizer):
 
 def make(base, folder, tmp_path, regularizers=None, model=None, extra=(), **options):
     """A trainer on the tiny model; stock TRL without `regularizers`."""
-    options = dict(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", save_strategy="no",
-        logging_steps=1, disable_tqdm=True, seed=0, max_steps=3, per_device_train_batch_size=4,
-        learning_rate=5e-3, lr_scheduler_type="constant", activation_checkpointing=False,
-    ) | options  # fmt: skip
+    options = (
+        dict(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            seed=0,
+            max_steps=3,
+            per_device_train_batch_size=4,
+            learning_rate=5e-3,
+            lr_scheduler_type="constant",
+            activation_checkpointing=False,
+        )
+        | options
+    )
     if base is DPO:
         data = Dataset.from_dict(preferences())
         rest = {}
     else:
         options = dict(num_generations=2, max_completion_length=6, beta=0.0) | options
         data = Dataset.from_dict(
-            {"prompt": [c * (2 + i % 3) for i, c in enumerate("bcdefghijkl")] * 4,
-             "prompt_id": list(range(11)) * 4}
-        )  # fmt: skip
+            {
+                "prompt": [c * (2 + i % 3) for i, c in enumerate("bcdefghijkl")] * 4,
+                "prompt_id": list(range(11)) * 4,
+            }
+        )
         rest = {"reward_funcs": tiny.share_of_a}
     kind = base if regularizers is None else with_regularizers(base)
     named = {} if regularizers is None else {"regularizers": regularizers}
     tokenizer = tiny.tokenizer(folder)
     return kind(
-        model=folder if model is None else model, args=CONFIG[base](**options),
-        train_dataset=data, processing_class=tokenizer, **(rest | named | dict(extra)),
-    )  # fmt: skip
+        model=folder if model is None else model,
+        args=CONFIG[base](**options),
+        train_dataset=data,
+        processing_class=tokenizer,
+        **(rest | named | dict(extra)),
+    )
 
 
 def preferences():
@@ -271,8 +289,13 @@ def test_a_cut_row_counts_neither_as_tokens_nor_as_a_sequence(reduction, folder,
 def test_multipliers_move_once_per_optimizer_step(folder, tmp_path):
     for steps in (1, 2):
         coef = DualVariable(0.0, rule="additive", delta=0.01, bounds=(0.0, 1.0))
-        trainer = make(GRPO, folder, tmp_path, [Bonus(coef, target=9.0), Short()],
-                       gradient_accumulation_steps=steps)  # fmt: skip
+        trainer = make(
+            GRPO,
+            folder,
+            tmp_path,
+            [Bonus(coef, target=9.0), Short()],
+            gradient_accumulation_steps=steps,
+        )
         trainer.train()
         assert coef.value.item() == pytest.approx(0.03)
         assert trainer.reg.parts["1_Short"].rows == 3 * 4 * steps
@@ -301,8 +324,15 @@ def test_groups_survive_the_shuffle(folder, tmp_path):
 
 
 def test_shaping_of_a_group_equals_a_loop(folder, tmp_path):
-    trainer = make(GRPO, folder, tmp_path, [Short(0.1)], num_generations=4, max_completion_length=9,
-                   per_device_train_batch_size=8)  # fmt: skip
+    trainer = make(
+        GRPO,
+        folder,
+        tmp_path,
+        [Short(0.1)],
+        num_generations=4,
+        max_completion_length=9,
+        per_device_train_batch_size=8,
+    )
     rows = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
     ids = [[5] * n for n in (1, 5, 3, 3, 9, 1, 1, 1)]
@@ -320,8 +350,14 @@ def test_rows_that_nobody_scored_keep_no_advantage_and_touch_no_sibling(folder, 
         return [None, 1.0, 0.0, 0.5]
 
     functions = [score]
-    trainer = make(GRPO, folder, tmp_path, [Short(0.1)], num_generations=4, extra={
-        "reward_funcs": functions, "correct": ("score", 0.5)})  # fmt: skip
+    trainer = make(
+        GRPO,
+        folder,
+        tmp_path,
+        [Short(0.1)],
+        num_generations=4,
+        extra={"reward_funcs": functions, "correct": ("score", 0.5)},
+    )
     assert functions == [score]
     rows = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()
@@ -558,8 +594,9 @@ def test_dpo_tells_policy_and_reference_apart(folder, tmp_path):
 
 def test_a_second_iteration_keeps_the_old_log_probabilities(folder, tmp_path):
     watcher = Watcher("loss", "old_logp", "logp")
-    trainer = make(GRPO, folder, tmp_path, [watcher, Likelihood(-0.5)], num_iterations=2,
-                   max_steps=2)  # fmt: skip
+    trainer = make(
+        GRPO, folder, tmp_path, [watcher, Likelihood(-0.5)], num_iterations=2, max_steps=2
+    )
     trainer.train()
     seen = watcher.seen
     assert ((seen.logp - seen.old_logp) * seen.mask).abs().max() > 1e-3
@@ -574,9 +611,18 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(base, folder, tmp_path):
         if base is not DPO:
             parts += [Short(), LengthShaper("hapo", history=PromptHistory(11))]
             extra = {"correct": ("share_of_a", 0.01)}
-        trainer = make(base, folder, tmp_path, parts, max_steps=steps, save_strategy="steps",
-                       per_device_train_batch_size=8, save_steps=3,
-                       lr_scheduler_type="constant", extra=extra)  # fmt: skip
+        trainer = make(
+            base,
+            folder,
+            tmp_path,
+            parts,
+            max_steps=steps,
+            save_strategy="steps",
+            per_device_train_batch_size=8,
+            save_steps=3,
+            lr_scheduler_type="constant",
+            extra=extra,
+        )
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -694,7 +740,7 @@ def test_turns_are_runs_of_policy_tokens():
         (DPO, [Near()], {"precompute_ref_log_probs": True}, "precompute_ref_log_probs=False"),
         (GRPO, [Short()], {"multi_objective_aggregation": "normalize_then_sum"}, "sum_then"),
     ],
-)  # fmt: skip
+)
 def test_inputs_that_cannot_be_had_are_refused_at_once(
     base, regularizers, options, message, folder, tmp_path
 ):

@@ -85,9 +85,15 @@ def test_entropy_bonus_is_trls(folder, tmp_path):
 def test_the_controller_takes_trls_path_for_twenty_steps(folder, tmp_path):
     options = dict(max_steps=20, learning_rate=1e-2, gradient_accumulation_steps=2)
     stock = make(
-        GRPO, folder, tmp_path, use_adaptive_entropy=True, entropy_target=2.72,
-        entropy_coef_delta=0.2, entropy_coef_max=1.0, **options,
-    )  # fmt: skip
+        GRPO,
+        folder,
+        tmp_path,
+        use_adaptive_entropy=True,
+        entropy_target=2.72,
+        entropy_coef_delta=0.2,
+        entropy_coef_max=1.0,
+        **options,
+    )
     stock.train()
     expected = [row["entropy_coef"] for row in stock.state.log_history if "entropy_coef" in row]
     coef = DualVariable(0.0, rule="additive", delta=0.2, bounds=(0.0, 1.0), gate=True)
@@ -97,8 +103,14 @@ def test_the_controller_takes_trls_path_for_twenty_steps(folder, tmp_path):
         def on_step_end(self, *args, **kwargs):
             found.append(coef.raw.item())
 
-    ours = make(GRPO, folder, tmp_path, [EntropyBonus(coef, target=2.72)],
-                extra={"callbacks": [Record()]}, **options)  # fmt: skip
+    ours = make(
+        GRPO,
+        folder,
+        tmp_path,
+        [EntropyBonus(coef, target=2.72)],
+        extra={"callbacks": [Record()]},
+        **options,
+    )
     ours.train()
     assert found == pytest.approx(expected, abs=1e-6)
     assert len(set(expected)) > 2
@@ -195,8 +207,12 @@ def known_answers(monkeypatch):
 
 
 ENDS = {"right": (2.0, 0.25), "wrong": (-3.0, -0.125)}
-THEIR_ENDS = {"min_value_wrong": -3.0, "max_value_wrong": -0.125, "min_value_correct": 0.25,
-              "max_value_correct": 2.0}  # fmt: skip
+THEIR_ENDS = {
+    "min_value_wrong": -3.0,
+    "max_value_wrong": -0.125,
+    "min_value_correct": 0.25,
+    "max_value_correct": 2.0,
+}
 
 
 @pytest.mark.parametrize(("ends", "same_ends"), [({}, {}), (ENDS, THEIR_ENDS)])
@@ -250,10 +266,20 @@ def test_length_rewards_inside_a_trainer_are_trls_columns(kind, known_answers, f
 @pytest.mark.parametrize("base", [GRPO, RLOO])
 def test_advantages_of_overlong_answers_are_trls(base, folder, tmp_path):
     punish = get_soft_overlong_punishment(5, 3)
-    theirs = make(base, folder, tmp_path, extra={"reward_funcs": [tiny.share_of_a, punish]},
-                  per_device_train_batch_size=16)  # fmt: skip
-    ours = make(base, folder, tmp_path, [LengthShaper("overlong", max_length=5, buffer=3)],
-                per_device_train_batch_size=16)  # fmt: skip
+    theirs = make(
+        base,
+        folder,
+        tmp_path,
+        extra={"reward_funcs": [tiny.share_of_a, punish]},
+        per_device_train_batch_size=16,
+    )
+    ours = make(
+        base,
+        folder,
+        tmp_path,
+        [LengthShaper("overlong", max_length=5, buffer=3)],
+        per_device_train_batch_size=16,
+    )
     outs = []
     for trainer in (theirs, ours):
         trainer.model.train()
@@ -280,16 +306,25 @@ def adaptive_by_hand(lengths, rewards, correct):
     ("shaper", "by_hand"),
     [
         (lambda: LengthShaper("kimi", coef=0.3), kimi_by_hand),
-        (lambda: LengthShaper("truncate_adaptive", coef=0.3, max_length=4, easy_length=2),
-         adaptive_by_hand),
+        (
+            lambda: LengthShaper("truncate_adaptive", coef=0.3, max_length=4, easy_length=2),
+            adaptive_by_hand,
+        ),
     ],
     ids=["kimi", "truncate_adaptive"],
-)  # fmt: skip
+)
 def test_shaping_within_groups_is_a_loop_over_shuffled_rows(shaper, by_hand, folder, tmp_path):
     carry = Watching("group", "rewards", "lengths", "correct")
-    trainer = make(GRPO, folder, tmp_path, [shaper(), carry], num_generations=4,
-                   per_device_train_batch_size=16, max_completion_length=12,
-                   extra={"correct": ("share_of_a", 0.05)})  # fmt: skip
+    trainer = make(
+        GRPO,
+        folder,
+        tmp_path,
+        [shaper(), carry],
+        num_generations=4,
+        per_device_train_batch_size=16,
+        max_completion_length=12,
+        extra={"correct": ("share_of_a", 0.05)},
+    )
     trainer.model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     ids = batch["completion_ids"]
@@ -376,9 +411,11 @@ def test_modulated_advantages_come_from_all_rows_before_the_loss(folder, tmp_pat
     logp = tiny.logits_of(tiny.exact_copy(folder), out).log_softmax(-1).float().detach()
     mask = out["completion_mask"]
     x = RegInputs(
-        advantages=rows["stock"]["advantages"], mask=mask, turn=torch.where(mask > 0, 0, -1),
+        advantages=rows["stock"]["advantages"],
+        mask=mask,
+        turn=torch.where(mask > 0, 0, -1),
         entropy=-(logp.exp() * logp).sum(-1),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(out["advantages"], EMPG()(x).advantages)
     assert out["advantages"].shape == mask.shape
 
@@ -426,29 +463,42 @@ def test_with_zero_advantages_the_gradient_is_the_modules_alone(case, folder, tm
     loss, found = gradients(trainer, batch)
     model = tiny.exact_copy(folder)
     logits = tiny.logits_of(model, batch)
-    want = {"logp": "logp", "entropy": "entropy", "lse": "lse", "log_sum_sq": "log_sum_sq",
-            "nucleus_entropy": SetEntropy(Nucleus(0.8))}  # fmt: skip
+    want = {
+        "logp": "logp",
+        "entropy": "entropy",
+        "lse": "lse",
+        "log_sum_sq": "log_sum_sq",
+        "nucleus_entropy": SetEntropy(Nucleus(0.8)),
+    }
     stats = token_stats_from_logits(logits, batch["completion_ids"], want)
     names = {f.name for f in fields(RegInputs)}
     carried = {k.removeprefix("reg_"): v for k, v in batch.items() if k.startswith("reg_")}
     x = RegInputs(
-        mask=batch["completion_mask"], logp=stats["logp"], entropy=stats["entropy"], stats=stats,
-        advantages=batch["advantages"], turn=torch.where(batch["completion_mask"] > 0, 0, -1),
+        mask=batch["completion_mask"],
+        logp=stats["logp"],
+        entropy=stats["entropy"],
+        stats=stats,
+        advantages=batch["advantages"],
+        turn=torch.where(batch["completion_mask"] > 0, 0, -1),
         **{k: v for k, v in carried.items() if k in names},
-    )  # fmt: skip
+    )
     trainer.reg.parts[f"0_{type(module).__name__}"] = twin
     term, _, _ = trainer.reg.run_loss(x)
     term = term + 0 * logits.sum()  # some modules have no gradient
     expected = torch.autograd.grad(term, list(model.parameters()), allow_unused=True)
-    expected = torch.cat([
-        torch.zeros(p.numel()).double() if g is None else g.flatten()
-        for p, g in zip(model.parameters(), expected, strict=True)
-    ])  # fmt: skip
+    expected = torch.cat(
+        [
+            torch.zeros(p.numel()).double() if g is None else g.flatten()
+            for p, g in zip(model.parameters(), expected, strict=True)
+        ]
+    )
     plain, stock = gradients(make(GRPO, folder, tmp_path), batch)
     assert (loss - plain - term.detach()).abs() < 1e-5 * max(1, term.abs().item())
     difference = (found - stock).double()
     assert (difference - expected).norm() <= 1e-4 * expected.norm() + 2e-6, (
-        difference.norm(), expected.norm())  # fmt: skip
+        difference.norm(),
+        expected.norm(),
+    )
 
 
 @pytest.mark.parametrize("case", PAIR_CASES, ids=lambda case: case.name)
@@ -465,9 +515,12 @@ def test_in_dpo_without_a_loss_the_gradient_is_the_modules(case, folder, tmp_pat
     stats, ref = (token_stats_from_logits(x, ids[:, 1:]) for x in logits)
     mask = batch["completion_mask"][:, 1:]
     x = RegInputs(
-        mask=mask, logp=stats["logp"], entropy=stats["entropy"], ref_logp=ref["logp"].detach(),
+        mask=mask,
+        logp=stats["logp"],
+        entropy=stats["entropy"],
+        ref_logp=ref["logp"].detach(),
         chosen=torch.arange(len(mask)) < len(mask) // 2,
-    )  # fmt: skip
+    )
     trainer.reg.parts[f"0_{type(module).__name__}"] = twin
     term, _, _ = trainer.reg.run_loss(x)
     term.backward()

@@ -48,8 +48,8 @@ from offrl.regularizers import (
     Schedule,
 )
 from offrl.regularizers import functional as F
-from offrl.regularizers.advantage import STCR
-from offrl.regularizers.length import FORMULAS
+from offrl.regularizers.tokens.advantage import STCR
+from offrl.regularizers.tokens.length import FORMULAS
 from tests.integrations.terms import Drift, Half, SequenceDrift
 
 B, P, T = 6, 3, 5

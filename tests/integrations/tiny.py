@@ -25,9 +25,13 @@ def build(folder, seed=0, model=None):
     raw.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     raw.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]",
-        unk_token="[UNK]", padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=raw,
+        pad_token="[PAD]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        unk_token="[UNK]",
+        padding_side="left",
+    )
     torch.manual_seed(seed)
     if model is None:
         model = Qwen2ForCausalLM(qwen())
@@ -42,38 +46,77 @@ def tokenizer(folder):
 
 def qwen(**changes):
     options = dict(
-        vocab_size=len(SYMBOLS), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(SYMBOLS),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return Qwen2Config(**(options | changes))
 
 
 def softcapped():
     options = qwen().to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads", "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+    )
     options = {name: options[name] for name in names}
     # caps of 2 and weights of size 1 bend the logits visibly
     return Gemma2ForCausalLM(
-        Gemma2Config(**options, head_dim=8, final_logit_softcapping=2.0, initializer_range=0.3,
-                     pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    )  # fmt: skip
+        Gemma2Config(
+            **options,
+            head_dim=8,
+            final_logit_softcapping=2.0,
+            initializer_range=0.3,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 def scaled():
     return CohereForCausalLM(
-        CohereConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                     num_attention_heads=4, num_key_value_heads=2, logit_scale=3.0,
-                     pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    )  # fmt: skip
+        CohereConfig(
+            vocab_size=16,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            logit_scale=3.0,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 def biased():
     model = PhiForCausalLM(
-        PhiConfig(vocab_size=16, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                  num_attention_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    )  # fmt: skip
+        PhiConfig(
+            vocab_size=16,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
     torch.nn.init.normal_(model.lm_head.bias)
     return model
 

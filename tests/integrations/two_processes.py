@@ -62,11 +62,19 @@ def three_steps():
     short, history = Short(0.3), PromptHistory(11, "mean")
     shaper = LengthShaper("hapo", coef=0.2, history=history)
     trainer = make(
-        GRPO, folder, out, [Bonus(coef, target=2.5), short, shaper, Near(0.1)],
-        extra={"correct": ("share_of_a", 0.01)}, per_device_train_batch_size=GROUP // world,
-        num_generations=GROUP, max_steps=8, optim="sgd", learning_rate=0.1, max_grad_norm=0.0,
+        GRPO,
+        folder,
+        out,
+        [Bonus(coef, target=2.5), short, shaper, Near(0.1)],
+        extra={"correct": ("share_of_a", 0.01)},
+        per_device_train_batch_size=GROUP // world,
+        num_generations=GROUP,
+        max_steps=8,
+        optim="sgd",
+        learning_rate=0.1,
+        max_grad_norm=0.0,
         ddp_backend="gloo" if world > 1 else None,
-    )  # fmt: skip
+    )
     start = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
     fixed(trainer, GROUP).train()
     return {
@@ -103,11 +111,19 @@ MODULES = {
 
 def one_rollout(base, name):
     """Gradient of one batch: a group of eight on all ranks, one of them cut off."""
-    trainer = moved(make(
-        base, folder, out, MODULES[name](), extra={"correct": ("share_of_a", 0.01)},
-        per_device_train_batch_size=8 // world, num_generations=8,
-        **({"mask_truncated_completions": True} if base is GRPO else {}),
-    ), 0.3)  # fmt: skip
+    trainer = moved(
+        make(
+            base,
+            folder,
+            out,
+            MODULES[name](),
+            extra={"correct": ("share_of_a", 0.01)},
+            per_device_train_batch_size=8 // world,
+            num_generations=8,
+            **({"mask_truncated_completions": True} if base is GRPO else {}),
+        ),
+        0.3,
+    )
     rows = next(iter(fixed(trainer, 8).get_train_dataloader()))
     trainer.model.train()
     batch = trainer._prepare_inputs(rows)
@@ -128,8 +144,9 @@ PAIRS = {
 
 
 def one_batch_of_pairs(name):
-    trainer = moved(make(DPO, folder, out, [PAIRS[name]()], per_device_train_batch_size=4 // world,
-                         **NOTHING))  # fmt: skip
+    trainer = moved(
+        make(DPO, folder, out, [PAIRS[name]()], per_device_train_batch_size=4 // world, **NOTHING)
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     return mean_gradient(trainer, batch)
 

@@ -39,9 +39,7 @@ def test_features_are_of_colors_between_zero_and_one_whatever_their_type():
     seen = []
     net.stages.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     net(x)
-    torch.testing.assert_close(
-        seen[0], x.view(4, SIDE, SIDE, 3).permute(0, 3, 1, 2).float() / 255
-    )  # fmt: skip
+    torch.testing.assert_close(seen[0], x.view(4, SIDE, SIDE, 3).permute(0, 3, 1, 2).float() / 255)
 
 
 def test_images_seen_together_lie_side_by_side_in_the_channels():
@@ -69,9 +67,11 @@ def test_crops_are_windows_of_the_image_with_repeated_edges_the_same_in_all_of_a
         padded = F.pad(both, (3, 3, 3, 3), mode="replicate")
         here = torch.stack([m[row] for m in moved]).view(2, SIDE, SIDE, 3).permute(0, 3, 1, 2)
         fits = [
-            (i, j) for i in range(7) for j in range(7)
+            (i, j)
+            for i in range(7)
+            for j in range(7)
             if torch.equal(padded[:, :, i : i + SIDE, j : j + SIDE], here.float())
-        ]  # fmt: skip
+        ]
         assert len(fits) == 1
         found |= set(fits)
     assert len(found) > 20  # of 49

@@ -246,8 +246,9 @@ def test_a_batch_without_valid_elements_is_finite_with_a_gradient_path(case):
     assert loss.item() == 0
     if case.differentiable:
         assert loss.grad_fn is not None
-        for g in torch.autograd.grad(loss, [tensors(x)[n] for n in case.differentiable],
-                                     allow_unused=True):  # fmt: skip
+        for g in torch.autograd.grad(
+            loss, [tensors(x)[n] for n in case.differentiable], allow_unused=True
+        ):
             assert g is None or torch.equal(g, torch.zeros_like(g))
     before = copy.deepcopy(module.state_dict())
     module.update({key.split("/", 1)[1]: value for key, value in sync.items()})
@@ -279,9 +280,11 @@ def test_a_copy_goes_its_own_way_and_evaluation_learns_nothing(case):
     other, before = copy.deepcopy(module), copy.deepcopy(module.state_dict())
     learn(other, case.inputs(generator(30), B, T))
     Compose([module]).eval().update(
-        {f"0_{type(module).__name__}/{k}": v
-         for k, v in module(case.inputs(generator(30), B, T)).sync.items()}
-    )  # fmt: skip
+        {
+            f"0_{type(module).__name__}/{k}": v
+            for k, v in module(case.inputs(generator(30), B, T)).sync.items()
+        }
+    )
     for key, value in module.state_dict().items():
         assert torch.equal(value, before[key])
     buffers = {b.data_ptr() for b in module.buffers() if b.numel()}
@@ -434,8 +437,10 @@ def on_rank(case: Case, rank: int, gather=None):
     grads = [tensors(local)[name] for name in case.differentiable]
     if grads:
         found = torch.autograd.grad(loss, grads, allow_unused=True)
-        grads = [torch.zeros_like(v) if g is None else g.detach()
-                 for g, v in zip(found, grads, strict=True)]  # fmt: skip
+        grads = [
+            torch.zeros_like(v) if g is None else g.detach()
+            for g, v in zip(found, grads, strict=True)
+        ]
     tokens = torch.zeros(()) if local.mask is None else local.mask.sum()
     return reg, grads, tokens, sync
 
@@ -536,8 +541,9 @@ def test_rows_of_ranks_keep_their_order_and_their_padding_counts_for_nothing():
         "chosen": torch.tensor([True, False] * 2),
     }
     for rank in (0, 1):
-        own = RegInputs(logp=logp[rank].requires_grad_(), mask=masks[rank],
-                        chosen=torch.tensor([True, False]))  # fmt: skip
+        own = RegInputs(
+            logp=logp[rank].requires_grad_(), mask=masks[rank], chosen=torch.tensor([True, False])
+        )
         x = across_ranks(own, {"logp", "chosen"}, lambda values: dict(padded), rank, pairs=True)
         assert x.ranks.inputs.chosen.tolist() == [True, True, False, False]
         assert x.ranks.inputs.logp[:, 0].tolist() == [-1, -7, -4, -9]
@@ -567,8 +573,10 @@ def test_unequal_micro_batches_with_counts_are_one_batch(reduction):
     reg = Compose([NLLAnchor(1.0, reduction, rows="all")])
     counts = (mask.sum() / 2, mask.any(-1).sum() / 2)
     whole, _, _ = reg.run_loss(RegInputs(logp=logp, mask=mask))
-    parts = [reg.run_loss(RegInputs(logp=logp[i : i + 3], mask=mask[i : i + 3]), *counts)[0]
-             for i in (0, 3)]  # fmt: skip
+    parts = [
+        reg.run_loss(RegInputs(logp=logp[i : i + 3], mask=mask[i : i + 3]), *counts)[0]
+        for i in (0, 3)
+    ]
     torch.testing.assert_close(sum(parts) / 2, whole)
     expected, found = (torch.autograd.grad(v, logp)[0] for v in (whole, sum(parts) / 2))
     torch.testing.assert_close(found, expected)
@@ -625,15 +633,19 @@ def torch_and_what_it_needs() -> set[str]:
 def strict() -> str:
     """A program that finds only the standard library, torch and its requirements."""
     needed = torch_and_what_it_needs()
-    modules = {top for top, owners in importlib.metadata.packages_distributions().items()
-               if {owner.lower().replace("_", "-") for owner in owners} & needed}  # fmt: skip
+    modules = {
+        top
+        for top, owners in importlib.metadata.packages_distributions().items()
+        if {owner.lower().replace("_", "-") for owner in owners} & needed
+    }
     return f"ALLOWED = {modules}\n{STRICT}"
 
 
 def test_imports_nothing_but_torch():
     environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    out = subprocess.run([sys.executable, "-c", strict()], env=environment, text=True,
-                         capture_output=True)  # fmt: skip
+    out = subprocess.run(
+        [sys.executable, "-c", strict()], env=environment, text=True, capture_output=True
+    )
     assert out.returncode == 0, out.stderr
     assert out.stdout.strip() == "1.3863"
 
@@ -659,8 +671,9 @@ def test_installs_and_works_in_an_environment_with_torch_alone(tmp_path):
         copied(source, checkout / name)
 
     def run(*command):
-        out = subprocess.run([python, *command], cwd=tmp_path, env={"PATH": ""}, text=True,
-                             capture_output=True)  # fmt: skip
+        out = subprocess.run(
+            [python, *command], cwd=tmp_path, env={"PATH": ""}, text=True, capture_output=True
+        )
         assert out.returncode == 0, out.stdout + out.stderr
         return out.stdout.strip()
 

@@ -148,12 +148,14 @@ def test_impossible_first_values_are_refused():
     [
         (Schedule("constant", 0.7, steps=2), [0.7] * 6),
         (Schedule("linear", 1.0, 0.2, steps=4), [1.0, 0.8, 0.6, 0.4, 0.2, 0.2]),
-        (Schedule("cosine", 1.0, 0.0, steps=4),
-         [1.0, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5, 0.0, 0.0]),
+        (
+            Schedule("cosine", 1.0, 0.0, steps=4),
+            [1.0, 0.5 + 0.25 * 2**0.5, 0.5, 0.5 - 0.25 * 2**0.5, 0.0, 0.0],
+        ),
         (Schedule("exponential", 1.0, 0.3, steps=2, factor=0.5), [1, 1, 0.5, 0.5, 0.3, 0.3]),
     ],
     ids=lambda x: x.kind if isinstance(x, Schedule) else "",
-)  # fmt: skip
+)
 def test_schedules_count_optimizer_steps(schedule, expected):
     found = []
     for _ in expected:
@@ -173,8 +175,10 @@ def ragged():
 
 
 def looped(x, mask, mode, norm):
-    rows = [[v for v, m in zip(*pair, strict=True) if m]
-            for pair in zip(x.tolist(), mask.tolist(), strict=True)]  # fmt: skip
+    rows = [
+        [v for v, m in zip(*pair, strict=True) if m]
+        for pair in zip(x.tolist(), mask.tolist(), strict=True)
+    ]
     rows = [row for row in rows if row]
     if mode == "token-mean":
         return sum(map(sum, rows)) / sum(map(len, rows))
@@ -210,8 +214,10 @@ def test_averaging_over_ranks_with_a_global_count_gives_the_global_mean(mode):
     x, mask = ragged()
     tokens, sequences = mask.sum() / 2, (mask.sum(-1) > 0).sum() / 2
     count = tokens if mode == "token-mean" else sequences
-    ranks = [masked_reduce(x[rows], mask[rows], mode, count, norm=10.0)
-             for rows in (slice(0, 3), slice(3, 4))]  # fmt: skip
+    ranks = [
+        masked_reduce(x[rows], mask[rows], mode, count, norm=10.0)
+        for rows in (slice(0, 3), slice(3, 4))
+    ]
     torch.testing.assert_close(sum(ranks) / 2, masked_reduce(x, mask, mode, norm=10.0))
 
 
@@ -250,8 +256,10 @@ def test_group_statistics_equal_loops_over_scattered_groups():
     members = [[x[j].item() for j in range(7) if group[j] == g] for g in group]
     mean = [sum(m) / len(m) for m in members]
     for correction in (0, 1):
-        spread = [sum((v - a) ** 2 for v in m) / max(len(m) - correction, 1)
-                  for m, a in zip(members, mean, strict=True)]  # fmt: skip
+        spread = [
+            sum((v - a) ** 2 for v in m) / max(len(m) - correction, 1)
+            for m, a in zip(members, mean, strict=True)
+        ]
         found = group_std(x, group, correction).tolist()
         assert found == pytest.approx([v**0.5 for v in spread], abs=1e-6)
     assert group_sum(x, group).tolist() == pytest.approx([sum(m) for m in members])

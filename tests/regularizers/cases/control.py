@@ -52,14 +52,30 @@ def evolved(form: str) -> ProgressiveTarget:
 
 CASES = [
     Case("clone-likelihood", lambda: AdvantageGatedClone(0.1), inputs, control=True),
-    Case("clone-action", lambda: AdvantageGatedClone(0.1, "action"), inputs, ("extra.act",),
-         control=True),
+    Case(
+        "clone-action",
+        lambda: AdvantageGatedClone(0.1, "action"),
+        inputs,
+        ("extra.act",),
+        control=True,
+    ),
     Case("lipschitz-signs", LipschitzPenalty, inputs, (), control=True),
-    Case("lipschitz-fgsm", lambda: LipschitzPenalty(norm="2", random_start=True), inputs, (),
-         control=True),
-    Case("lipschitz-pgd", lambda: LipschitzPenalty(random_start=True, steps=3, detach_clean=True),
-         inputs, (), control=True),
-    Case("evolution-action", lambda: evolved("action"), inputs, ("extra.prediction",),
-         control=True),
+    Case(
+        "lipschitz-fgsm",
+        lambda: LipschitzPenalty(norm="2", random_start=True),
+        inputs,
+        (),
+        control=True,
+    ),
+    Case(
+        "lipschitz-pgd",
+        lambda: LipschitzPenalty(random_start=True, steps=3, detach_clean=True),
+        inputs,
+        (),
+        control=True,
+    ),
+    Case(
+        "evolution-action", lambda: evolved("action"), inputs, ("extra.prediction",), control=True
+    ),
     Case("evolution-token", lambda: evolved("token"), inputs, ("logits",), control=True),
-]  # fmt: skip
+]

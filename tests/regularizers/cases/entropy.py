@@ -49,14 +49,30 @@ ANCHORED = ("stats.nucleus_entropy",)
 
 CASES = [
     Case("entropy-bonus", lambda: EntropyBonus(0.1), inputs, ("entropy",), control=True),
-    Case("entropy-bonus-scheduled", lambda: EntropyBonus(Schedule("linear", 0.1, steps=3)),
-         inputs, ("entropy",), control=True),
-    Case("entropy-bonus-adaptive", lambda: EntropyBonus(adaptive(), target=0.2),
-         inputs, ("entropy",), control=True),
+    Case(
+        "entropy-bonus-scheduled",
+        lambda: EntropyBonus(Schedule("linear", 0.1, steps=3)),
+        inputs,
+        ("entropy",),
+        control=True,
+    ),
+    Case(
+        "entropy-bonus-adaptive",
+        lambda: EntropyBonus(adaptive(), target=0.2),
+        inputs,
+        ("entropy",),
+        control=True,
+    ),
     Case("entropy-anchor-first-step", EntropyAnchor, inputs, ANCHORED),
     Case("entropy-anchor", anchored, inputs, ANCHORED),
-    Case("entropy-anchor-batch", lambda: anchored(scope="batch"),
-         inputs, ANCHORED, control=True, rows_mix=True),
+    Case(
+        "entropy-anchor-batch",
+        lambda: anchored(scope="batch"),
+        inputs,
+        ANCHORED,
+        control=True,
+        rows_mix=True,
+    ),
     Case("entropy-band-hinge", banded, inputs, ("entropy",)),
     Case("entropy-band-square", lambda: banded(mode="square"), inputs, ("entropy",)),
     Case("entropy-band-indicator", lambda: banded(mode="indicator"), inputs, ("entropy",)),
@@ -64,4 +80,4 @@ CASES = [
     Case("peak-entropy-batch", PeakEntropyMask, inputs, (), control=True, rows_mix=True),
     Case("peak-entropy-sequence", lambda: PeakEntropyMask(scope="sequence"), inputs, ()),
     Case("temperature", lambda: TemperatureController(0.5), inputs, (), control=True),
-]  # fmt: skip
+]

@@ -48,14 +48,20 @@ def shaper(kind: str, **options):
 
 
 CASES = [
-    *(Case(f"length-{kind}", shaper(kind, **options), inputs, (), rows_mix=True)
-      for kind, options in KINDS.items()),
+    *(
+        Case(f"length-{kind}", shaper(kind, **options), inputs, (), rows_mix=True)
+        for kind, options in KINDS.items()
+    ),
     Case("length-hapo", lambda: LengthShaper("hapo", history=PromptHistory(8)), inputs, ()),
-    Case("length-hapo-mean", lambda: LengthShaper("hapo", history=PromptHistory(8, "mean")),
-         inputs, ()),
+    Case(
+        "length-hapo-mean",
+        lambda: LengthShaper("hapo", history=PromptHistory(8, "mean")),
+        inputs,
+        (),
+    ),
     Case("dler", DLER, inputs, (), rows_mix=True),
     Case("dler-tokens", lambda: DLER("tokens"), inputs, (), rows_mix=True),
     Case("drpo", lambda: DRPO(max_length=400, delta=1e9), scored, rows_mix=True),
     # The weight of its penalty is detached, so that the gradient is not that of the value.
     Case("drpo-constrained", lambda: DRPO(max_length=400, over="all"), scored, (), rows_mix=True),
-]  # fmt: skip
+]

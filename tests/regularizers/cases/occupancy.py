@@ -21,8 +21,14 @@ def inputs(g: Generator, rows: int, tokens: int) -> RegInputs:
 
 CASES = [
     Case("chi2-path", lambda: Chi2Occupancy(0.1), inputs, control=True, rows_mix=True),
-    Case("chi2-ratio", lambda: Chi2Occupancy(0.1, grad="ratio"), inputs, control=True,
-         rows_mix=True, exact_gradient=False),
+    Case(
+        "chi2-ratio",
+        lambda: Chi2Occupancy(0.1, grad="ratio"),
+        inputs,
+        control=True,
+        rows_mix=True,
+        exact_gradient=False,
+    ),
     Case("occupancy-kl", lambda: OccupancyReward(0.1, "kl"), inputs, ()),
     Case("occupancy-sqrt-chi2", lambda: OccupancyReward(0.1), inputs, (), rows_mix=True),
-]  # fmt: skip
+]

@@ -38,20 +38,41 @@ def inputs(g: Generator, rows: int, tokens: int) -> RegInputs:
 CASES = [
     Case("dpo", LDDPO, inputs, control=True, rows_mix=True),
     Case("ld-dpo", lambda: LDDPO(alpha=0.5), inputs, rows_mix=True),
-    Case("f-dpo", lambda: LDDPO(divergence="alpha", order=0.5), inputs, control=True,
-         rows_mix=True),
+    Case(
+        "f-dpo", lambda: LDDPO(divergence="alpha", order=0.5), inputs, control=True, rows_mix=True
+    ),
     Case("rpo-sum", lambda: RPO(eta=0.1), inputs, control=True, rows_mix=True),
-    Case("rpo-seq-mean", lambda: RPO(eta=0.1, sft_reduction="seq-mean"), inputs, control=True,
-         rows_mix=True),
-    Case("rpo-token-mean", lambda: RPO(eta=0.1, sft_reduction="token-mean"), inputs, control=True,
-         rows_mix=True),
-    Case("xpo", lambda: XPOTerm(Schedule("linear", 0.1, steps=3)), inputs, control=True,
-         rows_mix=True),
+    Case(
+        "rpo-seq-mean",
+        lambda: RPO(eta=0.1, sft_reduction="seq-mean"),
+        inputs,
+        control=True,
+        rows_mix=True,
+    ),
+    Case(
+        "rpo-token-mean",
+        lambda: RPO(eta=0.1, sft_reduction="token-mean"),
+        inputs,
+        control=True,
+        rows_mix=True,
+    ),
+    Case(
+        "xpo",
+        lambda: XPOTerm(Schedule("linear", 0.1, steps=3)),
+        inputs,
+        control=True,
+        rows_mix=True,
+    ),
     Case("inpo", lambda: INPO(eta=0.5), inputs, control=True, rows_mix=True),
     Case("genarm", GenARM, inputs, control=True, rows_mix=True),
     Case("spo", SPO, inputs, (), rows_mix=True),
     Case("nll-chosen", lambda: NLLAnchor(0.1), inputs, control=True, rows_mix=True),
-    Case("nll-chosen-sum", lambda: NLLAnchor(0.1, "seq-mean-token-sum"), inputs, control=True,
-         rows_mix=True),
+    Case(
+        "nll-chosen-sum",
+        lambda: NLLAnchor(0.1, "seq-mean-token-sum"),
+        inputs,
+        control=True,
+        rows_mix=True,
+    ),
     Case("nll-all", lambda: NLLAnchor(0.1, rows="all"), inputs, control=True),
-]  # fmt: skip
+]

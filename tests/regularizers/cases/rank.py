@@ -27,12 +27,23 @@ def inputs(g: Generator, rows: int, tokens: int) -> RegInputs:
 NAMES = ("features",)
 
 CASES = [
-    Case("beer-mixed", lambda: FeatureRank(0.1), inputs, NAMES, control=True,
-         exact_gradient=False),
-    Case("beer-target", lambda: FeatureRank(0.1, norm_source="target", skip_terminal=False), inputs,
-         NAMES, control=True, exact_gradient=False),
-    Case("beer-bias", lambda: FeatureRank(0.1, 0.9, bias_aware=True), inputs, NAMES, control=True,
-         exact_gradient=False),
+    Case("beer-mixed", lambda: FeatureRank(0.1), inputs, NAMES, control=True, exact_gradient=False),
+    Case(
+        "beer-target",
+        lambda: FeatureRank(0.1, norm_source="target", skip_terminal=False),
+        inputs,
+        NAMES,
+        control=True,
+        exact_gradient=False,
+    ),
+    Case(
+        "beer-bias",
+        lambda: FeatureRank(0.1, 0.9, bias_aware=True),
+        inputs,
+        NAMES,
+        control=True,
+        exact_gradient=False,
+    ),
     Case("dr3", lambda: FeatureRank(0.1, kind="dr3"), inputs, NAMES, control=True),
     Case("infer", lambda: FeatureRank(0.1, kind="infer"), inputs, NAMES, control=True),
-]  # fmt: skip
+]

@@ -23,9 +23,15 @@ def inputs(g: Generator, rows: int, tokens: int) -> RegInputs:
 
 
 CASES = [
-    Case("low-probability", lambda: LowProbability(0.5, share=0.6), inputs,
-         control=True, rows_mix=True),
-    Case("clip-cov", lambda: ClipCov(fraction=0.2, low=0.0), inputs, (),
-         control=True, rows_mix=True),
+    Case(
+        "low-probability",
+        lambda: LowProbability(0.5, share=0.6),
+        inputs,
+        control=True,
+        rows_mix=True,
+    ),
+    Case(
+        "clip-cov", lambda: ClipCov(fraction=0.2, low=0.0), inputs, (), control=True, rows_mix=True
+    ),
     Case("kl-cov", lambda: KLCov(0.5, fraction=0.2), inputs, control=True, rows_mix=True),
-]  # fmt: skip
+]

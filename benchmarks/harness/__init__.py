@@ -1,0 +1,1 @@
+"""What measures: speed against peers, scans, lock-step evaluation, LLM demonstrations."""

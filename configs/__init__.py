@@ -1,1 +1,0 @@
-"""Hydra configurations, shipped with the package."""

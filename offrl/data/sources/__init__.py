@@ -1,0 +1,55 @@
+"""A data set by source and name."""
+
+from pathlib import Path
+
+from offrl.data.dataset import DataError, Dataset
+from offrl.envs.ogbench import known
+
+SUFFIXES = (".hdf5", ".h5", ".npz")
+
+
+def settled(source: str, dataset: str) -> str:
+    """The source behind "auto": files where `dataset` is the path of one, else generated."""
+    if source != "auto":
+        return source
+    return "files" if Path(dataset).suffix in SUFFIXES else "generated"
+
+
+def load(source: str, env: str, dataset: str, rows: int | None = None, workers: int = 0) -> Dataset:
+    """The data set `dataset` of `env` from a source.
+
+    Args:
+        source: "generated", "d4rl", "minari", "ogbench", "files", or "auto": a file where `dataset`
+            is the path of one, generated data otherwise, on every machine alike.
+        dataset: name within the source; for "minari" the id, for "files" the path.
+        rows: transitions to generate; None takes the recipe's number.
+        workers: processes that generate; 0 for one per core.
+
+    Raises:
+        DataError: if the data cannot be found or used.
+        OSError: if a download or the cache fails.
+    """
+    source = settled(source, dataset)
+    if rows is not None and source != "generated":
+        raise DataError(f"rows= chooses how much to generate; source={source} has its own number")
+    if source == "generated":
+        from offrl.data.sources import generated, ogbench
+
+        if known(env):
+            return ogbench.generate(env, dataset, rows=rows, workers=workers)
+        return generated.load(env, dataset, rows=rows, workers=workers)
+    if source == "d4rl":
+        from offrl.data.sources import d4rl
+
+        return d4rl.load(env, dataset)
+    if source == "minari":
+        from offrl.data.sources import minari
+
+        return minari.load(dataset)
+    if source == "ogbench":
+        from offrl.data.sources import ogbench
+
+        return ogbench.load(env, dataset)
+    from offrl.data.sources import files
+
+    return files.load(Path(dataset))

@@ -1,0 +1,248 @@
+"""D4RL's files, read without the d4rl package: names, addresses, defects.
+
+Fu, Kumar, Nachum, Tucker, Levine, "D4RL: Datasets for Deep Data-Driven RL", 2020,
+arXiv:2004.07219; addresses from the released code (Farama-Foundation/D4RL). A file is looked for
+in the cache, then where the d4rl package keeps its own, and downloaded when neither has it. How
+rows become transitions is written in `offrl.data.sources.files`.
+"""
+
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+from offrl.data.dataset import Dataset, home
+from offrl.data.sources import files
+from offrl.data.sources.download import fetch
+from offrl.envs.scores import reference
+
+logger = logging.getLogger(__name__)
+
+ROOT = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file. `horizon`: time limit of the environment in steps."""
+
+    stem: str  # address below ROOT
+    version: str
+    horizon: int
+
+    @property
+    def url(self) -> str:
+        return ROOT + self.stem
+
+    @property
+    def file(self) -> str:
+        return self.stem.rpartition("/")[-1]
+
+
+def ant_maze(maze: str, starts: bool, goals: bool, horizon: int) -> Source:
+    stem = f"Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
+    return Source(f"ant_maze_v2/{stem}", "v2", horizon)
+
+
+def sources() -> dict[str, dict[str, Source]]:
+    """Environment (without `d4rl-`) -> name of the data set -> file."""
+    table = {}
+    for robot in ("halfcheetah", "hopper", "walker2d", "ant"):
+        names = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
+        stem = f"gym_mujoco_v2/{robot}_{{}}-v2.hdf5"
+        table[robot] = {
+            name: Source(stem.format(name.replace("-", "_")), "v2", 1000) for name in names
+        }
+    table["antmaze-umaze"] = {
+        "fixed": ant_maze("u-maze", False, False, 700),  # D4RL calls it antmaze-umaze
+        "diverse": ant_maze("u-maze", True, True, 700),
+    }
+    for size, maze in (("medium", "big-maze"), ("large", "hardest-maze")):
+        table[f"antmaze-{size}"] = {
+            "play": ant_maze(maze, True, False, 1000),
+            "diverse": ant_maze(maze, True, True, 1000),
+        }
+    for size, horizon in (("umaze", 300), ("medium", 600), ("large", 800)):
+        table[f"maze2d-{size}"] = {
+            kind: Source(f"maze2d/maze2d-{size}-{kind}-v1.hdf5", "v1", horizon)
+            for kind in ("sparse", "dense")
+        }
+    for hand, horizon in (("pen", 100), ("hammer", 200), ("relocate", 200), ("door", 200)):
+        table[hand] = {
+            name: Source(f"hand_dapg_v1/{hand}-{name}-v1.hdf5", "v1", horizon)
+            for name in ("human", "cloned", "expert")
+        }
+    kitchen = {
+        "complete": "mini_kitchen_microwave_kettle_light_slider",
+        "partial": "kitchen_microwave_kettle_light_slider",
+        "mixed": "kitchen_microwave_kettle_bottomburner_light",
+    }
+    table["kitchen"] = {
+        name: Source(f"kitchen/{stem}-v0.hdf5", "v0", 280) for name, stem in kitchen.items()
+    }
+    return table
+
+
+SOURCES = sources()
+
+# rows and finished episodes; the numbers are widely reported, not taken from the files
+COUNTS = {
+    "hopper-medium": (999906, 2186),
+    "hopper-medium-replay": (402000, 2041),
+    "hopper-medium-expert": (1999906, 3213),
+    "halfcheetah-medium": (1000000, 1000),
+    "halfcheetah-medium-replay": (202000, 202),
+    "halfcheetah-medium-expert": (2000000, 2000),
+    "walker2d-medium": (999995, 1190),
+    "walker2d-medium-replay": (302000, 1093),
+}
+
+NOTES = {  # pattern of "<environment>-<data set>" -> a defect that a user should know
+    "maze2d-*-sparse": "reward t tells whether the goal is reached at s_t, not at s_{t+1} as in "
+    "the environment (D4RL issue 194)",
+    "maze2d-*": "one continuous walk: nothing terminates, and timeouts mark reached waypoints, "
+    "not horizons, so returns of episodes are not comparable with scores (D4RL issue 85)",
+    "antmaze-*": "rewards and terminals are 1 in every step within 0.5 of one fixed goal while "
+    "the episode goes on, so an episode has runs of terminals and returns above 1; episodes are "
+    "cut at timeouts only",
+    "antmaze-umaze-diverse": "unlike the other mazes, a single 1 per success (D4RL issue 199)",
+    "kitchen-*": "the reward is the number of subtasks satisfied at the moment, 0 to 4 in every "
+    "step, while the environment pays once per completed subtask: do not compare returns of the "
+    "data with scores",
+    "*-human": "demonstrations are longer than the evaluation's horizon",
+    "*-cloned": "demonstrations are longer than the evaluation's horizon",
+    "ant-*": "111 observations of the old Ant with contact forces; no current Ant has them",
+}
+
+
+def load(env: str, dataset: str = "", download: bool = True) -> Dataset:
+    """The Q-learning view of a D4RL data set, in the data cache and memory-mapped.
+
+    Fields: obs, act, reward (raw), next_obs, terminal, and timeout, which is 0 in every row since
+    the view drops the others. `starts` and `returns` belong to the same episodes; returns are sums
+    over all rows, also dropped ones. The last episode is unfinished where info["unfinished"] is
+    not 0. In AntMaze episodes go through terminals and end at timeouts, which is where the test
+    |obs[i + 1] - next_obs[i]| > 1e-6 finds a jump in this view. info also holds file, url, sha256,
+    reference (the random and the expert return of the environment), rows, episodes and notes.
+
+    Args:
+        env: `hopper`, or with `d4rl-` the mazes, hands and the kitchen (`d4rl-antmaze-large`,
+            `d4rl-pen`); a name that includes the data set stands for itself.
+        dataset: such as `medium-replay`, `play`, `human`, `partial`; `sparse` or `dense` for
+            Maze2D, `fixed` or `diverse` for `d4rl-antmaze-umaze`.
+        download: fetch the file if it is not on this machine.
+
+    Raises:
+        ValueError: unknown name; lists the known ones.
+        DataError: the file is damaged.
+        OSError: the download or the cache failed; names the alternatives.
+    """
+    env, dataset, source = resolve(env, dataset)
+    task = f"{env}-{dataset}"
+    path = locate(source, download)
+    info = {
+        "source": "d4rl",
+        "task": f"{task}-{source.version}",
+        "url": source.url,
+        "reference": reference(f"d4rl-{env}", dataset),
+        "notes": [note for pattern, note in NOTES.items() if fnmatch(task, pattern)],
+    }
+    data = files.cached(
+        path,
+        home() / "d4rl" / task,
+        f"d4rl/{task}-{source.version}",
+        source.horizon,
+        through_terminals=task.startswith("antmaze"),
+        clip=True,
+        info=info,
+    )
+    found = data.info["rows"], data.info["episodes"]
+    if found != COUNTS.get(task, found):
+        logger.warning(
+            "%s has %d rows and %d episodes, other sources report %d and %d: compare its sha256 %s "
+            "with a known copy",
+            path,
+            *found,
+            *COUNTS[task],
+            data.info["sha256"],
+        )
+    if strays := data.info["strays"]:
+        logger.warning(
+            "%s: next_observations differs from the following row in %d rows that end nothing; "
+            "the following row is used, as D4RL does",
+            path,
+            strays,
+        )
+    return data
+
+
+def resolve(env: str, dataset: str) -> tuple[str, str, Source]:
+    """Environment and data set as in the table, and the file, of our names.
+
+    Raises:
+        ValueError: unknown environment or data set.
+    """
+    bare = env.removeprefix("d4rl-")
+    if dataset in SOURCES.get(bare, {}):
+        return bare, dataset, SOURCES[bare][dataset]
+    for name, sets in SOURCES.items():
+        for inner, source in sets.items():
+            if bare == f"{name}-{inner}":
+                if dataset in ("", inner):
+                    return name, inner, source
+                raise ValueError(
+                    f"{env} names its data set itself, {inner!r}, which is not {dataset!r}"
+                )
+    if bare in SOURCES:
+        raise ValueError(
+            f"D4RL has no data set {dataset!r} of {env}; it has {', '.join(SOURCES[bare])}"
+        )
+    raise ValueError(f"D4RL has no environment {env!r} in its table; it has {', '.join(SOURCES)}")
+
+
+def locate(source: Source, download: bool = True) -> Path:
+    """Where the file of a data set is, downloading it if need be.
+
+    Raises:
+        FileNotFoundError: it is not here and `download` is off.
+        DownloadError: it could not be downloaded.
+    """
+    own = home() / "d4rl" / source.file
+    package = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
+    for path in (own, package / source.file):
+        if path.is_file():
+            return path
+    if not download:
+        raise FileNotFoundError(f"neither {own} nor {package / source.file} is there")
+    logger.info("downloading %s to %s", source.url, own)
+    fetch(source.url, own, check=inspect)
+    return own
+
+
+def inspect(path: Path) -> None:
+    """Raises DataError unless `path` is a log with D4RL's fields."""
+    with files.opened(path):
+        pass
+
+
+def d4rl_view(data: Dataset) -> Dataset:
+    """The rows that D4RL's rule would leave of a data set that holds every transition.
+
+    Drops the last transition of truncated episodes and the last row of all; see
+    `offrl.data.sources.files`. Episodes without rows left disappear, returns stay as they were.
+    """
+    keep = data["timeout"] == 0
+    keep[-1] = False
+    starts, left = files.surviving(data.starts, keep)
+    fields = {name: value[keep] for name, value in data.fields.items()}
+    return dataclasses.replace(
+        data,
+        fields=fields,
+        starts=starts,
+        returns=data.returns[left],
+        name=f"{data.name} (D4RL view)",
+        info=data.info | {"rows": len(data), "dropped": int(torch.sum(~keep))},
+    )

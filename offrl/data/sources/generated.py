@@ -1,0 +1,198 @@
+"""Data sets by D4RL's recipes, rolled out from the shipped policies on first use, then cached.
+
+    random         uniformly random actions
+    medium         one policy of about a third to a half of the expert's return, sampled
+    medium-replay  what training saw up to medium: the random warm-up and the snapshots, each in
+                   proportion to the training steps for which it stands
+    expert         the expert, sampled
+    medium-expert  half medium, half expert, in this order
+
+As in D4RL (Fu et al. 2020, arXiv:2004.07219) the policies are SAC's and act stochastically;
+episodes have up to 1000 steps. Differences: Gymnasium's v5 robots instead of v2; a million rows
+where D4RL's medium-expert has two; medium-replay is played anew by up to ten snapshots instead of
+read from the replay buffer, with D4RL's number of rows, not of training steps; the last transition
+of a truncated episode is kept, with its true successor.
+
+Two data sets with the same seed share rows: medium is the first half of a twice as long
+medium-expert.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offrl.data.dataset import FIELDS, DataError, Dataset, home, once, read, write
+from offrl.data.sources import policies
+from offrl.data.sources.policies import Behavior
+from offrl.data.sources.rollout import CHUNK, Share, Uniform, borders, roll_out
+from offrl.envs import scores
+from offrl.envs.make import env_id, factory
+
+PACKAGES = ("offrl", "torch", "numpy", "gymnasium", "mujoco")
+RECIPE = 1  # raise it when rows would change for the same weights, and old entries are made anew
+DATASETS = ("random", "medium", "medium-replay", "medium-expert", "expert")
+ROWS = 1_000_000
+REPLAY_ROWS = {"halfcheetah": 200_000, "hopper": 400_000, "walker2d": 300_000}  # as D4RL's, rounded
+
+
+def load(
+    env: str,
+    dataset: str,
+    rows: int | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    folder: Path = policies.FOLDER,
+) -> Dataset:
+    """A generated data set from the cache, made first if it is not there.
+
+    Args:
+        env: `halfcheetah`, `hopper`, `walker2d`; for "random" any environment with bounded
+            continuous actions.
+        dataset: one of DATASETS.
+        rows: transitions; None for D4RL's order of size: a million, 200k to 400k for
+            medium-replay.
+        workers: processes; 0 for one per core. The rows do not depend on it.
+        seed: of the roll-outs.
+        folder: of the policies.
+
+    Raises:
+        ValueError: unknown environment.
+        DataError: unknown data set, no policies for the environment, or a process died.
+        OSError: the cache is not writable or the disk full. Whatever is raised, Ctrl-C included,
+            nothing half-made stays behind.
+    """
+    shares = recipe(env, dataset, rows, folder)
+    total, key = sum(share.rows for share in shares), identity(env, shares, seed)
+    entry = home() / "generated" / f"{env.replace('/', '-')}-{dataset}-{total}-v{RECIPE}-{key}"
+    make = lambda: generate(entry, env, dataset, shares, workers, seed, folder)  # noqa: E731
+    once(entry, entry.exists, make)
+    return read(entry)
+
+
+def recipe(
+    env: str, dataset: str, rows: int | None = None, folder: Path = policies.FOLDER
+) -> list[Share]:
+    """Who plays how many rows; raises as `load`."""
+    id = env_id(env)
+    if dataset not in DATASETS:
+        near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise DataError(
+            f"there is no generated data set {dataset!r}{hint} (there are: {', '.join(DATASETS)})"
+        )
+    if rows is not None and rows < 1:
+        raise DataError(f"rows must be at least 1, got {rows}")
+    if dataset == "random":
+        example = factory(env)()
+        act_dim = int(np.prod(example.action_space.shape or ()))
+        example.close()
+        return [Share("random", Uniform(act_dim), rows or ROWS)]
+    *early, medium, expert = policies.load(env, folder)
+    trained_in = policies.manifest(folder)["robots"][env]
+    if trained_in["env"] != id:
+        raise DataError(f"the policies of {env} were trained in {trained_in['env']}, not in {id}")
+    if dataset == "medium-replay":
+        size = rows or REPLAY_ROWS.get(env, ROWS)
+        return replay(early, medium, trained_in["random_steps"], size)
+    size = rows or ROWS
+    if dataset == "medium-expert":
+        halves = borders([1, 1], size)
+        return [Share("medium", medium, halves[0]), Share("expert", expert, halves[1])]
+    return [Share(dataset, medium if dataset == "medium" else expert, size)]
+
+
+def replay(early: list[Behavior], medium: Behavior, random_steps: int, rows: int) -> list[Share]:
+    """The shares of training up to medium.
+
+    A snapshot stands for the steps from halfway since the one before it to halfway to the next;
+    the first for all since the random warm-up; medium, the last, up to its own step.
+    """
+    actors = [*early, medium]
+    steps = [actor.about["step"] for actor in actors]
+    edges = [0, random_steps, *((a + b) / 2 for a, b in pairwise(steps)), steps[-1]]
+    counts = borders([b - a for a, b in pairwise(edges)], rows)
+    act_dim = actors[0].layers[-1][1].shape[-1] // 2
+    warmup = Share("random", Uniform(act_dim), counts[0])
+    played = zip(steps, actors, counts[1:], strict=True)
+    return [warmup, *(Share(f"step {step}", actor, count) for step, actor, count in played)]
+
+
+def identity(env: str, shares: Sequence[Share], seed: int) -> str:
+    """Ten hex digits of everything that decides the rows."""
+    played = [
+        (share.name, share.rows, getattr(share.policy, "digest", "uniform")) for share in shares
+    ]
+    simulator = [metadata.version(name) for name in ("gymnasium", "mujoco")]
+    text = json.dumps([RECIPE, CHUNK, env_id(env), played, seed, simulator])
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def generate(
+    entry: Path,
+    env: str,
+    dataset: str,
+    shares: Sequence[Share],
+    workers: int,
+    seed: int,
+    folder: Path,
+) -> None:
+    """Make the cache entry."""
+    label = f"{env}-{dataset}"
+
+    def fill(place: Path) -> dict[str, Any]:
+        found = roll_out(shares, factory(env), place, seed, workers, label)
+        robots = policies.manifest(folder)["robots"]
+        origin = {k: v for k, v in robots.get(env, {}).items() if k != "policies"}
+        info = {
+            "source": "generated",
+            "recipe": RECIPE,
+            "seed": seed,
+            "policies_trained": None if dataset == "random" else origin,
+        }
+        return described(f"generated/{label}", env, env_id(env), shares, found, info)
+
+    write(entry, fill)
+
+
+def described(
+    name: str,
+    env: str,
+    id: str,
+    shares: Sequence[Share],
+    found: dict[str, Any],
+    info: dict[str, Any],
+) -> dict[str, Any]:
+    """Name and provenance of rolled-out data, as `offrl.data.dataset.write` wants them.
+
+    Args:
+        env, id: our name of the environment, which has the reference returns, and Gymnasium's.
+        found: what `roll_out` returned.
+    """
+    reference, mean = scores.reference(env), found["mean_return"]
+    known = reference is not None and mean is not None
+    versions = {package: metadata.version(package) for package in PACKAGES}
+    return {
+        "name": f"{name} ({id}, mujoco {versions['mujoco']})",
+        "fields": list(FIELDS),
+        "info": info
+        | found
+        | {
+            "env": id,
+            "versions": versions,
+            "chunk": CHUNK,
+            "reference": reference,
+            "mean_score": scores.score(mean, env) if known else None,
+            "shares": [
+                {"name": share.name, "rows": share.rows, "explore": share.explore}
+                | getattr(share.policy, "about", {})
+                for share in shares
+            ],
+        },
+    }

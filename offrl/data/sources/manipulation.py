@@ -1,0 +1,154 @@
+"""Manipulation data by OGBench's recipe: the package's own oracles at work on cubes and buttons.
+
+    play       a plan of keyframes with smoothed noise in it, followed open loop
+    noisy      a closed-loop controller; every episode draws a noise level xi ~ U(0, 0.1) and adds
+               N(0, (xi, xi, xi, 3 xi, 10 xi)^2), and some actions are uniform
+    targets    drawn by the environment, a new one whenever the oracle is done; cubes are stacked
+               with a probability that depends on how many there are
+    episodes   of T + 1 rows; of a scene whose cube left the camera's view, drawn again
+
+Recipe and sizes are those of the released generator (see `offrl.envs.ogbench` for the citation),
+read in a copy of it. Differences: episodes are played in chunks with seeds of their own, so that
+any number of processes makes the same rows, and random actions come from NumPy's generator.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from offrl.envs import ogbench
+
+KINDS = ("play", "noisy")
+NOISE = 0.1
+NOISE_SHAPE = np.array([1, 1, 1, 3, 10])  # of an action: position, yaw, gripper
+STACKING = {  # bounds of an episode's probability to stack a cube, by the number of cubes
+    "single": (0.0, 0.0),
+    "double": (0.0, 0.25),
+    "triple": (0.05, 0.35),
+    "quadruple": (0.1, 0.5),
+}
+EPISODES = {"cube-triple": 3000, "cube-quadruple": 5000, "puzzle-4x5": 3000, "puzzle-4x6": 5000}
+Arrays = dict[str, np.ndarray]
+
+
+def size(env: str, kind: str) -> tuple[int, int]:
+    """Episodes of training, and the transitions of each.
+
+    >>> size("cube-triple", "play"), size("scene", "noisy")
+    ((3000, 1000), (1000, 1000))
+    """
+    return EPISODES.get(env.removeprefix("visual-"), 1000), 1000
+
+
+def play(name: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
+    """One chunk of episodes; draws from NumPy's global generator, as the oracles do.
+
+    Args:
+        name: such as "cube-double", "scene", "visual-puzzle-3x3".
+        kind: one of KINDS.
+        length: T; an episode has T + 1 rows, the last of which is a state without a successor.
+
+    Returns:
+        observations (n, o) float32 or images (n, 64, 64, 3) uint8, actions (n, 5), qpos, qvel
+        float32, terminals (n,) bool, and button_states (n, b) int64 where there are buttons.
+    """
+    import gymnasium
+
+    ogbench.register()
+    env: Any = gymnasium.make(
+        f"{name}-{ogbench.VERSION}",
+        terminate_at_goal=False,
+        mode="data_collection",
+        disable_env_checker=True,
+    ).unwrapped
+    env.reset(seed=seed)
+    np.random.seed(seed)  # noqa: NPY002
+    name = name.removeprefix("visual-")
+    agents = oracles(env, name, kind)
+    rows: list[dict[str, Any]] = []
+    while len(rows) < episodes * (length + 1):
+        found = episode(env, agents, name, kind, length)
+        if name != "scene" or in_view(np.stack([row["qpos"] for row in found])):
+            rows += found
+    env.close()
+    out = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    for key, value in out.items():
+        if value.dtype != np.uint8:  # of images
+            out[key] = value.astype(np.int64 if key == "button_states" else np.float32)
+    terminals = np.zeros(len(rows), bool)
+    terminals[length :: length + 1] = True
+    return out | {"terminals": terminals}
+
+
+def oracles(env: Any, name: str, kind: str) -> dict[str, Any]:
+    """The package's oracles by what they handle."""
+    from ogbench.manipspace.oracles.markov import (
+        button_markov,
+        cube_markov,
+        drawer_markov,
+        window_markov,
+    )
+    from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
+
+    closed = {"gripper_always_closed": True} if name.startswith("puzzle") else {}
+    if kind == "play":
+        noise = {"env": env, "noise": NOISE, "noise_smoothing": 0.5}
+        every = {
+            "cube": cube_plan.CubePlanOracle(**noise),
+            "button": button_plan.ButtonPlanOracle(**closed, **noise),
+            "drawer": drawer_plan.DrawerPlanOracle(**noise),
+            "window": window_plan.WindowPlanOracle(**noise),
+        }
+    else:
+        every = {
+            "cube": cube_markov.CubeMarkovOracle(env=env),
+            "button": button_markov.ButtonMarkovOracle(**closed, env=env),
+            "drawer": drawer_markov.DrawerMarkovOracle(env=env),
+            "window": window_markov.WindowMarkovOracle(env=env),
+        }
+    return every
+
+
+def episode(
+    env: Any, agents: dict[str, Any], name: str, kind: str, length: int
+) -> list[dict[str, Any]]:
+    """The rows of one episode."""
+    random = np.random
+    obs, info = env.reset()
+    family, _, count = name.partition("-")
+    stacking = random.uniform(*STACKING.get(count, (0.5, 0.5)))
+    level = random.uniform(0, NOISE)
+    at_random = 0.0 if kind == "play" else 0.2 if family == "puzzle" else 0.1
+    agent, rows = agents[info["privileged/target_task"]], []
+    agent.reset(obs, info)
+    for _ in range(length + 1):
+        if random.rand() < at_random:
+            action = random.uniform(-1, 1, 5)
+        else:
+            action = np.array(agent.select_action(obs, info))
+            if kind == "noisy":
+                action = action + random.normal(0, level * NOISE_SHAPE)
+        action = np.clip(action, -1, 1)
+        next_obs, _, _, _, info = env.step(action)
+        if agent.done:
+            target = env.set_new_target(p_stack=stacking)
+            agent = agents[target[1]["privileged/target_task"]]
+            agent.reset(*target)
+        row = {
+            "observations": obs,
+            "actions": action,
+            "qpos": info["prev_qpos"],
+            "qvel": info["prev_qvel"],
+        }
+        if "prev_button_states" in info:
+            row["button_states"] = info["prev_button_states"]
+        rows.append(row)
+        obs = next_obs
+    return rows
+
+
+def in_view(qpos: np.ndarray) -> bool:
+    """Whether a scene's cube stayed in the camera's view, or in the drawer, for all rows."""
+    y, z = qpos[:, 15], qpos[:, 16]
+    hidden = (y <= -0.3) & ((z < 0.06) | (z > 0.08))
+    return not (hidden | (y >= 0.29)).any()

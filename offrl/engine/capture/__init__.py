@@ -1,0 +1,1 @@
+"""Updates captured once and replayed."""

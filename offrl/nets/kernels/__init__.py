@@ -1,0 +1,1 @@
+"""Compiled and measured kernels: products, scans, GELU."""

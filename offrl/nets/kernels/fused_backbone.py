@@ -1,0 +1,94 @@
+"""Decision Mamba's blocks on a CPU where no gradient is wanted, compiled as one pass over a window.
+
+`offrl.nets.sequence.multigrained.Backbone` is the definition. Float32, causal groups, separate
+gates only.
+"""
+
+import ctypes
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from offrl.nets.kernels.fused_scan import compiled, pointer
+from offrl.nets.kernels.opaque import opaque
+from offrl.nets.sequence.mamba import STATES, Mixer
+
+if TYPE_CHECKING:
+    from offrl.nets.sequence.multigrained import Backbone, Block
+
+SOURCE = Path(__file__).with_suffix(".c")
+WIDTH = 16  # widths are multiples of it: of a vector
+WEIGHTS = 23  # pointers in the C file's Block
+
+
+class Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("width", "channels", "rank", "reach")]
+
+
+def library() -> ctypes.CDLL | None:
+    return compiled(SOURCE, f"-DSTATES={STATES}")
+
+
+@torch.compiler.disable
+def serves(x: Tensor) -> bool:
+    """Whether `forward` may take the place of operators that autograd follows."""
+    return (
+        (x.device.type, x.dtype) == ("cpu", torch.float32)
+        and x.shape[-1] % WIDTH == 0
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and library() is not None
+    )
+
+
+@torch.compiler.disable
+def forward(backbone: "Backbone", x: Tensor, mask: Tensor | None, kept: int) -> Tensor:
+    """What `backbone` gives for x (B, 3K, width) at the last `kept` steps; mask (B, K) or None."""
+    loops = library()
+    if loops is None:
+        raise RuntimeError("the compiled blocks are not to be had here; call Backbone instead")
+    batch, tokens, width = x.shape
+    layers, time = len(backbone.blocks), backbone.blocks[0].coarse.time
+    sizes = Sizes(width, len(time.D), time.sizes[0], len(time.conv))
+    mask = x.new_ones(batch, tokens // 3) if mask is None else mask.float().contiguous()
+    parts = [part for block in backbone.blocks for part in weights(block)]
+    each = len(parts) // layers
+
+    def run(x: Tensor, mask: Tensor, norm: Tensor, *parts: Tensor) -> tuple[Tensor]:
+        x = x.clone(memory_format=torch.contiguous_format)
+        y = x.new_empty(batch, 3 * kept, width)
+        addresses = (ctypes.c_void_p * (layers * WEIGHTS))()  # null where a block has none
+        for i, part in enumerate(parts):
+            addresses[i // each * WEIGHTS + i % each] = part.data_ptr()
+        failed = loops.backbone(
+            *map(ctypes.c_long, (batch, tokens // 3)),
+            ctypes.c_int(torch.get_num_threads()),
+            sizes,
+            *map(ctypes.c_long, (layers, kept)),
+            *map(pointer, (x, mask)),
+            addresses,
+            *map(pointer, (norm, y)),
+        )
+        if failed:
+            raise MemoryError(f"no memory for one window of {tokens} tokens of width {width}")
+        return (y,)
+
+    return opaque(run, x, mask, backbone.norm.weight, *parts)[0]
+
+
+def weights(block: "Block") -> list[Tensor]:
+    """Of a block, in the order of the C file, where those of the fine path come last."""
+    found = [block.norm.weight, *mixer(block.coarse)]
+    if block.has_fine:
+        found += mixer(block.fine)
+        found += [block.group.weight, block.group.bias]
+        found += [block.fine_norm.weight, block.fine_norm.bias]
+    return found
+
+
+def mixer(m: Mixer) -> list[Tensor]:
+    time = m.time
+    step = time.weight_delta, time.delta_bias, time.A_log.mT.contiguous().exp(), time.D
+    return [m.weight_in, time.conv, time.conv_bias, time.weight_x, *step, m.weight_out]

@@ -1,0 +1,1 @@
+"""Sequence models: Mamba, its multi-grained stack, a transformer."""

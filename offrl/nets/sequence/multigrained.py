@@ -1,0 +1,192 @@
+"""Decision Mamba's blocks: tokens mixed one by one and by steps of three.
+
+Lv et al., "Decision Mamba: A Multi-Grained State Space Model with Self-Evolution Regularization for
+Offline RL", NeurIPS 2024, arXiv:2406.05427. Equations: `offrl.algos.decision_mamba`.
+
+Shapes: B batch, K steps of three tokens (R_t, s_t, a_t), d width, E = 2d inner channels.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from offrl.nets.kernels import fused_backbone
+from offrl.nets.linear import Linear
+from offrl.nets.sequence.mamba import Mixer, Selective, uniform
+
+Grouping = Literal["causal", "release"]
+Fusion = Literal["parallel", "shared_gate"]
+
+
+class Block(nn.Module):
+    """One residual block: (B, 3K, width) -> (B, 3K, width)."""
+
+    def __init__(self, width: int, fine: bool, grouping: Grouping, generator: Generator | None):
+        super().__init__()
+        device = generator.device if generator is not None else None
+        self.causal, self.has_fine = grouping == "causal", fine
+        self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
+        self.coarse = Mixer(width, generator=generator)
+        if fine:
+            self.group = Linear(3 * width, width, generator=generator)  # a convolution of stride 3
+            self.fine = Mixer(width, generator=generator)
+            self.fine_norm = nn.LayerNorm(width, device=device)
+
+    def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
+        """mask (B, K), 0 at padded steps, None lets pads in; kept: steps at the end to return."""
+        kept = kept or x.shape[1] // 3
+        normed = self.norm(x)
+        tokens = None if mask is None else mask.repeat_interleave(3, 1)
+        x = x[:, -3 * kept :] + self.coarse(normed, tokens, 3 * kept)
+        if not self.has_fine:
+            return x
+        if tokens is not None:
+            normed = normed * tokens.unsqueeze(-1)
+        zero = torch.zeros_like(normed[:, :1])
+        shifted = [zero, normed[:, :-1]] if self.causal else [normed[:, :-1], zero]
+        groups = torch.cat(shifted, 1).unflatten(1, (-1, 3)).flatten(2)  # (B, K, 3 d)
+        f = self.fine(self.group(groups), mask, kept if self.causal else None)
+        f = self.fine_norm(f)  # (B, kept, d), released groups: (B, K, d)
+        if self.causal:
+            return (x.unflatten(1, (-1, 3)) + f.unsqueeze(2)).flatten(1, 2)
+        return x + f.repeat(1, 3, 1)[:, -3 * kept :]  # token p gets f_{p mod K}
+
+    # Step by step, causal grouping: what has to be remembered does not grow.
+
+    def start(self, batch: int) -> dict[str, Any]:
+        """Memory before the first step, all zeros: both mixers' and the last a-token."""
+        memory: dict[str, Any] = {"coarse": self.coarse.start(batch)}
+        if self.has_fine:
+            blank = self.norm.weight.new_zeros(batch, len(self.norm.weight))
+            memory |= {"fine": self.fine.start(batch), "action": blank}
+        return memory
+
+    def observe(self, pair: Tensor, memory: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """R- and s-token together: pair (B, 2, d) -> their outputs, and memory for `decide`."""
+        r, s = self.norm(pair).unbind(1)
+        y_r, coarse = self.coarse.step(r, memory["coarse"])
+        y_s, coarse = self.coarse.step(s, coarse)
+        pair, memory = pair + torch.stack([y_r, y_s], 1), memory | {"coarse": coarse}
+        if not self.has_fine:
+            return pair, memory
+        group = self.group(torch.cat([memory["action"], r, s], -1))
+        f, fine = self.fine.step(group, memory["fine"])
+        f = self.fine_norm(f)
+        return pair + f.unsqueeze(1), memory | {"fine": fine, "f": f}
+
+    def decide(self, a: Tensor, memory: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The a-token (B, d) of the step that was observed -> its output, and the next memory."""
+        normed = self.norm(a)
+        y, coarse = self.coarse.step(normed, memory["coarse"])
+        if not self.has_fine:
+            return a + y, {"coarse": coarse}
+        return a + y + memory["f"], {"coarse": coarse, "fine": memory["fine"], "action": normed}
+
+
+class SharedGate(nn.Module):
+    """A block after the letter of the paper's Figure 1: (B, 3K, width) -> (B, 3K, width).
+
+        c, f, z = RMSNorm(x) W_in,  out = x + ((coarse(c) + fine(f)) * SiLU(z)) W_out
+
+    Each path is convolution, SiLU and scan. That of the fine one spans (a_{t-1}, R_t, s_t) and is
+    what groups a step: its scan takes the s-tokens only, and its output of a step goes to all
+    three tokens. That this convolution is depthwise, as Mamba's, is our choice.
+    """
+
+    def __init__(self, width: int, generator: Generator | None):
+        super().__init__()
+        device = generator.device if generator is not None else None
+        inner = 2 * width
+        self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
+        self.weight_in = uniform(width, 3 * inner, fan_in=width, generator=generator)
+        self.coarse = Selective(inner, generator=generator)
+        self.fine = Selective(inner, conv=3, generator=generator)
+        self.weight_out = uniform(inner, width, fan_in=inner, generator=generator)
+
+    def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
+        """As `Block.forward`."""
+        tokens = None if mask is None else mask.repeat_interleave(3, 1)
+        c, f, z = (self.norm(x) @ self.weight_in).chunk(3, -1)  # (B, 3K, E)
+        coarse, fine = self.coarse(c, tokens), self.fine(f, tokens, slice(1, None, 3))
+        y = (coarse.unflatten(1, (-1, 3)) + fine.unsqueeze(2)).flatten(1, 2)
+        x = x + (y * F.silu(z)) @ self.weight_out
+        return x if kept is None else x[:, -3 * kept :]
+
+    def start(self, batch: int) -> dict[str, Any]:
+        """As `Block.start`, the last a-token as the fine path's input (B, E)."""
+        coarse, (tail, h) = self.coarse.start(batch), self.fine.start(batch)
+        return {"coarse": coarse, "fine": h, "action": tail[:, 0]}
+
+    def observe(self, pair: Tensor, memory: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """As `Block.observe`."""
+        c, f, z = (self.norm(pair) @ self.weight_in).chunk(3, -1)  # (B, 2, E)
+        y_r, coarse = self.coarse.step(c[:, 0], memory["coarse"])
+        y_s, coarse = self.coarse.step(c[:, 1], coarse)
+        before = torch.stack([memory["action"], f[:, 0]], 1)
+        y_f, (_, fine) = self.fine.step(f[:, 1], (before, memory["fine"]))
+        y = torch.stack([y_r, y_s], 1) + y_f.unsqueeze(1)
+        pair = pair + (y * F.silu(z)) @ self.weight_out
+        return pair, {"coarse": coarse, "fine": fine, "f": y_f}
+
+    def decide(self, a: Tensor, memory: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """As `Block.decide`."""
+        c, f, z = (self.norm(a) @ self.weight_in).chunk(3, -1)  # (B, E)
+        y, coarse = self.coarse.step(c, memory["coarse"])
+        a = a + ((y + memory["f"]) * F.silu(z)) @ self.weight_out
+        return a, {"coarse": coarse, "fine": memory["fine"], "action": f}
+
+
+class Backbone(nn.Module):
+    """The blocks and a last RMSNorm over tokens: (B, 3K, width) -> (B, 3 kept, width)."""
+
+    def __init__(
+        self,
+        layers: int,
+        width: int,
+        fine: bool = True,
+        grouping: Grouping = "causal",
+        fusion: Fusion = "parallel",
+        generator: Generator | None = None,
+    ):
+        super().__init__()
+        device = generator.device if generator is not None else None
+        self.blocks: Any = nn.ModuleList(
+            Block(width, fine, grouping, generator)
+            if fusion == "parallel"
+            else SharedGate(width, generator)
+            for _ in range(layers)
+        )
+        self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
+        self.fusible = (fusion, grouping) == ("parallel", "causal")
+
+    def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
+        if self.fusible and fused_backbone.serves(x):
+            return fused_backbone.forward(self, x, mask, kept or x.shape[1] // 3)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x, mask)
+        return self.norm(last(x, mask, kept))
+
+    # Step by step, as the blocks.
+
+    def start(self, batch: int) -> list[dict[str, Any]]:
+        """Memory before the first step."""
+        return [block.start(batch) for block in self.blocks]
+
+    def observe(self, pair: Tensor, memory: list[dict[str, Any]]) -> tuple[Tensor, Any]:
+        """R- and s-token together (B, 2, d) -> the output (B, d) at the s-token, and memory."""
+        after = []
+        for block, own in zip(self.blocks, memory, strict=True):
+            pair, own = block.observe(pair, own)
+            after.append(own)
+        return self.norm(pair[:, 1]), after
+
+    def decide(self, token: Tensor, memory: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The a-token (B, d) of the step that was observed -> memory for the next."""
+        after = []
+        for block, own in zip(self.blocks, memory, strict=True):
+            token, own = block.decide(token, own)
+            after.append(own)
+        return after

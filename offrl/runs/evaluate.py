@@ -1,0 +1,230 @@
+"""Scoring a finished or running training, and filming it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from offrl import config as configuration
+from offrl.config import ConfigError, Resolved
+from offrl.engine import checkpoint
+from offrl.engine.evaluate import Episodes, Evaluator, evaluator_of
+from offrl.engine.method import Algorithm, Policy, Spec
+from offrl.envs.make import engines, env_id, factory, tasks
+from offrl.envs.vector import flat, sizes
+from offrl.runs.record import UNITS, played_in, rows, scored, summary
+from offrl.runs.workers import Failed, prepare
+from offrl.seeding import derive, generator
+from offrl.runs.task import make_env, version
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of scripts/evaluate.py.
+
+    run=DIR or FILE        a run directory, a seed's folder, a checkpoint or a snapshot
+    episodes=100           per seed
+    seed=0                 of the environments
+    explore=false          sample actions as in training instead of the deterministic policy
+    video=PATH             film one episode to a .gif or .mp4 (extra `video`)
+    out=PATH               write the returns and the score as JSON
+    """
+
+    run: str
+    episodes: int = 100
+    seed: int = 0
+    explore: bool = False
+    video: str | None = None
+    out: str | None = None
+
+
+def evaluate_run(options: Options) -> dict[str, Any]:
+    """Score every checkpoint of a run, print and return what was found."""
+    folder, files = checkpoints(Path(options.run))
+    resolved = configuration.from_yaml((folder / "config.yaml").read_text())
+    played: list[Episodes] = []
+    seeds: list[int] = []
+    for file in files:
+        algo, group = load_algorithm(resolved, file)
+        axes = (len(group),) if len(group) > 1 else ()
+        player = evaluator_of(algo, make_env(resolved), axes, (options.episodes,), options.seed)
+        shown: Policy = Exploring(algo) if options.explore else algo
+        played.append(player(shown, options.episodes))
+        seeds += group
+        player.close()
+    returns = rows([episodes.returns for episodes in played])
+    unit, values = scored(resolved, returns)
+    id, legacy = env_id(resolved.settings.env, version(resolved)), resolved.settings.legacy_mass
+    env = make_env(resolved)()
+    versions = engines(env)
+    env.close()
+    found = {
+        "run": str(options.run),
+        "checkpoints": [str(file) for file in files],
+        "env": resolved.settings.env,
+        "env_version": version(resolved),
+        "versions": versions,
+        "legacy_mass": legacy,
+        "seeds": seeds,
+        "episodes": options.episodes,
+        "explore": options.explore,
+        "unit": UNITS[unit],
+        "score": summary(values.mean(-1)),
+        "returns": returns.tolist(),
+    }
+    for name in played[0].scenarios:
+        apart = rows([episodes.scenarios[name].returns for episodes in played])
+        score = summary(scored(resolved, apart)[1].mean(-1))
+        found.setdefault("scenarios", {})[name] = {"score": score, "returns": apart.tolist()}
+        print(f"{name}: {unit} {score['iqm']:.1f}")
+    for seed, row in zip(seeds, values, strict=True):
+        print(f"seed {seed}: {unit} {row.mean():.1f}, std {row.std():.1f} over {len(row)} episodes")
+    print(
+        f"IQM of {len(seeds)} seed(s): {found['unit']} {found['score']['iqm']:.1f} "
+        f"({played_in({'id': id, 'legacy_mass': legacy}, versions)})"
+    )
+    if options.out:
+        Path(options.out).write_text(json.dumps(found, indent=1))
+    if options.video:
+        frames = film(resolved, load_algorithm(resolved, files[0]), options.seed)
+        write_video(Path(options.video), frames)
+        print(f"{len(frames)} frames in {options.video}")
+    return found
+
+
+def checkpoints(place: Path) -> tuple[Path, list[Path]]:
+    """The run directory and the checkpoint files that a path means.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if place.is_file():
+        inside = [p for p in place.parents if (p / "config.yaml").exists()]
+        if not inside:
+            raise FileNotFoundError(f"{place} lies in no run directory (no config.yaml above it)")
+        return inside[0], [place]
+    if (place / "checkpoint.pt").exists():
+        return checkpoints(place / "checkpoint.pt")
+    files = sorted(place.glob("seed*/checkpoint.pt"))
+    if not files or not (place / "config.yaml").exists():
+        raise FileNotFoundError(f"{place} is neither a run directory nor a checkpoint")
+    return place, files
+
+
+def load_algorithm(
+    resolved: Resolved, file: Path, device: torch.device | str = "cpu"
+) -> tuple[Algorithm, list[int]]:
+    """An algorithm with the weights of a checkpoint, and the seeds it holds.
+
+    Raises:
+        ConfigError: if the checkpoint is of another method.
+        ValueError: if the file is damaged or does not fit.
+    """
+    saved = checkpoint.load(file)
+    if saved["label"] != resolved.algo:
+        raise ConfigError(f"{file} belongs to {saved['label']}, the run is of {resolved.algo}")
+    group = saved["seeds"]
+    axes = (len(group),) if len(group) > 1 else ()
+    env = make_env(resolved)()
+    obs_dim, act_dim, discrete = sizes(env)
+    spec = Spec(obs_dim, act_dim, discrete=discrete)
+    env.close()
+    method = configuration.module(resolved.algo)
+    algo = method.make(resolved.config(), spec, generator(0, "evaluation", device=device), axes)
+    state = saved["algo"]
+    if "generator" in state and state["generator"].shape != algo.generator.get_state().shape:
+        state = state | {"generator": algo.generator.get_state()}  # trained on another device
+    algo.load(state)
+    return algo, group
+
+
+def player(folder: Path, device: torch.device) -> Callable[[Path], dict[str, torch.Tensor]]:
+    """Plays checkpoints of a run as the run itself does at a point of its curve."""
+    resolved = configuration.from_yaml((folder / "config.yaml").read_text())
+    s = resolved.settings
+    prepare(resolved, folder, device)
+    made: dict[tuple[int, ...], Evaluator] = {}
+
+    def play(path: Path) -> dict[str, torch.Tensor]:
+        algo, group = load_algorithm(resolved, path, device)
+        axes = (len(group),) if len(group) > 1 else ()
+        if axes not in made:
+            counts = (s.eval_episodes, s.final_episodes)
+            made[axes] = evaluator_of(algo, make_env(resolved), axes, counts, 0, device)
+        return made[axes](algo, s.eval_episodes).named()
+
+    return play
+
+
+class Exploring:
+    """The policy as it acts in training."""
+
+    def __init__(self, algo: Policy):
+        self.algo = algo
+
+    def act(self, now: Any, memory: Any = None, explore: bool = False, generator: Any = None):
+        return self.algo.act(now, memory, explore=True, generator=generator)
+
+
+def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> list[Any]:
+    """RGB frames of one episode of the first seed, in the first scenario or task.
+
+    Raises:
+        Failed: if the machine cannot render.
+    """
+    algo, group = loaded
+    s = resolved.settings
+    env = factory(s.env, version(resolved), s.legacy_mass, True, s.action_repeat)()
+    stream = generator(seed, "film")
+    obs, info = env.reset(seed=derive(seed, "film"), options=next(iter(tasks(env)), None))
+    goal = None if "goal" not in info else flat([info["goal"]])
+    frames: list[Any] = []
+    lead = (len(group), 1) if len(group) > 1 else (1,)
+    memory, over, start, reward = None, False, 1.0, 0.0
+    horizon = env.spec.max_episode_steps if env.spec else None
+    with tqdm(total=horizon, desc="filming", unit="frame", leave=False) as bar:
+        while not over:
+            try:
+                frames.append(env.render())
+            except Exception as error:  # every GL backend raises its own type
+                raise Failed(
+                    f"cannot render here ({error}); on a machine without a screen set "
+                    "MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+                ) from error
+            row = flat([obs]).expand(*lead, -1)
+            now = {
+                "obs": row, "start": torch.full(lead, start),
+                "reward": torch.full(lead, reward), "scenario": torch.zeros(lead).long(),
+            }
+            if goal is not None:
+                now["goal"] = goal.expand(*lead, -1)
+            act, memory = algo.act(now, memory, generator=stream)
+            first = act.flatten(0, len(lead) - 1)[0].numpy()
+            obs, gained, terminal, timeout, _ = env.step(first)
+            over, start, reward = terminal or timeout, 0.0, float(gained)
+            bar.update()
+    env.close()
+    return frames
+
+
+def write_video(path: Path, frames: list[Any]) -> None:
+    """Write frames as .gif (25 per second, every second one) or .mp4 (50 per second).
+
+    Raises:
+        ConfigError: for another suffix.
+        Failed: if the extra `video` is missing.
+    """
+    if path.suffix not in (".gif", ".mp4"):
+        raise ConfigError(f"video must end in .gif or .mp4, got {path}")
+    try:
+        import imageio
+    except ImportError as error:
+        raise Failed("filming needs the extra: pip install 'offrl[video]'") from error
+    if path.suffix == ".gif":
+        imageio.mimsave(path, frames[::2], duration=40, loop=0)
+    else:
+        imageio.mimsave(path, frames, fps=50)

@@ -1,0 +1,162 @@
+"""The processes of a run: groups of seeds in parallel under one command, with one progress line."""
+
+import json
+import multiprocessing
+import queue
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from offrl.config import Resolved
+from offrl.data.dataset import home
+from offrl.engine import checkpoint
+from offrl import system
+from offrl.engine.loop import Curve, Progress
+from offrl.engine.log import Diverged
+from offrl.engine.stop import Interrupted, stop_requests
+from offrl.system import cores, cpu_name
+from offrl.nets.kernels import products
+from offrl.runs.record import resuming, scored
+
+Group = list[int]
+
+
+class Failed(RuntimeError):
+    """A run that stopped for a reason told in the message."""
+
+
+def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) -> list[Curve]:
+    """Train the groups in processes of their own, as many at a time as there are cores.
+
+    Raises:
+        Interrupted: if stopped; every worker has written its checkpoint.
+        Failed, Diverged, ValueError, OSError: if a worker failed; the others are stopped with
+            their checkpoints written.
+    """
+    context = multiprocessing.get_context("spawn")
+    inbox: Any = context.Queue()
+    waiting, curves = list(groups), {}
+    running: dict[int, Any] = {}
+    limit = at_once(resolved, len(groups))
+    problem: Exception | None = None
+    ending = False
+    with Display(resolved, groups) as display, stop_requests() as stopping:
+        while running or (waiting and not ending):
+            while waiting and len(running) < limit and not ending:
+                group = waiting.pop(0)
+                worker = context.Process(target=work, args=(folder, group, resume, inbox))
+                worker.start()
+                running[group[0]] = worker
+            if (stopping or problem) and not ending:
+                ending = True
+                for worker in running.values():
+                    worker.terminate()  # SIGTERM: the worker writes its checkpoint and ends
+            try:
+                kind, group, content = inbox.get(timeout=0.2)
+            except queue.Empty:
+                dead = [seed for seed, worker in running.items() if not worker.is_alive()]
+                for seed in dead if inbox.empty() else ():
+                    code = running.pop(seed).exitcode
+                    problem = problem or Failed(
+                        f"the process of seed {seed} died (exit code {code}); "
+                        f"continue with: {resuming(folder)}"
+                    )
+                continue
+            if kind == "progress":
+                display.tell(group, content)
+                continue
+            running.pop(group[0]).join()
+            if kind == "done":
+                saved = checkpoint.load(content / "checkpoint.pt")
+                curves[group[0]] = Curve(**saved["curve"])
+            elif not isinstance(content, Interrupted):
+                problem = problem or content
+            elif not stopping:
+                problem = problem or Failed(f"seed {group[0]} was stopped: {content}")
+    if stopping:
+        raise Interrupted("stopped; every seed that had begun to train has written its checkpoint")
+    if problem is not None:
+        raise problem
+    return [curves[group[0]] for group in groups]
+
+
+def at_once(resolved: Resolved, groups: int) -> int:
+    """How many processes train at the same time."""
+    threads = resolved.settings.threads
+    return min(groups, max(1, cores() // (1 if threads == "auto" else threads)))
+
+
+def work(folder: Path, group: Group, resume: bool, inbox: Any) -> None:
+    """Body of a worker process."""
+    from offrl.runs.train import group_folder, train_group
+
+    system.end_with_parent()
+    try:
+        train_group(
+            folder, group, resume, lambda g, told: inbox.put(("progress", g, told)), progress=False
+        )
+        inbox.put(("done", group, group_folder(folder, group)))
+    except KeyboardInterrupt:
+        inbox.put(("error", group, Interrupted("stopped between two checkpoints")))
+    except (Interrupted, Diverged, ValueError, OSError, Failed) as error:
+        inbox.put(("error", group, type(error)(str(error))))
+
+
+def prepare(resolved: Resolved, folder: Path, device: torch.device) -> None:
+    """Threads, allocator and products of this process, as the run in `folder` has them.
+
+    Raises:
+        Failed: if the run's products are not to be had.
+    """
+    system.prepare(resolved.settings.threads, resolved.settings.keep_memory)
+    if device.type == "cuda":
+        return
+    kept = json.loads((folder / "run.json").read_text())
+    if "products" not in kept:  # of a run that an earlier version started
+        products.choose(home(), cpu_name())
+        return
+    if kept["products"] and not products.onednn_works():
+        raise Failed(
+            f"{folder} was started with products by oneDNN, which this torch "
+            f"({torch.__version__}) does not offer; continue it with the version it was started "
+            f"with ({kept['versions']['torch']}), or start a new run"
+        )
+    products.use(kept["products"])
+
+
+class Display:
+    """One progress line for all groups: steps, steps per second, time left, last score."""
+
+    def __init__(self, resolved: Resolved, groups: list[Group]):
+        self.resolved, self.groups = resolved, groups
+        self.steps: dict[int, int] = {}
+        self.scores: dict[int, float] = {}
+        total = resolved.options["steps"] * len(groups)
+        name = f"{resolved.algo} {resolved.task}"
+        self.bar = tqdm(total=total, desc=name, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def tell(self, group: Group, told: Progress) -> None:
+        key = group[0]
+        for note in told.notes if key == self.groups[0][0] else ():  # the others do the same
+            self.bar.write(note)
+        if told.score is not None:
+            self.scores[key] = told.score
+            unit, value = scored(self.resolved, float(np.mean(list(self.scores.values()))))
+            self.bar.set_postfix_str(f"{unit} {value:.1f}", refresh=False)
+        if not self.steps:  # what was made before the first update is no part of its time
+            self.bar.unpause()
+        if key not in self.steps:  # what a resumed run had done counts, but not for the speed
+            self.bar.initial += told.first
+            self.bar.n += told.first
+            self.bar.last_print_n += told.first
+        self.bar.update(told.step - self.steps.get(key, told.first))
+        self.steps[key] = told.step

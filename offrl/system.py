@@ -1,0 +1,79 @@
+"""The machine and this process: cores, threads, the allocator, the parent, locks on folders."""
+
+import ctypes
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "CPU"
+    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "CPU")
+
+
+def prepare(threads: int | str, keep_memory: bool) -> None:
+    """Set torch's threads, "auto" begins with one, and stop glibc from returning freed memory.
+
+    Without the second, activations above 128 KiB are unmapped and faulted in again page by page.
+    Elsewhere than on glibc it does nothing.
+    """
+    torch.set_num_threads(1 if threads == "auto" else int(threads))
+    if keep_memory and sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for key, value in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)):
+                libc.mallopt(key, value)  # mmap threshold, trim threshold, top pad
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Within it torch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def end_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent dies, so that no worker trains on unseen."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a run directory alone.
+
+    Raises:
+        OSError: if another process is training in it.
+    """
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(
+                f"another process is training in {folder}; wait for it or stop it"
+            ) from None
+        yield

@@ -1,0 +1,320 @@
+"""Logs in HDF5 and npz files, and D4RL's rule against its literal loop."""
+
+import os
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from offrl.data.dataset import DataError, check
+from offrl.data.sources import files
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OFFRL_HOME", str(tmp_path / "home"))
+
+
+def log(terminals, timeouts=None, next_observations=True, seed=0):
+    """A log whose observations are all different; its next_observations are the true ones."""
+    random, size = np.random.default_rng(seed), len(terminals)
+    obs = random.normal(size=(size, 3)).astype(np.float32)
+    ends = np.array(terminals, bool) | np.array(
+        np.zeros(size) if timeouts is None else timeouts, bool
+    )
+    arrays = {
+        "observations": obs,
+        "actions": random.uniform(-1, 1, (size, 2)).astype(np.float32),
+        "rewards": random.normal(size=size).astype(np.float32),
+        "terminals": np.array(terminals, bool),
+    }
+    if timeouts is not None:
+        arrays["timeouts"] = np.array(timeouts, bool)
+    if next_observations:
+        following = np.roll(obs, -1, 0)
+        last = [*np.nonzero(ends)[0], size - 1]
+        following[last] = random.normal(size=(len(last), 3))
+        arrays["next_observations"] = following
+    return arrays
+
+
+def store(path, arrays):
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        with h5py.File(path, "w") as file:
+            for name, value in arrays.items():
+                file[name] = value
+            file["infos/qpos"] = np.zeros((len(arrays["observations"]), 2))
+    return path
+
+
+# Episode 1 ends by a terminal in row 2, episode 2 by a timeout in row 6, the third is cut off.
+THREE = {
+    "observations": np.array([[0.0], [1], [2], [10], [11], [12], [13], [20], [21]]),
+    "actions": np.linspace(-1, 1, 9)[:, None],
+    "rewards": np.array([[1.0], [2], [4], [8], [16], [32], [64], [128], [256]]),
+    "terminals": np.array([0.0, 0, 1, 0, 0, 0, 0, 0, 0]),
+    "timeouts": np.array([0, 0, 0, 0, 0, 0, 1, 0, 0], bool),
+}
+TRUE_NEXT = np.array([[1.0], [2], [3], [11], [12], [13], [14], [21], [22]])
+
+
+@pytest.mark.parametrize("suffix", ["hdf5", "h5", "npz"])
+def test_three_episodes_by_hand(tmp_path, suffix):
+    data = files.load(store(tmp_path / f"three.{suffix}", THREE))  # float64 and (N, 1) on purpose
+    assert data["obs"][:, 0].tolist() == [0, 1, 2, 10, 11, 12, 20]
+    assert data["next_obs"][:, 0].tolist() == [1, 2, 10, 11, 12, 13, 21]
+    assert data["reward"].tolist() == [1, 2, 4, 8, 16, 32, 128]
+    assert data["terminal"].tolist() == [0, 0, 1, 0, 0, 0, 0]
+    assert data["timeout"].tolist() == [0] * 7
+    assert data["act"][:, 0].tolist() == [-1, -0.75, -0.5, -0.25, 0, 0.25, 0.75]
+    assert data.starts.tolist() == [0, 3, 6]
+    assert data.returns.tolist() == [7, 120, 384]  # before rows were dropped
+    assert [data.info[key] for key in ("rows", "episodes", "unfinished")] == [9, 2, 2]
+    assert all(value.dtype == torch.float32 for value in data.fields.values())
+    assert any("next episode" in note for note in data.info["notes"])
+    check(data, data.fields)
+
+
+def test_terminal_rows_take_their_own_successor_where_the_file_has_it(tmp_path):
+    arrays = THREE | {"next_observations": TRUE_NEXT}
+    data = files.load(store(tmp_path / "three.hdf5", arrays))
+    assert data["next_obs"][:, 0].tolist() == [1, 2, 3, 11, 12, 13, 21]
+    assert not data.info["notes"]
+
+
+def literal(arrays, horizon):
+    """The loop of D4RL's qlearning_dataset: kept rows."""
+    kept, step = [], 0
+    for i in range(len(arrays["rewards"]) - 1):
+        done = bool(arrays["terminals"][i])
+        final = arrays["timeouts"][i] if "timeouts" in arrays else step == horizon - 1
+        if final:
+            step = 0
+            continue
+        if done:
+            step = 0
+        kept.append(i)
+        step += 1
+    return kept
+
+
+FLAGS = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=3, max_size=60)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(flags=FLAGS, known=st.booleans(), horizon=st.integers(2, 9), block=st.integers(1, 70))
+def test_equals_the_literal_loop(tmp_path_factory, monkeypatch, flags, known, horizon, block):
+    monkeypatch.setattr(files, "BLOCK", block)
+    terminals, timeouts = zip(*flags, strict=True)
+    arrays = log(terminals, timeouts if known else None, next_observations=False)
+    place = tmp_path_factory.mktemp("entry")
+    kept = literal(arrays, horizon)
+    if not kept:
+        with pytest.raises(DataError, match="no row is left"):
+            files.convert(arrays, place, place, horizon)
+        return
+    files.convert(arrays, place, place, horizon)
+    field = lambda name: np.load(place / f"{name}.npy")  # noqa: E731
+    obs, successors = arrays["observations"], [i + 1 for i in kept]
+    np.testing.assert_array_equal(field("obs"), obs[kept])
+    np.testing.assert_array_equal(field("next_obs"), obs[successors])
+    np.testing.assert_array_equal(field("act"), arrays["actions"][kept])
+    np.testing.assert_array_equal(field("reward"), arrays["rewards"][kept])
+    np.testing.assert_array_equal(field("terminal"), arrays["terminals"][kept])
+
+
+@settings(max_examples=60, deadline=None)
+@given(flags=FLAGS)
+def test_episodes_and_returns_equal_a_literal_loop(flags):
+    terminals, timeouts = (torch.tensor(column) for column in zip(*flags, strict=True))
+    keep = ~timeouts
+    keep[-1] = False
+    starts = files.bounds(terminals | timeouts)
+    expected, row, pieces = [], 0, torch.tensor_split(keep, starts[1:])
+    for number, piece in enumerate(pieces):
+        if piece.any():
+            expected.append((row, number))
+        row += int(piece.sum())
+    if expected:
+        got = files.surviving(starts, keep)
+        assert list(zip(*(value.tolist() for value in got), strict=True)) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_kept_row_has_a_timeout_and_successors_are_the_files(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    terminals = random.random(200) < 0.05
+    timeouts = (random.random(200) < 0.05) & ~terminals
+    arrays = log(terminals, timeouts, seed=seed)
+    data = files.load(store(tmp_path / "log.npz", arrays))
+    keep = np.nonzero(~timeouts[:-1])[0]
+    np.testing.assert_array_equal(data["next_obs"], arrays["next_observations"][keep])
+    np.testing.assert_array_equal(data["obs"], arrays["observations"][keep])
+
+
+def test_counting_starts_at_one_after_a_terminal_as_in_d4rl():
+    terminal = torch.tensor([0, 0, 0, 0, 1, 0, 0, 0, 0, 0]) == 1
+    assert files.counted(terminal, 3).nonzero()[:, 0].tolist() == [2, 6, 9]
+
+
+def test_without_timeouts_and_horizon_the_log_says_so(tmp_path, caplog):
+    path = store(tmp_path / "log.npz", log([0, 0, 1, 0, 0]))
+    data = files.load(path)
+    assert len(data) == 4
+    assert data.starts.tolist() == [0, 3]
+    assert "no timeouts and no horizon" in caplog.text
+    assert len(files.load(path, horizon=3)) == 3  # rows 0, 1 and 3; row 2 is counted as a limit
+
+
+def test_discrete_actions_become_int64(tmp_path):
+    arrays = log([0, 1, 0, 0]) | {"actions": np.array([[2], [0], [1], [1]], np.int32)}
+    data = files.load(store(tmp_path / "log.npz", arrays))
+    assert data.discrete
+    assert data["act"].tolist() == [2, 0, 1]
+    assert data.act_dim == 3
+
+
+def test_a_conversion_is_reused_until_the_file_changes(tmp_path):
+    path = store(tmp_path / "log.npz", log([0, 0, 1, 0, 0]))
+    first = files.load(path)
+    meta = next((tmp_path / "home" / "files").glob("*/meta.json"))
+    made = meta.stat().st_mtime_ns
+    assert files.load(path).digest == first.digest
+    assert meta.stat().st_mtime_ns == made
+    store(path, log([0, 0, 1, 0, 0], seed=1))
+    os.utime(path, ns=(1, 1))
+    assert files.load(path).digest != first.digest
+    assert len(list((tmp_path / "home" / "files").glob("log-*"))) == 1
+
+
+def test_files_of_one_name_do_not_share_a_conversion(tmp_path):
+    (tmp_path / "a").mkdir()
+    one = files.load(store(tmp_path / "log.npz", log([0, 1, 0])))
+    other = files.load(store(tmp_path / "a" / "log.npz", log([0, 1, 0], seed=1)))
+    assert one.digest != other.digest
+
+
+# --- files that cannot be used -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["hdf5", "npz"])
+@pytest.mark.parametrize("name", files.REQUIRED)
+def test_a_missing_field_is_named(tmp_path, suffix, name):
+    arrays = THREE | {"observations": np.zeros((9, 1))}
+    arrays.pop(name)
+    path = tmp_path / f"log.{suffix}"
+    if suffix == "npz":
+        np.savez(path, **arrays)
+    else:
+        with h5py.File(path, "w") as file:
+            for key, value in arrays.items():
+                file[key] = value
+    with pytest.raises(DataError, match=f"no field '{name}'; it holds .*Store observations"):
+        files.load(path)
+    assert not list((tmp_path / "home" / "files").glob("log-*"))
+
+
+@pytest.mark.parametrize("suffix", ["hdf5", "npz"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_truncated_file_is_called_damaged(tmp_path, suffix, share):
+    path = store(tmp_path / f"log.{suffix}", log([0] * 500))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(DataError, match=r"log\.\w+ is damaged, cut short .*delete it"):
+        files.load(path)
+
+
+def test_a_damaged_chunk_is_blamed_on_the_file_and_not_on_the_cache(tmp_path):
+    path = tmp_path / "log.hdf5"
+    with h5py.File(path, "w") as file:
+        for name, value in log([0] * 500).items():
+            file.create_dataset(name, data=value, compression="gzip")
+    content, start = bytearray(path.read_bytes()), None
+    with h5py.File(path, "r") as file:
+        start = file["observations"].id.get_chunk_info(0).byte_offset
+    content[start : start + 50] = b"\xff" * 50
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is damaged"):
+        files.load(path)
+
+
+class Touch:
+    """Would write a file if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_pickled_objects_are_refused_and_do_not_run(tmp_path):
+    trap = tmp_path / "ran"
+    arrays = THREE | {"rewards": np.array([Touch(trap)] * 9, object)}
+    np.savez(tmp_path / "log.npz", **arrays)
+    with pytest.raises(DataError, match="pickled objects"):
+        files.load(tmp_path / "log.npz")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rewards": np.zeros(8)}, "rewards has shape"),
+        ({"terminals": np.zeros((9, 2))}, r"terminals must be \(N,\)"),
+        ({"observations": np.zeros(9)}, r"observations must be \(N, o\)"),
+        ({"next_observations": np.zeros((9, 2))}, "next_observations .* differ"),
+        ({"actions": np.zeros(9)}, r"actions must be real \(N, a\)"),
+        ({"actions": np.zeros((9, 3), int)}, r"actions must be real \(N, a\)"),
+        ({"rewards": np.array(["a"] * 9)}, "rewards must be a numeric array"),
+        ({"rewards": np.float32(0)}, "rewards has shape"),
+        ({name: value[:1] for name, value in THREE.items()}, "holds 1 rows"),
+        ({"timeouts": np.ones(9, bool)}, "no row is left"),
+        ({"next_observations": TRUE_NEXT[::-1]}, "differs from the following row .* in 5 rows"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(tmp_path, change, words):
+    np.savez(tmp_path / "log.npz", **(THREE | change))
+    with pytest.raises(DataError, match=words):
+        files.load(tmp_path / "log.npz")
+
+
+def test_a_group_in_place_of_an_array_is_named(tmp_path):
+    path = store(tmp_path / "log.hdf5", {k: v for k, v in THREE.items() if k != "rewards"})
+    with h5py.File(path, "a") as file:
+        file["rewards/x"] = np.zeros(9)
+    with pytest.raises(DataError, match="rewards must be a numeric array"):
+        files.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"there is no data file .*nothing\.npz"):
+        files.load(tmp_path / "nothing.npz")
+
+
+def test_nan_is_found_by_the_check_on_entry(tmp_path):
+    arrays = log([0, 0, 1, 0, 0])
+    arrays["rewards"][1] = np.nan
+    data = files.load(store(tmp_path / "log.npz", arrays))
+    with pytest.raises(DataError, match="reward is NaN or infinite in 1 of 4 rows, first in row 1"):
+        check(data, ("obs", "reward"))
+
+
+def test_actions_outside_the_unit_box_are_kept_and_found_by_the_check(tmp_path):
+    arrays = log([0, 0, 1, 0, 0])
+    arrays["actions"][2] = 3
+    data = files.load(store(tmp_path / "log.npz", arrays))
+    with pytest.raises(DataError, match=r"act lies outside \[-1, 1\] in 1 of 4 rows"):
+        check(data, ("obs", "act"))
+
+
+def test_a_cache_that_is_not_writable_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OFFRL_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(OSError, match=r"cannot write the data cache .*OFFRL_HOME"):
+        files.load(store(tmp_path / "log.npz", log([0, 0, 1, 0, 0])))
