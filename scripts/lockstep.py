@@ -71,10 +71,7 @@ def main() -> None:
         "times_faster_than_alone": alone * batch / together,
         "times_faster_than_plain_with_environments": (plain * batch + envs_seconds)
         / (together + envs_seconds),
-        "largest_difference": {
-            "first_window": float(worst[:20].max()),
-            "all": float(worst.max()),
-        },
+        "largest_difference": {"first_window": float(worst[:20].max()), "all": float(worst.max())},
     }
     print(json.dumps(found, indent=1))
     if given.out:

@@ -17,7 +17,7 @@ ALLOWED = {
     "nets": {"nets"},
     "data": {"data", "engine.method", "seeding", "envs", "nets", "system"},
     "envs": {"envs", "seeding"},
-    "engine": {"engine", "data", "envs", "nets.kernels.opaque", "seeding"},
+    "engine": {"engine", "data", "envs", "nets.kernels", "seeding"},
     "results": {"results", "data", "envs"},
 }
 

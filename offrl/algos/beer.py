@@ -62,14 +62,7 @@ class Config:
 
 
 class BEER:
-    NAMES = (
-        "actor",
-        "critics",
-        "actor_target",
-        "critics_target",
-        "actor_opt",
-        "critics_opt",
-    )
+    NAMES = ("actor", "critics", "actor_target", "critics_target", "actor_opt", "critics_opt")
 
     def __init__(
         self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()

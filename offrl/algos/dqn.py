@@ -172,10 +172,7 @@ def stages(algo: DQN, data: Collector, run: Run) -> list[Stage]:
             start=lambda: data.replay.sampler(c.batch),
             update=algo.update,
             before=lambda: data.random(c.warmup, algo.generator),
-            between=[
-                (1, collect),
-                (c.target_every // c.update_every, algo.renew_target),
-            ],
+            between=[(1, collect), (c.target_every // c.update_every, algo.renew_target)],
             offset=c.warmup,
             stride=c.update_every,
             measure=watched(algo, data),

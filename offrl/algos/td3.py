@@ -52,14 +52,7 @@ class Config:
 
 
 class TD3:
-    NAMES = (
-        "actor",
-        "critics",
-        "actor_target",
-        "critics_target",
-        "actor_opt",
-        "critics_opt",
-    )
+    NAMES = ("actor", "critics", "actor_target", "critics_target", "actor_opt", "critics_opt")
 
     def __init__(
         self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()

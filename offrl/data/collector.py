@@ -42,10 +42,7 @@ class Collector:
     replay: Replay
 
     def __init__(
-        self,
-        envs: Environments,
-        seeds: tuple[int, ...] = (),
-        device: torch.device | str = "cpu",
+        self, envs: Environments, seeds: tuple[int, ...] = (), device: torch.device | str = "cpu"
     ):
         self.envs, self.seeds, self.device = envs, seeds, torch.device(device)
         groups = int(torch.Size(seeds).numel())
@@ -110,11 +107,7 @@ class Collector:
         return value.view(*self.seeds, self.group, *value.shape[1:]).to(self.device)
 
     def state(self) -> dict[str, Any]:
-        return {
-            "replay": self.replay.state(),
-            "envs": self.envs.state(),
-            "obs": self.observe(),
-        }
+        return {"replay": self.replay.state(), "envs": self.envs.state(), "obs": self.observe()}
 
     def load(self, state: dict[str, Any]) -> None:
         self.replay.load(state["replay"])

@@ -5,12 +5,4 @@ from offrl.nets.critics import Critics
 from offrl.nets.linear import Linear
 from offrl.nets.mlp import MLP, Standardize
 
-__all__ = [
-    "MLP",
-    "Actor",
-    "Critics",
-    "GaussianActor",
-    "Linear",
-    "Standardize",
-    "squashed_log_prob",
-]
+__all__ = ["MLP", "Actor", "Critics", "GaussianActor", "Linear", "Standardize", "squashed_log_prob"]

@@ -93,11 +93,7 @@ class ConstrainedRewards(Regularizer):
         start = 0.5 if kind == "inequality" else 0.0
         self.duals = nn.ModuleList(
             DualVariable(
-                start,
-                "sigmoid" if kind == "inequality" else "tanh",
-                lr=lr,
-                momentum=0.1,
-                clip=0.5,
+                start, "sigmoid" if kind == "inequality" else "tanh", lr=lr, momentum=0.1, clip=0.5
             )
             for _ in thresholds
         )

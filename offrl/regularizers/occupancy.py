@@ -188,10 +188,7 @@ class Chi2Occupancy(Regularizer):
     whole_batch = True
 
     def __init__(
-        self,
-        coef: Coefficient = 8e-4,
-        floor: float = 1e-4,
-        grad: Literal["path", "ratio"] = "path",
+        self, coef: Coefficient = 8e-4, floor: float = 1e-4, grad: Literal["path", "ratio"] = "path"
     ):
         super().__init__(coef)
         self.floor = floor

@@ -280,10 +280,7 @@ class Rank(NamedTuple):
 
 @torch.no_grad()
 def representation_rank(
-    features: Tensor,
-    mask: Tensor | None = None,
-    threshold: float = 0.01,
-    delta: float = 0.01,
+    features: Tensor, mask: Tensor | None = None, threshold: float = 0.01, delta: float = 0.01
 ) -> Rank:
     """Rank of a representation, in float64, by the Gram matrix of the features: no full SVD.
 

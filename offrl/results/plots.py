@@ -99,9 +99,7 @@ def grid(
 
 
 def shaded(
-    axes: plt.Axes,
-    methods: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    colors: Mapping[str, str],
+    axes: plt.Axes, methods: Mapping[str, tuple[np.ndarray, np.ndarray]], colors: Mapping[str, str]
 ) -> None:
     """Each method's mean over seeds, shaded from lowest to highest; a single point as a dot."""
     if not methods:

@@ -313,10 +313,7 @@ def test_a_run_that_dies_while_a_point_is_played_plays_it_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("player", "error", "told"),
-    [
-        (deadly_player, OSError, "exit code 3"),
-        (failing_player, OSError, "no such robot"),
-    ],
+    [(deadly_player, OSError, "exit code 3"), (failing_player, OSError, "no such robot")],
 )
 def test_a_failure_of_the_process_that_evaluates_ends_the_run(tmp_path, player, error, told):
     with pytest.raises(error, match=told):

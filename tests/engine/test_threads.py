@@ -34,13 +34,7 @@ def paced(stage, seconds, monkeypatch):
 
 @pytest.mark.parametrize(
     ("most", "found"),
-    [
-        (1, [1]),
-        (2, [1, 2]),
-        (3, [1, 2, 3]),
-        (8, [1, 2, 4, 8]),
-        (12, [1, 2, 4, 8, 12]),
-    ],
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])],
 )
 def test_candidates_are_powers_of_two_and_the_most(most, found):
     assert candidates(most) == found

@@ -34,15 +34,7 @@ from offrl.regularizers import (
 )
 from offrl.regularizers.functional import Nucleus, SetEntropy, token_stats_from_logits
 from tests.integrations import tiny
-from tests.integrations.test_trl import (
-    DPO,
-    GRPO,
-    RLOO,
-    batch_for,
-    close,
-    gradients,
-    make,
-)
+from tests.integrations.test_trl import DPO, GRPO, RLOO, batch_for, close, gradients, make
 from tests.regularizers.cases import all_cases
 
 

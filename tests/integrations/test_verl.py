@@ -15,9 +15,7 @@ import pytest
 import torch
 
 core = pytest.importorskip(
-    "verl.trainer.ppo.core_algos",
-    reason="verl is not here; README: verl",
-    exc_type=ImportError,
+    "verl.trainer.ppo.core_algos", reason="verl is not here; README: verl", exc_type=ImportError
 )
 
 import verl
@@ -69,12 +67,7 @@ def tensors():
     g = torch.Generator().manual_seed(0)
     mask = (torch.arange(T) < torch.tensor(LENGTHS).unsqueeze(1)).float()
     old, new, advantages = torch.randn(3, B, T, generator=g)
-    return dict(
-        old_log_prob=old - 2,
-        log_prob=new - 2,
-        advantages=advantages,
-        response_mask=mask,
-    )
+    return dict(old_log_prob=old - 2, log_prob=new - 2, advantages=advantages, response_mask=mask)
 
 
 def value_and_gradient(loss, inputs, config, **options):
@@ -230,8 +223,7 @@ def rollout():
     outcome = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
     scores[torch.arange(B), mask.sum(-1).long() - 1] = outcome
     data = DataProto.from_dict(
-        tensors={"token_level_rewards": scores, "response_mask": mask},
-        non_tensors={"uid": UIDS},
+        tensors={"token_level_rewards": scores, "response_mask": mask}, non_tensors={"uid": UIDS}
     )
     return data, scores.clone(), mask, outcome
 
@@ -378,12 +370,7 @@ def micro_batch(rows=slice(None), dp_size=1):
     }
     logp, entropy = draw(whole), [x.exp() for x in draw(whole)]
     data = TensorDict(data, batch_size=len(prompts[rows]))
-    tu.assign_non_tensor(
-        data,
-        dp_size=dp_size,
-        batch_num_tokens=sum(LENGTHS),
-        global_batch_size=B,
-    )
+    tu.assign_non_tensor(data, dp_size=dp_size, batch_num_tokens=sum(LENGTHS), global_batch_size=B)
     leaves = [torch.cat(x[rows]).requires_grad_() for x in (logp, entropy)]
     offsets = torch.tensor([0, *whole[rows]]).cumsum(0)
     nested = [torch.nested.nested_tensor_from_jagged(x, offsets) for x in leaves]

@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from offrl.regularizers import AdvantageGatedClone, Compose, RegInputs, control
-from offrl.regularizers.functional import (
-    gated_clone,
-    imitation,
-    nearest_pair,
-    normalized_trust,
-)
+from offrl.regularizers.functional import gated_clone, imitation, nearest_pair, normalized_trust
 
 
 def test_docstring_examples():

@@ -61,11 +61,7 @@ def to_tokens(per_turn: Tensor, turn: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def entropy_modulation(
-    entropy: Tensor,
-    turn: Tensor,
-    mask: Tensor | None = None,
-    k: float = 1.0,
-    k_next: float = 1.0,
+    entropy: Tensor, turn: Tensor, mask: Tensor | None = None, k: float = 1.0, k_next: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """EMPG's gain of a step and the clarity of the step that follows.
 

@@ -23,22 +23,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import (
-    Categorical,
-    Distribution,
-    Independent,
-    Normal,
-    kl_divergence,
-)
+from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
 
 from offrl.regularizers.base import RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import Coefficient, DualVariable, needs_target
-from offrl.regularizers.reductions import (
-    group_mean,
-    keep,
-    over_tokens,
-    sum_and_count,
-)
+from offrl.regularizers.reductions import group_mean, keep, over_tokens, sum_and_count
 
 Kind = Literal["k1", "k2", "k3"]
 Grad = Literal["path", "ratio", "straight"]

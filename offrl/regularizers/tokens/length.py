@@ -19,12 +19,7 @@ from torch import Tensor, nn
 
 from offrl.regularizers.base import RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import Coefficient, Schedule
-from offrl.regularizers.reductions import (
-    group_extreme,
-    group_mean,
-    keep,
-    real,
-)
+from offrl.regularizers.reductions import group_extreme, group_mean, keep, real
 
 
 def truncate(

@@ -18,10 +18,7 @@ from offrl.regularizers.reductions import (
 
 
 def dler_advantages(
-    rewards: Tensor,
-    group: Tensor,
-    lengths: Tensor | None = None,
-    epsilon: float = 1e-8,
+    rewards: Tensor, group: Tensor, lengths: Tensor | None = None, epsilon: float = 1e-8
 ) -> Tensor:
     """Rewards less their group's mean, whitened over the batch; 0 for groups of equal rewards.
 

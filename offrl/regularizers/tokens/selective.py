@@ -61,11 +61,7 @@ def proxy_logp(
 
 
 def low_probability_mask(
-    logp: Tensor,
-    proxy: Tensor,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    share: float = 0.01,
+    logp: Tensor, proxy: Tensor, advantages: Tensor, mask: Tensor | None = None, share: float = 0.01
 ) -> Tensor:
     """Tokens that Lp-Reg protects: unlikely ones that a negative advantage pushes further down.
 

@@ -3,12 +3,7 @@
 import torch
 from torch import Generator
 
-from offrl.regularizers import (
-    AdvantageGatedClone,
-    LipschitzPenalty,
-    ProgressiveTarget,
-    RegInputs,
-)
+from offrl.regularizers import AdvantageGatedClone, LipschitzPenalty, ProgressiveTarget, RegInputs
 from tests.regularizers.cases import Case
 from tests.regularizers.cases.kl import mask_of
 
