@@ -1,10 +1,11 @@
-"""Optimizer steps shared by every update; torch only."""
+"""Steps shared by many updates: optimizers, target networks, targets; torch only."""
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 Metrics = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
@@ -96,6 +97,20 @@ def polyak(target: nn.Module, online: nn.Module, tau: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
-def frozen(module: Net) -> Net:
-    """The module with gradients switched off: for target networks."""
-    return module.requires_grad_(False)
+def target_copy(net: Net) -> Net:
+    """A copy of a network that receives no gradient: a target, which `polyak` moves."""
+    return deepcopy(net).requires_grad_(False)
+
+
+def smoothed(act: Tensor, noise: float, clip: float, generator: Generator) -> Tensor:
+    """Actions with Gaussian noise of std `noise`, itself clipped at `clip`; within [-1, 1].
+
+    Source: target policy smoothing, Fujimoto et al., ICML 2018, arXiv:1802.09477.
+    """
+    draw = torch.empty_like(act).normal_(0, noise, generator=generator)
+    return (act + draw.clamp(-clip, clip)).clamp(-1, 1)
+
+
+def bootstrap(batch: Metrics, value: Tensor, discount: float) -> Tensor:
+    """r + discount (1 - terminal) value, (*S, B): the target of a one-step backup."""
+    return batch["reward"] + discount * (1 - batch["terminal"]) * value

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from offrl.engine.async_evaluator import Beside
 
 from offrl.algos import decision_mamba, dqn, ppo, sac, td3bc
 from offrl.data import Dataset
 from offrl.data.collector import Collector
 from offrl.engine import checkpoint
-from offrl.engine.async_evaluator import Beside
 from offrl.engine.evaluate import Evaluator
 from offrl.engine.log import Diverged
 from offrl.engine.loop import Runner, Schedule, fit

@@ -1,0 +1,179 @@
+"""The learning curve: points played here or in a process of its own, rows of metrics in order."""
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from offrl.engine.log import Log
+from offrl.engine.method import Algorithm, Evaluate
+
+Play = Callable[[Path], dict[str, Tensor]]  # a checkpoint -> name -> (*S, episodes)
+Row = tuple[int, str, dict[str, list[float]]]  # step, stage, means
+
+
+@dataclass
+class Curve:
+    """Evaluations so far: the step and, per name, raw values (*S, episodes) of each point.
+
+    Attributes:
+        seconds: of training and evaluation until the last checkpoint, over all sessions of a run
+            that was resumed.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    points: list[dict[str, Tensor]] = field(default_factory=list)
+    final: dict[str, Tensor] | None = None
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+class Points:
+    """Adds points to the curve and rows to the log, in the order of their steps.
+
+    A point is of a checkpoint: `pending` is its step from when the checkpoint is written until its
+    values are there, so that a run that dies in between plays it again. While a worker plays, the
+    rows that come after it wait.
+
+    Args:
+        evaluate, episodes: plays a point here; None for a run without points.
+        worker: plays them beside the training instead.
+    """
+
+    def __init__(
+        self,
+        evaluate: Evaluate | None,
+        episodes: int,
+        curve: Curve,
+        log: Log,
+        worker: "AsyncEvaluator | None" = None,
+    ):
+        self.evaluate, self.episodes, self.worker = evaluate, episodes, worker
+        self.curve, self.log = curve, log
+        self.pending: int | None = None
+        self.playing = False
+        self.waiting: list[Row] = []
+
+    @property
+    def last(self) -> int | None:
+        """The step of the newest point, played or not."""
+        return self.pending if self.pending is not None else next(iter(self.curve.steps[-1:]), None)
+
+    def play(self, algo: Algorithm, path: Path) -> None:
+        """Play the pending point, of the checkpoint at `path`, which `algo` equals."""
+        if self.worker is not None:
+            self.worker.begin(path)
+            self.playing = True
+        elif self.evaluate is not None:
+            self.put(self.evaluate(algo, self.episodes))
+
+    def put(self, point: dict[str, Tensor]) -> None:
+        assert self.pending is not None
+        step, self.pending, self.playing = self.pending, None, False
+        self.curve.steps.append(step)
+        self.curve.points.append(point)
+        for name, values in point.items():
+            means = values.double().mean(-1).reshape(-1).tolist()
+            self.log.write(step, "evaluation", {name: means})
+
+    def row(self, step: int, stage: str, means: dict[str, list[float]]) -> None:
+        """One row of each metric, in the file once the point before it is there."""
+        self.waiting.append((step, stage, means))
+        if not self.playing or (self.worker is not None and self.worker.ready()):
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the point that is being played, and write what waited for it."""
+        if self.playing and self.worker is not None:
+            self.put(self.worker.result())
+        for row in self.waiting:
+            self.log.write(*row)
+        self.waiting = []
+
+
+class AsyncEvaluator:
+    """Plays one checkpoint at a time; the process starts when the first is given.
+
+    Args:
+        player: makes, in that process, the function that plays a checkpoint. Can be pickled.
+    """
+
+    def __init__(self, player: Callable[[], Play]):
+        self.player = player
+        self.worker: Any = None
+
+    def begin(self, path: Path) -> None:
+        """Start to play a checkpoint, which must stay as it is until `result` returns."""
+        if self.worker is None:
+            context = multiprocessing.get_context("spawn")
+            self.ours, theirs = context.Pipe()
+            self.worker = context.Process(target=serve, args=(self.player, theirs), daemon=True)
+            resource_tracker.ensure_running()  # which unblocks signals: before they are blocked
+            # blocked from its first moment on: what ends a whole group is the training's to handle
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            try:
+                self.worker.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+        try:
+            self.ours.send(path)
+        except OSError:
+            self.died()
+
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return self.ours.poll()
+
+    def result(self) -> dict[str, Tensor]:
+        """Wait for the values of the checkpoint given last.
+
+        Raises:
+            OSError: if the process died, or playing failed there.
+        """
+        try:
+            found = self.ours.recv()
+        except (EOFError, OSError):
+            self.died()
+        if isinstance(found, str):
+            raise OSError(f"evaluation failed: {found}")
+        return {name: value.clone() for name, value in found.items()}
+
+    def died(self) -> NoReturn:
+        self.worker.join()
+        raise OSError(
+            f"the process that evaluates died (exit code {self.worker.exitcode}); resume the run, "
+            "or start it with evaluation=inline if memory was short"
+        ) from None
+
+    def close(self) -> None:
+        if self.worker is not None:
+            self.worker.kill()
+            self.worker.join()
+
+
+def serve(player: Callable[[], Play], orders: Any) -> None:
+    """Body of the process, which ends when the training is gone."""
+    play = None
+    while True:
+        try:
+            path = orders.recv()
+        except EOFError:
+            return
+        found: Any
+        try:
+            play = play or player()
+            found = play(path)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        try:
+            orders.send(found)
+        except OSError:  # the training is gone
+            return

@@ -1,0 +1,131 @@
+"""The state of an algorithm, found on the object: no method lists what it consists of.
+
+State are attributes with `state_dict` and `load_state_dict` (networks, optimizers), tensors,
+generators and plain values, in dicts, lists and tuples too, and objects of a method's own that hold
+such. Functions and frozen dataclasses (config, spec, tables of a data set) are constants, and what
+is a `Part` of a stage is saved with its stage.
+"""
+
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+PLAIN = (bool, int, float, str, type(None))
+CONSTANT = (FunctionType, MethodType, BuiltinFunctionType, type, torch.device, torch.dtype)
+
+
+def state_of(owner: Any) -> dict[str, Any]:
+    """Everything of `owner` that a run needs to continue: tensors and plain values, by attribute.
+
+    Raises:
+        TypeError: naming the attribute that is of a kind which cannot be saved.
+    """
+    name = type(owner).__name__
+    return {key: packed(value, f"{name}.{key}") for key, value in kept(owner)}
+
+
+def kept(owner: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object that are state."""
+    for key, value in vars(owner).items():
+        if not constant(value):
+            yield key, value
+
+
+def constant(value: Any) -> bool:
+    frozen = is_dataclass(value) and value.__dataclass_params__.frozen  # type: ignore[union-attr]
+    part = hasattr(value, "save") and hasattr(value, "load")
+    return isinstance(value, CONSTANT) or frozen or part
+
+
+def packed(value: Any, path: str) -> Any:
+    if hasattr(value, "state_dict"):
+        return value.state_dict()
+    if isinstance(value, Generator):
+        return value.get_state()
+    if isinstance(value, (Tensor, *PLAIN)):
+        return value
+    if isinstance(value, dict):
+        return {key: packed(part, f"{path}[{key!r}]") for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [packed(part, f"{path}[{i}]") for i, part in enumerate(value)]
+    if hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] != "numpy":
+        return {key: packed(part, f"{path}.{key}") for key, part in kept(value)}
+    raise TypeError(
+        f"{path} is a {type(value).__name__}, which cannot be saved; hold it as a tensor, a number "
+        "or a frozen dataclass"
+    )
+
+
+def load_state(owner: Any, state: dict[str, Any]) -> None:
+    """Inverse of `state_of`. Tensors are filled in place.
+
+    Raises:
+        ValueError: naming the attribute, if the state is of another method or of other sizes.
+    """
+    name = type(owner).__name__
+    present = dict(kept(owner))
+    if set(state) != set(present):
+        raise ValueError(
+            f"the checkpoint holds {', '.join(sorted(state))}; "
+            f"{name} needs {', '.join(sorted(present))}"
+        )
+    for key, value in state.items():
+        setattr(owner, key, unpacked(present[key], value, key))
+
+
+def unpacked(current: Any, state: Any, path: str) -> Any:
+    """What an attribute becomes: `current` itself where it can be filled, else the state."""
+    try:
+        if hasattr(current, "load_state_dict"):
+            current.load_state_dict(state)
+            if isinstance(current, torch.optim.Optimizer):
+                place_rates(current)
+            return current
+        if isinstance(current, Generator):
+            current.set_state(state.cpu())
+            return current
+        if isinstance(current, Tensor):
+            if current.shape != state.shape:
+                raise ValueError(f"shape {tuple(state.shape)}, not {tuple(current.shape)}")
+            with torch.no_grad():
+                current.copy_(state)
+            return current
+        if isinstance(current, PLAIN):
+            return state
+        if isinstance(current, dict):
+            return {
+                key: unpacked(current[key], part, key) if key in current else part
+                for key, part in state.items()
+            }
+        if isinstance(current, (list, tuple)):
+            if len(current) != len(state):  # one that grows
+                return type(current)(state)
+            parts = zip(current, state, strict=True)
+            return type(current)(unpacked(*pair, f"{path}[{i}]") for i, pair in enumerate(parts))
+        load_state(current, state)
+    except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"the checkpoint's {path} does not fit: {error}") from error
+    return current
+
+
+def place_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Move learning rates to their parameters: torch leaves a loaded one where the file was."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].to(group["params"][0].device)
+
+
+def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a state with its path."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from tensors(part, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for i, part in enumerate(value):
+            yield from tensors(part, f"{path}[{i}]")
