@@ -56,7 +56,7 @@ def test_stored_configuration_comes_back_whole():
     ("overrides", "message"),
     [
         ({"algo.alhpa": 1.0}, "prdc has no option 'alhpa'; did you mean 'alpha'"),
-        ({"algo.actor_every": 2.5}, "actor_every must be int, got 2.5"),
+        ({"algo.policy_delay": 2.5}, "policy_delay must be int, got 2.5"),
         ({"algo.lr": "fast"}, "lr must be float, got 'fast'"),
         ({"sedes": 3}, "no setting 'sedes'; did you mean 'seeds'"),
         ({"alpha": 3.0}, "did you mean 'algo.alpha'"),

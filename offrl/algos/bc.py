@@ -11,15 +11,12 @@ Differences from CORL's code: none known; its batch, network and learning rate a
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 
-from offrl.data import Dataset, prepare, transitions
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.data.stages import offline
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
 from offrl.nets import Actor, Standardize
-
-FIELDS = ("obs", "act")
 
 
 @dataclass(frozen=True)
@@ -31,49 +28,22 @@ class Config:
 
 
 class BC:
-    NAMES = ("standardize", "actor", "actor_opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c = config
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.standardize = Standardize(spec.obs_dim, spec.obs_mean, spec.obs_std, generator.device)
         self.actor = Actor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.actor_opt = adam(self.actor, c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         return descend(self.actor_opt, *self.actor_loss(batch))
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         loss = (self.actor(batch["obs"]) - batch["act"]).square().mean((-2, -1))  # (*S,)
         return loss, {"actor/loss": loss}
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         return self.actor(self.standardize(now["obs"])), memory
 
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
 
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
-
-
-make = BC
-
-
-def stages(algo: BC, data: Dataset, run: Run) -> list[Stage]:
-    def start():
-        ready = prepare(algo.standardize)
-        return transitions(
-            data, algo.config.batch, run.seeds, run.device, names=FIELDS, transform=ready
-        )
-
-    return [Stage("train", run.steps, start, algo.update, algo.cycle)]
+METHOD = Method(BC, Config, stages=offline, fields=("obs", "act"))

@@ -16,20 +16,18 @@ other rates, tau = 0.001 and Ornstein-Uhlenbeck noise; these are OurDDPG's, to w
 Actions live in [-1, 1], so noise scales are shares of the environment's half-range.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.collector import off_policy
-from offrl.engine.method import Batch, Metrics, Spec, load_modules, modules_state
-from offrl.engine.optim import adam, descend, frozen, polyak
+from offrl.data.stages import off_policy
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
+from offrl.engine.optim import adam, bootstrap, descend, polyak, smoothed, target_copy
 from offrl.nets import Actor, Critics
 from offrl.regularizers.rank import ranks
-
-FIELDS = ()  # needs no data set: it collects its own
 
 
 @dataclass(frozen=True)
@@ -46,21 +44,17 @@ class Config:
 
 
 class DDPG:
-    NAMES = ("actor", "critics", "actor_target", "critics_target", "actor_opt", "critics_opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c = config
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.actor = Actor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.critics = Critics(spec.obs_dim, spec.act_dim, c.hidden, 1, seeds, generator)
-        self.actor_target = frozen(deepcopy(self.actor))
-        self.critics_target = frozen(deepcopy(self.critics))
+        self.actor_target = target_copy(self.actor)
+        self.critics_target = target_copy(self.critics)
         self.actor_opt = adam(self.actor, c.lr)
         self.critics_opt = adam(self.critics, c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         metrics = descend(self.critics_opt, *self.critics_loss(batch))
         metrics |= descend(self.actor_opt, *self.actor_loss(batch))
         polyak(self.critics_target, self.critics, self.config.tau)
@@ -77,42 +71,25 @@ class DDPG:
     def target(self, batch: Batch) -> Tensor:
         act = self.actor_target(batch["next_obs"])
         q = self.critics_target(batch["next_obs"], act).squeeze(-2)  # (*S, B)
-        return batch["reward"] + self.config.discount * (1 - batch["terminal"]) * q
+        return bootstrap(batch, q, self.config.discount)
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         q = self.critics.first(batch["obs"], self.actor(batch["obs"]))  # (*S, B)
         loss = -q.mean(-1)  # (*S,)
         return loss, {"actor/loss": loss}
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         act = self.actor(now["obs"])
-        if explore:
-            noise = torch.empty_like(act)
-            noise.normal_(0, self.config.explore_noise, generator=generator or self.generator)
-            act = (act + noise).clamp(-1, 1)
+        if now.get("explore"):
+            act = smoothed(act, self.config.explore_noise, inf, now["generator"])
         return act, memory
 
-    @torch.no_grad()
-    def estimate(self, now: Batch, act: Tensor) -> Tensor:
+    def estimate(self, now: Now, act: Tensor) -> Tensor:
         return self.critics(now["obs"], act).squeeze(-2)
 
-    @torch.no_grad()
     def measure(self, batch: Batch) -> Metrics:
         """Ranks (*S,) of the critic's features on a batch of the replay."""
         return ranks(self.critics.features(batch["obs"], batch["act"]).squeeze(-3))
 
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
 
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
-
-
-make, stages = DDPG, off_policy
+METHOD = Method(DDPG, Config, stages=off_policy)

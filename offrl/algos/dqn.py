@@ -20,21 +20,18 @@ Differences from the authors' code: the settings and the squared loss are those 
 control; theirs are for Atari's images.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.collector import Collector, watched
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
-from offrl.engine.optim import adam, descend, frozen, polyak
+from offrl.data.collector import Collector
+from offrl.data.stages import measured
+from offrl.engine.method import Batch, Method, Metrics, Now, Run, Seeds, Spec, Stage, Task
+from offrl.engine.optim import adam, bootstrap, descend, polyak, target_copy
 from offrl.nets import MLP
 from offrl.regularizers.rank import action_features, beer_penalty, ranks
-
-FIELDS = ()  # needs no data set: it collects its own
-ACTIONS = ("discrete",)
 
 
 @dataclass(frozen=True)
@@ -55,20 +52,16 @@ class Config:
 
 
 class DQN:
-    NAMES = ("network", "target_network", "opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c = config
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.actions = spec.act_dim
         self.network = MLP((spec.obs_dim, *c.hidden, spec.act_dim), seeds, generator)
-        self.target_network = frozen(deepcopy(self.network))
+        self.target_network = target_copy(self.network)
         self.opt = adam(self.network, c.lr)
         self.taken = torch.tensor(c.warmup)  # environment steps per seed
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         return descend(self.opt, *self.loss(batch))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -101,24 +94,17 @@ class DQN:
         q = self.target_network.head(after)  # (*S, B, A)
         act = (self.network(batch["next_obs"]) if self.config.double else q).argmax(-1)
         best = q.gather(-1, act.unsqueeze(-1)).squeeze(-1)
-        y = batch["reward"] + self.config.discount * (1 - batch["terminal"]) * best
+        y = bootstrap(batch, best, self.config.discount)
         return y, act, after
 
     def renew_target(self) -> None:
         polyak(self.target_network, self.network, 1.0)
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         best = self.network(now["obs"]).argmax(-1)  # (*S, B)
-        if not explore:
+        if not now.get("explore"):
             return best, memory
-        draw = {"generator": generator or self.generator, "device": best.device}
+        draw = {"generator": now["generator"], "device": best.device}
         other = torch.randint(self.actions, best.shape, **draw)
         return torch.where(torch.rand(best.shape, **draw) < self.epsilon(), other, best), memory
 
@@ -127,31 +113,21 @@ class DQN:
         c = self.config
         return max(c.epsilon, 1 - (1 - c.epsilon) * float(self.taken) / max(1, c.explore * c.steps))
 
-    @torch.no_grad()
-    def estimate(self, now: Batch, act: Tensor) -> Tensor:
+    def estimate(self, now: Now, act: Tensor) -> Tensor:
         return self.network(now["obs"]).gather(-1, act.unsqueeze(-1)).squeeze(-1)
 
-    @torch.no_grad()
     def measure(self, batch: Batch) -> Metrics:
         """Ranks (*S,) of the features of a batch of the replay."""
         return ranks(self.network.features(batch["obs"]))
 
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES) | {"taken": self.taken}
 
-    def load(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        self.taken = state.pop("taken", self.taken)
-        load_modules(self, self.NAMES, state)
-
-
-def stages(algo: DQN, data: Collector, run: Run) -> list[Stage]:
+def stages(algo: DQN, task: Task, run: Run) -> list[Stage]:
     """One update per `update_every` environment steps.
 
     Raises:
         ValueError: if the environments cannot share these evenly, or they the target's period.
     """
-    c = algo.config
+    c, data = algo.config, Collector.of(task, run)
     if c.update_every % data.group:
         raise ValueError(f"update_every={c.update_every} is no multiple of envs={data.group}")
     if c.target_every % c.update_every:
@@ -162,7 +138,7 @@ def stages(algo: DQN, data: Collector, run: Run) -> list[Stage]:
 
     def collect() -> None:
         for _ in range(0, c.update_every, data.group):
-            data.follow(algo)
+            data.step_policy(algo)
             algo.taken += data.group
 
     return [
@@ -173,12 +149,11 @@ def stages(algo: DQN, data: Collector, run: Run) -> list[Stage]:
             update=algo.update,
             before=lambda: data.random(c.warmup, algo.generator),
             between=[(1, collect), (c.target_every // c.update_every, algo.renew_target)],
-            offset=c.warmup,
-            stride=c.update_every,
-            measure=watched(algo, data),
+            clock=lambda step: c.warmup + step * c.update_every,
+            measure=measured(algo, data),
             parts={"collector": data},
         )
     ]
 
 
-make = DQN
+METHOD = Method(DQN, Config, stages=stages, actions=("discrete",))

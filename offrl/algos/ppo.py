@@ -24,7 +24,7 @@ own units (the half-range is 0.4 in Humanoid).
 """
 
 from dataclasses import dataclass
-from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,21 +32,9 @@ from torch import Generator, Tensor
 
 from offrl.data.collector import Collector
 from offrl.data.table import columns, pack, unpack
-from offrl.engine.method import (
-    Batch,
-    Metrics,
-    Run,
-    Sampler,
-    Spec,
-    Stage,
-    load_modules,
-    modules_state,
-)
+from offrl.engine.method import Batch, Method, Metrics, Now, Run, Sampler, Seeds, Spec, Stage, Task
 from offrl.engine.optim import adamw, descend
 from offrl.nets.on_policy import Categorical, Gaussian, Running, TanhMLP
-
-FIELDS = ()  # needs no data set: it collects its own
-ACTIONS = ("continuous", "discrete")
 
 
 @dataclass(frozen=True)
@@ -69,13 +57,9 @@ class Config:
 
 
 class PPO:
-    NAMES = ("actor", "critic", "opt", "observations", "returns")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c = config
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         head = Categorical if spec.discrete else Gaussian
         self.actor = head(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.critic = TanhMLP((spec.obs_dim, *c.hidden, 1), 1.0, seeds, generator)
@@ -84,7 +68,7 @@ class PPO:
         self.observations = Running(spec.obs_dim, seeds, generator.device)
         self.returns = Running(1, seeds, generator.device)  # discounted, of plain rewards
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         return descend(self.opt, *self.loss(batch), clip=self.config.max_norm)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -109,21 +93,13 @@ class PPO:
             "policy/clipped": (near != ratio).float().mean(-1),
         }
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         obs = self.seen(now["obs"])
-        if explore:
-            return self.actor.sample(obs, generator or self.generator), memory
+        if now.get("explore"):
+            return self.actor.sample(obs, now["generator"]), memory
         return self.actor.best(obs), memory
 
-    @torch.no_grad()
-    def estimate(self, now: Batch, act: Tensor) -> Tensor:
+    def estimate(self, now: Now, act: Tensor) -> Tensor:
         """V(s) in units of the plain rewards."""
         value = self.critic(self.seen(now["obs"])).squeeze(-1)
         return value * self.returns.std().squeeze(-1) if self.config.normalize else value
@@ -131,12 +107,6 @@ class PPO:
     def seen(self, obs: Tensor) -> Tensor:
         """Observations as the networks see them."""
         return self.observations(obs) if self.config.normalize else obs
-
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
-
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
 
 
 class Rollouts:
@@ -209,7 +179,7 @@ class Rollouts:
     def play(self) -> Batch:
         """A rollout as it was paid: fields (*S, T, n, ...)."""
         for _ in range(self.algo.config.rollout):
-            self.data.follow(self.algo)
+            self.data.step_policy(self.algo)
         rows, at = unpack(self.data.replay.table, self.data.replay.columns), len(self.data.seeds)
         return {name: x.unflatten(at, (-1, self.data.group)) for name, x in rows.items()}
 
@@ -249,11 +219,11 @@ class Rollouts:
 
         return sample
 
-    def state(self) -> dict[str, Any]:
+    def save(self, place: Path) -> dict[str, Any]:
         names = ("table", "order", "place", "running", "iteration")
         return {name: getattr(self, name) for name in names}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Any], place: Path) -> None:
         for name in ("table", "order", "place", "running"):
             getattr(self, name).copy_(state[name])
         self.iteration = state["iteration"]
@@ -272,8 +242,8 @@ def standardized(x: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-8)
 
 
-def stages(algo: PPO, data: Collector, run: Run) -> list[Stage]:
-    rollouts = Rollouts(algo, data, run)
+def stages(algo: PPO, task: Task, run: Run) -> list[Stage]:
+    rollouts = Rollouts(algo, data := Collector.of(task, run), run)
     updates = algo.config.epochs * rollouts.minibatches  # of an iteration
     return [
         Stage(
@@ -283,11 +253,10 @@ def stages(algo: PPO, data: Collector, run: Run) -> list[Stage]:
             update=algo.update,
             before=rollouts.begin,
             between=[(updates, rollouts.collect), (rollouts.minibatches, rollouts.shuffle)],
-            offset=rollouts.first,
-            stride=Fraction(rollouts.rows, updates),
+            clock=lambda step: rollouts.first + step * rollouts.rows // updates,
             parts={"collector": data, "rollouts": rollouts},
         )
     ]
 
 
-make = PPO
+METHOD = Method(PPO, Config, stages=stages, actions=("continuous", "discrete"))

@@ -28,7 +28,6 @@ Differences from the authors' code and paper:
 - Only k = 1 exists here; their k selects the k-th neighbor and is 1 in every published command.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,14 +35,24 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from offrl.data import Dataset, prepare, transitions
 from offrl.data.neighbors import StateNeighbors
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
-from offrl.engine.optim import adam, descend, frozen, polyak
+from offrl.data.stages import offline
+from offrl.engine.method import (
+    TRANSITION,
+    Batch,
+    Method,
+    Metrics,
+    Now,
+    Run,
+    Sampler,
+    Seeds,
+    Spec,
+    Stage,
+    Task,
+)
+from offrl.engine.optim import adam, bootstrap, descend, polyak, smoothed, target_copy
 from offrl.nets import Actor, Critics, Standardize
-from offrl.regularizers.functional import imitation, normalized_trust
-
-FIELDS = ("obs", "act", "reward", "next_obs", "terminal")
+from offrl.regularizers.functional import imitation, q_scale
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Config:
     noise_clip: float = 0.5  # largest size of that noise
     alpha: float = 2.5  # trust in Q against the data constraint
     beta: float = 2.0  # weight of the state in the distance; large: TD3+BC, 0: action support only
-    actor_every: int = 2  # critic updates per actor update
+    policy_delay: int = 2  # critic updates per actor update
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     reward_scale: float = 1.0  # r <- reward_scale r + reward_shift, in training only
     reward_shift: float = 0.0  # see reward_scale
@@ -65,33 +74,25 @@ class Config:
 
 
 class PRDC:
-    NAMES = (
-        "standardize",
-        "actor",
-        "critics",
-        "actor_target",
-        "critics_target",
-        "actor_opt",
-        "critics_opt",
-    )
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c = config
-        self.config, self.generator, self.cycle = c, generator, c.actor_every
+        self.config, self.generator = c, generator
         self.standardize = Standardize(spec.obs_dim, spec.obs_mean, spec.obs_std, generator.device)
         self.actor = Actor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.critics = Critics(spec.obs_dim, spec.act_dim, c.hidden, 2, seeds, generator)
-        self.actor_target = frozen(deepcopy(self.actor))
-        self.critics_target = frozen(deepcopy(self.critics))
+        self.actor_target = target_copy(self.actor)
+        self.critics_target = target_copy(self.critics)
         self.actor_opt = adam(self.actor, c.lr)
         self.critics_opt = adam(self.critics, c.lr)
         self.neighbors: StateNeighbors  # set by `stages`: a table of the data, not of the run
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def turn(self, step: int) -> int:
+        """1 for an update of critics and actor, 0 for one of the critics alone."""
+        return int((step + 1) % self.config.policy_delay == 0)
+
+    def update(self, batch: Batch, turn: int) -> Metrics:
         metrics = descend(self.critics_opt, *self.critics_loss(batch))
-        if (step + 1) % self.config.actor_every == 0:
+        if turn == 1:
             metrics |= descend(self.actor_opt, *self.actor_loss(batch))
             polyak(self.actor_target, self.actor, self.config.tau)
             polyak(self.critics_target, self.critics, self.config.tau)
@@ -106,49 +107,33 @@ class PRDC:
     @torch.no_grad()
     def target(self, batch: Batch) -> Tensor:
         c = self.config
-        noise = torch.empty_like(batch["act"]).normal_(0, c.noise, generator=self.generator)
-        act = self.actor_target(batch["next_obs"]) + noise.clamp(-c.noise_clip, c.noise_clip)
-        q = self.critics_target(batch["next_obs"], act.clamp(-1, 1)).amin(-2)  # (*S, B)
-        return batch["reward"] + c.discount * (1 - batch["terminal"]) * q
+        act = self.actor_target(batch["next_obs"])
+        act = smoothed(act, c.noise, c.noise_clip, self.generator)
+        return bootstrap(batch, self.critics_target(batch["next_obs"], act).amin(-2), c.discount)
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         act = self.actor(batch["obs"])
         q = self.critics.first(batch["obs"], act)  # (*S, B)
-        scale = normalized_trust(q, self.config.alpha)  # one per seed
+        scale = q_scale(q, self.config.alpha)  # one per seed
         row, search = self.neighbors.nearest(batch["index"], act.detach(), self.config.beta)
         penalty = imitation(act, self.neighbors.act[row]).mean(-1)
         loss = penalty - scale * q.mean(-1)  # (*S,)
         metrics = {"actor/loss": loss, "actor/penalty": penalty, "actor/scale": scale}
         return loss, metrics | {f"actor/{name}": value for name, value in search.items()}
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         return self.actor(self.standardize(now["obs"])), memory
 
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
 
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
+def stages(algo: PRDC, task: Task, run: Run) -> list[Stage]:
+    """As usual, once the neighbors are there."""
+    c, (stage,) = algo.config, offline(algo, task, run)
 
-
-make = PRDC
-
-
-def stages(algo: PRDC, data: Dataset, run: Run) -> list[Stage]:
-    c = algo.config
-
-    def start():
+    def start() -> Sampler:
         algo.neighbors = StateNeighbors.build(
-            algo.standardize(data["obs"].to(run.device)),
-            data["act"].to(run.device),
-            data.digest,
+            algo.standardize(task.data["obs"].to(run.device)),
+            task.data["act"].to(run.device),
+            task.data.digest,
             k=c.list_length,
             cache=Path(run.cache) if run.cache else None,
             device=run.device,
@@ -156,7 +141,9 @@ def stages(algo: PRDC, data: Dataset, run: Run) -> list[Stage]:
         )
         if run.device.type == "cuda":  # every query in full, so that no update waits for the host
             algo.neighbors = replace(algo.neighbors, budget=c.batch)
-        ready = prepare(algo.standardize, c.reward_scale, c.reward_shift)
-        return transitions(data, c.batch, run.seeds, run.device, names=FIELDS, transform=ready)
+        return stage.start()
 
-    return [Stage("train", run.steps, start, algo.update, algo.cycle)]
+    return [replace(stage, start=start)]
+
+
+METHOD = Method(PRDC, Config, stages=stages, fields=TRANSITION)

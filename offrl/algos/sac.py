@@ -22,20 +22,17 @@ this is the second version, with the settings of Stable-Baselines3 and the MuJoC
 zoo. Log-probabilities are of actions in [-1, 1], whatever the environment's own range.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.data.collector import off_policy
-from offrl.engine.method import Batch, Metrics, Spec, load_modules, modules_state
-from offrl.engine.optim import adam, descend, frozen, polyak
+from offrl.data.stages import off_policy
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
+from offrl.engine.optim import adam, bootstrap, descend, polyak, target_copy
 from offrl.nets import Critics, GaussianActor
 from offrl.regularizers.rank import beer_penalty, ranks
-
-FIELDS = ()  # needs no data set: it collects its own
 
 
 @dataclass(frozen=True)
@@ -53,24 +50,12 @@ class Config:
 
 
 class SAC:
-    NAMES = (
-        "actor",
-        "critics",
-        "critics_target",
-        "temperature",
-        "actor_opt",
-        "critics_opt",
-        "temperature_opt",
-    )
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c = config
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.actor = GaussianActor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.critics = Critics(spec.obs_dim, spec.act_dim, c.hidden, 2, seeds, generator)
-        self.critics_target = frozen(deepcopy(self.critics))
+        self.critics_target = target_copy(self.critics)
         start = torch.full(seeds, c.alpha, device=generator.device).log()
         self.temperature = nn.ParameterDict({"log": nn.Parameter(start)})
         self.target_entropy = -float(spec.act_dim)
@@ -78,7 +63,7 @@ class SAC:
         self.critics_opt = adam(self.critics, c.lr)
         self.temperature_opt = adam(self.temperature, c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         alpha = self.temperature["log"].detach().exp()  # (*S,)
         act, log_prob = self.actor.sample(batch["obs"], self.generator)
         metrics = descend(self.temperature_opt, *self.temperature_loss(log_prob.detach()))
@@ -123,8 +108,7 @@ class SAC:
         t = self.critics_target.features(batch["next_obs"], act)  # (*S, E, B, m)
         q = self.critics_target.head(t).amin(-2)  # (*S, B)
         soft = q - alpha.unsqueeze(-1) * log_prob
-        y = batch["reward"] + self.config.discount * (1 - batch["terminal"]) * soft
-        return y, (act, log_prob, t)
+        return bootstrap(batch, soft, self.config.discount), (act, log_prob, t)
 
     def actor_loss(
         self, batch: Batch, act: Tensor, log_prob: Tensor, alpha: Tensor
@@ -133,34 +117,19 @@ class SAC:
         loss = (alpha.unsqueeze(-1) * log_prob - q).mean(-1)  # (*S,)
         return loss, {"actor/loss": loss}
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        if explore:
-            return self.actor.sample(now["obs"], generator or self.generator)[0], memory
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        if now.get("explore"):
+            return self.actor.sample(now["obs"], now["generator"])[0], memory
         return self.actor(now["obs"])[0].tanh(), memory
 
-    @torch.no_grad()
-    def estimate(self, now: Batch, act: Tensor) -> Tensor:
+    def estimate(self, now: Now, act: Tensor) -> Tensor:
         """Of the soft return, entropy included: its bias is not that of the plain one."""
         return self.critics(now["obs"], act).mean(-2)
 
-    @torch.no_grad()
     def measure(self, batch: Batch) -> Metrics:
         """Ranks (*S,) of the critics' features on a batch of the replay, means over critics."""
         found = ranks(self.critics.features(batch["obs"], batch["act"]))
         return {name: value.mean(-1) for name, value in found.items()}
 
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
 
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
-
-
-make, stages = SAC, off_policy
+METHOD = Method(SAC, Config, stages=off_policy)

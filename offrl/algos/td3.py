@@ -18,20 +18,18 @@ paper (there 400,300 units, learning rate 1e-3, batch 100). Actions live in [-1,
 scales are shares of the environment's half-range.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.collector import off_policy
-from offrl.engine.method import Batch, Metrics, Spec, load_modules, modules_state
-from offrl.engine.optim import adam, descend, frozen, polyak
+from offrl.data.stages import off_policy
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
+from offrl.engine.optim import adam, bootstrap, descend, polyak, smoothed, target_copy
 from offrl.nets import Actor, Critics
 from offrl.regularizers.rank import beer_penalty, ranks
-
-FIELDS = ()  # needs no data set: it collects its own
 
 
 @dataclass(frozen=True)
@@ -45,30 +43,30 @@ class Config:
     noise_clip: float = 0.5  # largest size of that noise
     explore_noise: float = 0.1  # std of the noise on collected actions
     beer: float = 0.0  # weight of BEER's penalty on the rank of the features; 1e-3 in its paper
-    actor_every: int = 2  # critic updates per actor update
+    policy_delay: int = 2  # critic updates per actor update
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     warmup: int = 25_000  # uniformly random environment steps before the first update
     capacity: int = 1_000_000  # rows of the replay
 
 
 class TD3:
-    NAMES = ("actor", "critics", "actor_target", "critics_target", "actor_opt", "critics_opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c = config
-        self.config, self.generator, self.cycle = c, generator, c.actor_every
+        self.config, self.generator = c, generator
         self.actor = Actor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.critics = Critics(spec.obs_dim, spec.act_dim, c.hidden, 2, seeds, generator)
-        self.actor_target = frozen(deepcopy(self.actor))
-        self.critics_target = frozen(deepcopy(self.critics))
+        self.actor_target = target_copy(self.actor)
+        self.critics_target = target_copy(self.critics)
         self.actor_opt = adam(self.actor, c.lr)
         self.critics_opt = adam(self.critics, c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def turn(self, step: int) -> int:
+        """1 for an update of critics and actor, 0 for one of the critics alone."""
+        return int((step + 1) % self.config.policy_delay == 0)
+
+    def update(self, batch: Batch, turn: int) -> Metrics:
         metrics = descend(self.critics_opt, *self.critics_loss(batch))
-        if (step + 1) % self.config.actor_every == 0:
+        if turn == 1:
             metrics |= descend(self.actor_opt, *self.actor_loss(batch))
             polyak(self.actor_target, self.actor, self.config.tau)
             polyak(self.critics_target, self.critics, self.config.tau)
@@ -104,47 +102,30 @@ class TD3:
     def target(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """y (*S, B), and the target critics' features (*S, E, B, m) that it comes from."""
         c = self.config
-        noise = torch.empty_like(batch["act"]).normal_(0, c.noise, generator=self.generator)
-        act = self.actor_target(batch["next_obs"]) + noise.clamp(-c.noise_clip, c.noise_clip)
-        t = self.critics_target.features(batch["next_obs"], act.clamp(-1, 1))
+        act = self.actor_target(batch["next_obs"])
+        act = smoothed(act, c.noise, c.noise_clip, self.generator)
+        t = self.critics_target.features(batch["next_obs"], act)
         q = self.critics_target.head(t).amin(-2)  # (*S, B)
-        return batch["reward"] + c.discount * (1 - batch["terminal"]) * q, t
+        return bootstrap(batch, q, c.discount), t
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         q = self.critics.first(batch["obs"], self.actor(batch["obs"]))  # (*S, B)
         loss = -q.mean(-1)  # (*S,)
         return loss, {"actor/loss": loss}
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         act = self.actor(now["obs"])
-        if explore:
-            noise = torch.empty_like(act)
-            noise.normal_(0, self.config.explore_noise, generator=generator or self.generator)
-            act = (act + noise).clamp(-1, 1)
+        if now.get("explore"):
+            act = smoothed(act, self.config.explore_noise, inf, now["generator"])
         return act, memory
 
-    @torch.no_grad()
-    def estimate(self, now: Batch, act: Tensor) -> Tensor:
+    def estimate(self, now: Now, act: Tensor) -> Tensor:
         return self.critics(now["obs"], act).mean(-2)
 
-    @torch.no_grad()
     def measure(self, batch: Batch) -> Metrics:
         """Ranks (*S,) of the critics' features on a batch of the replay, means over critics."""
         found = ranks(self.critics.features(batch["obs"], batch["act"]))
         return {name: value.mean(-1) for name, value in found.items()}
 
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
 
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
-
-
-make, stages = TD3, off_policy
+METHOD = Method(TD3, Config, stages=off_policy)

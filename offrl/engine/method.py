@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 Batch = dict[str, Tensor]
+Seeds = tuple[int, ...]  # stacked seed axes, () for one
 Metrics = dict[str, Tensor]
 Sampler = Callable[[Generator], Batch]
 Now = dict[str, Any]  # what a policy may know at a moment, and how it shall act
@@ -166,7 +167,7 @@ class Run:
     """
 
     steps: int
-    seeds: tuple[int, ...] = ()
+    seeds: Seeds = ()
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     fields: tuple[str, ...] = TRANSITION
     cache: str | None = None

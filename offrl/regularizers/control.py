@@ -66,7 +66,7 @@ def nearest_pair(
     return row
 
 
-def normalized_trust(q: Tensor, alpha: float) -> Tensor:
+def q_scale(q: Tensor, alpha: float) -> Tensor:
     """TD3+BC's weight of the value term: alpha / mean |Q|, which makes it scale-free.
 
     Args:
@@ -78,7 +78,7 @@ def normalized_trust(q: Tensor, alpha: float) -> Tensor:
 
     Source: Fujimoto and Gu, NeurIPS 2021.
 
-    >>> normalized_trust(torch.tensor([2.0, -2.0]), 2.5)
+    >>> q_scale(torch.tensor([2.0, -2.0]), 2.5)
     tensor(1.2500)
     """
     return alpha / q.detach().abs().mean(-1)

@@ -1,7 +1,7 @@
 """All pure functions of the package: tensors in, unreduced and unscaled tensors out."""
 
 from offrl.regularizers.constraints import lagrangian_advantages, mixed_advantages
-from offrl.regularizers.control import gated_clone, imitation, nearest_pair, normalized_trust
+from offrl.regularizers.control import gated_clone, imitation, nearest_pair, q_scale
 from offrl.regularizers.divergences import f_divergence, robust_value
 from offrl.regularizers.lipschitz import (
     lipschitz_bound,
@@ -136,7 +136,6 @@ __all__ = [
     "mixed_advantages",
     "nearest_pair",
     "next_values",
-    "normalized_trust",
     "occupancy_penalty",
     "over_tokens",
     "overlength_factor",
@@ -144,6 +143,7 @@ __all__ = [
     "peak_mask",
     "progressive_target",
     "proxy_logp",
+    "q_scale",
     "real",
     "reinforce_positive",
     "representation_rank",

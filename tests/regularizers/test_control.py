@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from offrl.regularizers import AdvantageGatedClone, Compose, RegInputs, control
-from offrl.regularizers.functional import gated_clone, imitation, nearest_pair, normalized_trust
+from offrl.regularizers.functional import gated_clone, imitation, nearest_pair, q_scale
 
 
 def test_docstring_examples():
@@ -45,7 +45,7 @@ def test_ties_go_to_the_lowest_row():
 
 def test_trust_is_per_seed_and_detached():
     q = torch.tensor([[1.0, -3.0], [10.0, 30.0]], requires_grad=True)
-    weight = normalized_trust(q, 2.0)
+    weight = q_scale(q, 2.0)
     torch.testing.assert_close(weight, torch.tensor([1.0, 0.1]))
     assert not weight.requires_grad
 
