@@ -19,13 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offrl.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 FIELDS = ("obs", "act", "reward", "next_obs", "terminal", "timeout")
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the field, the row and the remedy."""
 
 
 @dataclass(frozen=True)

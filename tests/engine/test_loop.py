@@ -20,12 +20,12 @@ from offrl.data import Dataset
 from offrl.data.collector import Collector
 from offrl.engine import checkpoint
 from offrl.engine.evaluate import Evaluator
-from offrl.engine.log import Diverged
 from offrl.engine.loop import Runner, Schedule, fit
 from offrl.engine.method import Run, Spec
-from offrl.engine.stop import Interrupted, StopRequests
+from offrl.engine.stop import StopRequests
 from offrl.envs.make import factory
 from offrl.envs.vector import Vector
+from offrl.errors import Diverged, Interrupted
 
 SCHEDULE = Schedule(log_every=10, eval_every=40, eval_episodes=2, final_episodes=4)
 HOPPER, CARTPOLE = factory("hopper"), factory("CartPole-v1")
