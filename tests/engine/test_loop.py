@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from offrl.algos import decision_mamba, dqn, ppo, sac, td3bc
-from offrl.data import Dataset
 from offrl.engine import checkpoint
 from offrl.engine.curve import AsyncEvaluator, Schedule
 from offrl.engine.evaluate import Evaluator
@@ -26,23 +25,12 @@ from offrl.engine.stop import StopRequests
 from offrl.envs.make import factory
 from offrl.envs.vector import Vector
 from offrl.errors import Diverged, Interrupted
+from tests.engine import toys
+from tests.engine.toys import toy_data
 
 SCHEDULE = Schedule(log_every=10, eval_every=40, eval_episodes=2, final_episodes=4)
 SPEC = Spec(11, 3)
 HOPPER, CARTPOLE = factory("hopper"), factory("CartPole-v1")
-
-
-def toy_data():
-    g = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(500, *shape, generator=g)  # noqa: E731
-    fields = dict(
-        obs=normal(11),
-        act=normal(3).tanh(),
-        reward=normal(),
-        next_obs=normal(11),
-        terminal=torch.zeros(500),
-    )
-    return Dataset(fields, torch.arange(0, 500, 100), torch.zeros(5), "toy")
 
 
 def offline():
@@ -82,17 +70,25 @@ def on_policy():
     return algo, ppo.METHOD.stages(algo, Task(SPEC, envs=lambda: envs), Run(steps=1100))
 
 
-KINDS = {
+METHODS = {
     "offline": offline,
     "online": online,
     "sequence": sequence,
     "discrete": discrete,
     "on_policy": on_policy,
 }
+TOYS = {
+    "two_stages": toys.two_stages,
+    "inner_fit": toys.inner_fit,
+    "recurrent": toys.recurrent,
+    "two_players": toys.two_players,
+}
+KINDS = METHODS | TOYS
 
 
 def evaluation(kind=None):
-    player = Evaluator(CARTPOLE if kind == "discrete" else HOPPER, width=2)
+    make = {"discrete": CARTPOLE, "two_players": toys.Tug}.get(kind, HOPPER)
+    player = Evaluator(make, width=2)
     return lambda algo, episodes: {"return": player(algo, episodes).returns}
 
 
@@ -135,9 +131,7 @@ def assert_same(left, right, path=""):
     ("kind", "moment"),
     [
         *itertools.product(["offline", "online"], [0.15, 0.5, 0.85]),
-        ("sequence", 0.5),
-        ("discrete", 0.5),
-        ("on_policy", 0.5),
+        *itertools.product(["sequence", "discrete", "on_policy", *TOYS], [0.5]),
     ],
 )
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, moment):
