@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.dataset import DataError, Dataset
+from offrl.data.dataset import Dataset
 from offrl.data.samplers import BUDGET, gatherer
 from offrl.engine.method import Batch, Sampler
+from offrl.errors import DataError
 from offrl.nets.encoders import cropped
 
 BLOCK = 16_384  # rows that are checked at once

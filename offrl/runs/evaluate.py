@@ -11,15 +11,16 @@ import torch
 from tqdm import tqdm
 
 from offrl import config as configuration
-from offrl.config import ConfigError, Resolved
+from offrl.config import Resolved
 from offrl.engine import checkpoint
-from offrl.engine.evaluate import Evaluator, evaluator_of, scenarios_of
-from offrl.engine.method import Algorithm, Spec
+from offrl.engine.evaluate import Evaluator, scenarios_of
+from offrl.engine.method import Algorithm
+from offrl.engine.state import load_state
 from offrl.envs.make import engines, env_id, factory
-from offrl.envs.vector import sizes
+from offrl.errors import ConfigError, Failed
 from offrl.runs.record import UNITS, played_in, rows, scored, summary
-from offrl.runs.task import make_env, version
-from offrl.runs.workers import Failed, prepare
+from offrl.runs.task import axes_of, make_env, make_evaluator, spec_of, version
+from offrl.runs.workers import prepare
 from offrl.seeding import derive, generator
 
 
@@ -47,13 +48,11 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     """Score every checkpoint of a run, print and return what was found."""
     folder, files = checkpoints(Path(options.run))
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
-    names = configuration.method(resolved.algo).scenarios(resolved.config())
     played: list[dict[str, torch.Tensor]] = []
     seeds: list[int] = []
     for file in files:
         algo, group = load_algorithm(resolved, file)
-        axes = (len(group),) if len(group) > 1 else ()
-        player = evaluator_of(names, make_env(resolved), axes, (options.episodes,), options.seed)
+        player = make_evaluator(resolved, axes_of(group), (options.episodes,), options.seed)
         played.append(player(algo, options.episodes, explore=options.explore))
         seeds += group
         player.close()
@@ -91,6 +90,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=1))
     if options.video:
+        names = configuration.method(resolved.algo).scenarios(resolved.config())
         loaded = load_algorithm(resolved, files[0])
         frames = film(resolved, loaded, names, options.seed, options.explore)
         write_video(Path(options.video), frames)
@@ -127,20 +127,15 @@ def load_algorithm(
         ValueError: if the file is damaged or does not fit.
     """
     saved = checkpoint.load(file)
-    if saved["label"] != resolved.algo:
-        raise ConfigError(f"{file} belongs to {saved['label']}, the run is of {resolved.algo}")
+    if saved["label"] != resolved.name:
+        raise ConfigError(f"{file} belongs to {saved['label']}, the run is of {resolved.name}")
     group = saved["seeds"]
-    axes = (len(group),) if len(group) > 1 else ()
-    env = make_env(resolved)()
-    obs_dim, act_dim, discrete = sizes(env)
-    spec = Spec(obs_dim, act_dim, discrete=discrete)
-    env.close()
-    method = configuration.module(resolved.algo)
-    algo = method.make(resolved.config(), spec, generator(0, "evaluation", device=device), axes)
+    stream, method = generator(0, "evaluation", device=device), configuration.method(resolved.algo)
+    algo = method.make(resolved.config(), spec_of(resolved), stream, axes_of(group))
     state = saved["algo"]
-    if "generator" in state and state["generator"].shape != algo.generator.get_state().shape:
-        state = state | {"generator": algo.generator.get_state()}  # trained on another device
-    algo.load(state)
+    if state["generator"].shape != stream.get_state().shape:  # trained on another device
+        state = state | {"generator": stream.get_state()}
+    load_state(algo, state)
     return algo, group
 
 
@@ -149,15 +144,14 @@ def player(folder: Path, device: torch.device) -> Callable[[Path], dict[str, tor
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
     s = resolved.settings
     prepare(resolved, folder, device)
-    names = configuration.method(resolved.algo).scenarios(resolved.config())
     made: dict[tuple[int, ...], Evaluator] = {}
 
     def play(path: Path) -> dict[str, torch.Tensor]:
         algo, group = load_algorithm(resolved, path, device)
-        axes = (len(group),) if len(group) > 1 else ()
+        axes = axes_of(group)
         if axes not in made:
-            counts = (s.eval_episodes, s.final_episodes)
-            made[axes] = evaluator_of(names, make_env(resolved), axes, counts, 0, device)
+            episodes = (s.eval_episodes, s.final_episodes)
+            made[axes] = make_evaluator(resolved, axes, episodes, 0, device)
         return made[axes](algo, s.eval_episodes)
 
     return play
@@ -207,9 +201,8 @@ def film(
     algo, group = loaded
     s = resolved.settings
     make = factory(s.env, version(resolved), s.legacy_mass, True, s.action_repeat)
-    axes = (len(group),) if len(group) > 1 else ()
     first = scenarios_of(names, make)[:1]
-    player = Evaluator(make, axes, 1, derive(seed, "film"), scenarios=first)
+    player = Evaluator(make, axes_of(group), 1, derive(seed, "film"), scenarios=first)
     env = player.envs.envs[0]
     horizon = env.spec.max_episode_steps if env.spec else None
     with tqdm(total=horizon, desc="filming", unit="frame", leave=False) as bar:
