@@ -81,7 +81,9 @@ class Vector:
             rows.append(obs)
             if terminated or truncated:
                 obs, goal = self.restart(i)
-                if self.goal is not None and goal is not None:  # what was handed out stays as it was
+                if (
+                    self.goal is not None and goal is not None
+                ):  # what was handed out stays as it was
                     self.goal = self.goal.clone()
                     self.goal[i] = goal
             now.append(obs)
