@@ -22,11 +22,11 @@ import torch
 from offrl import config, system
 from offrl.data.dataset import home
 from offrl.engine.capture.updates import Updates
-from offrl.engine.method import Run, Spec, Task
+from offrl.engine.method import Run
 from offrl.envs.make import factory
-from offrl.envs.vector import Vector
 from offrl.nets.kernels import products
-from offrl.seeding import derive, generator
+from offrl.runs.task import make_task
+from offrl.seeding import generator
 from offrl.system import cpu_name
 
 WARM_UP = 300  # environment steps before the clock starts
@@ -38,16 +38,13 @@ class Ours:
 
     def __init__(self, name: str, env: str):
         method = config.method(name)
-        given: dict[str, Any] = {"env": env}
+        given: dict[str, Any] = {"env": env, "env_workers": 0}
         if "warmup" in config.fields_of(method.config):
             given["algo.warmup"] = WARM_UP
         resolved = config.configured(name, given)
-        options, count = resolved.config(), resolved.settings.envs
-        envs = Vector([factory(env)] * count, [derive(0, "speed", i) for i in range(count)])
-        spec = Spec(envs.obs_dim, envs.act_dim, discrete=envs.discrete)
-        self.algo = method.make(options, spec, generator(0, "speed"), ())
-        task, run = Task(spec, envs=lambda: envs), Run(options.steps)
-        (self.stage,) = method.stages(self.algo, task, run)
+        options, task = resolved.config(), make_task(resolved, None, [0], torch.device("cpu"))
+        self.algo = method.make(options, task.spec, generator(0, "speed"), ())
+        (self.stage,) = method.stages(self.algo, task, Run(options.steps))
         self.collector: Any = self.stage.parts["collector"]
         if self.stage.before:
             self.stage.before()
