@@ -23,7 +23,7 @@ from offrl.nets.kernels.gelu import EPS, GeluMLP
 LOW, HIGH = 0, 1
 
 
-def update(algo: OTA, batch: Batch, step: int, shared: bool = False) -> Metrics:
+def update(algo: OTA, batch: Batch, turn: int, shared: bool = False) -> Metrics:
     """One update of OTA by the terms of its loss; for an algorithm without seed axes."""
     total = loss(algo, batch, shared)
     polyak(algo.values_target, algo.values, algo.config.tau)

@@ -1,24 +1,19 @@
 """Decision Mamba's blocks on a CPU where no gradient is wanted, compiled as one pass over a window.
 
-`offrl.nets.sequence.multigrained.Backbone` is the definition. Float32, causal groups, separate
-gates only.
+`offrl.nets.sequence.multigrained.Backbone` is the definition. Float32, causal groups only.
 """
 
 import ctypes
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from offrl.nets.kernels.fused_scan import compiled, pointer
 from offrl.nets.kernels.opaque import opaque
-from offrl.nets.sequence.mamba import STATES, Mixer
-
-if TYPE_CHECKING:
-    from offrl.nets.sequence.multigrained import Backbone, Block
 
 SOURCE = Path(__file__).with_suffix(".c")
+STATES = 16  # of a channel
 WIDTH = 16  # widths are multiples of it: of a vector
 WEIGHTS = 23  # pointers in the C file's Block
 
@@ -44,17 +39,26 @@ def serves(x: Tensor) -> bool:
 
 
 @torch.compiler.disable
-def forward(backbone: "Backbone", x: Tensor, mask: Tensor | None, kept: int) -> Tensor:
-    """What `backbone` gives for x (B, 3K, width) at the last `kept` steps; mask (B, K) or None."""
+def forward(
+    blocks: list[list[Tensor]], norm: Tensor, x: Tensor, mask: Tensor | None, kept: int
+) -> Tensor:
+    """What the backbone gives for x (B, 3K, width) at the last `kept` steps.
+
+    Args:
+        blocks: weights of each in the order of the C file's Block; of the fine path all or none.
+        norm: of the last RMSNorm.
+        mask: (B, K), or None where every step is real.
+    """
     loops = library()
     if loops is None:
         raise RuntimeError("the compiled blocks are not to be had here; call Backbone instead")
     batch, tokens, width = x.shape
-    layers, time = len(backbone.blocks), backbone.blocks[0].coarse.time
-    sizes = Sizes(width, len(time.D), time.sizes[0], len(time.conv))
+    _, _, conv, _, _, weight_delta, *_ = blocks[0]
+    (reach, channels), rank = conv.shape, len(weight_delta)
+    sizes, layers = Sizes(width, channels, rank, reach), len(blocks)
     mask = x.new_ones(batch, tokens // 3) if mask is None else mask.float().contiguous()
-    parts = [part for block in backbone.blocks for part in weights(block)]
-    each = len(parts) // layers
+    parts = [part for block in blocks for part in block]
+    each = len(blocks[0])
 
     def run(x: Tensor, mask: Tensor, norm: Tensor, *parts: Tensor) -> tuple[Tensor]:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -75,20 +79,4 @@ def forward(backbone: "Backbone", x: Tensor, mask: Tensor | None, kept: int) -> 
             raise MemoryError(f"no memory for one window of {tokens} tokens of width {width}")
         return (y,)
 
-    return opaque(run, x, mask, backbone.norm.weight, *parts)[0]
-
-
-def weights(block: "Block") -> list[Tensor]:
-    """Of a block, in the order of the C file, where those of the fine path come last."""
-    found = [block.norm.weight, *mixer(block.coarse)]
-    if block.has_fine:
-        found += mixer(block.fine)
-        found += [block.group.weight, block.group.bias]
-        found += [block.fine_norm.weight, block.fine_norm.bias]
-    return found
-
-
-def mixer(m: Mixer) -> list[Tensor]:
-    time = m.time
-    step = time.weight_delta, time.delta_bias, time.A_log.mT.contiguous().exp(), time.D
-    return [m.weight_in, time.conv, time.conv_bias, time.weight_x, *step, m.weight_out]
+    return opaque(run, x, mask, norm, *parts)[0]

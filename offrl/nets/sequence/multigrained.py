@@ -84,6 +84,14 @@ class Block(nn.Module):
             return a + y, {"coarse": coarse}
         return a + y + memory["f"], {"coarse": coarse, "fine": memory["fine"], "action": normed}
 
+    def compiled(self) -> list[Tensor]:
+        """The weights in the order of `fused_backbone.c`'s Block."""
+        found = [self.norm.weight, *self.coarse.compiled()]
+        if self.has_fine:
+            found += [*self.fine.compiled(), self.group.weight, self.group.bias]
+            found += [self.fine_norm.weight, self.fine_norm.bias]
+        return found
+
 
 class SharedGate(nn.Module):
     """A block after the letter of the paper's Figure 1: (B, 3K, width) -> (B, 3K, width).
@@ -163,7 +171,9 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
         if self.fusible and fused_backbone.serves(x):
-            return fused_backbone.forward(self, x, mask, kept or x.shape[1] // 3)
+            blocks = [block.compiled() for block in self.blocks]
+            kept = kept or x.shape[1] // 3
+            return fused_backbone.forward(blocks, self.norm.weight, x, mask, kept)
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, mask)
