@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from offrl import config as configuration
-from offrl.config import ConfigError, Resolved
+from offrl.config import Resolved
 from offrl.data.sources import SUFFIXES
+from offrl.errors import ConfigError
 
 # flags of Hydra that are followed by a value
 HYDRA_FLAGS = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd"}
@@ -18,14 +19,8 @@ OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
 
 
 def main() -> None:
-    """The console command: offrl train|evaluate|collect|report|speed key=value ..."""
-    commands = {
-        "train": train,
-        "evaluate": evaluate,
-        "collect": collect,
-        "report": report,
-        "speed": speed,
-    }
+    """The console command: offrl train|evaluate|collect|report key=value ..."""
+    commands = {"train": train, "evaluate": evaluate, "collect": collect, "report": report}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
         sys.exit(2)
@@ -57,7 +52,8 @@ def explain(overrides: dict[str, list[Any]]) -> None:
     presets = ", ".join(["full", *configuration.shipped(algo).get("presets", {})])
     print(
         f"{inspect.getdoc(train)}\n\n{configuration.configured(algo, first).help()}\n"
-        f"methods: {', '.join(configuration.algorithms())}\npresets: {presets}\n"
+        f"methods: {', '.join(configuration.algorithms())}; files of your own: algo=mine.py\n"
+        f"presets: {presets}\n"
         "resume=DIR continues a run; -m sweeps over comma-separated values; --hydra-help is Hydra's"
     )
 
@@ -99,7 +95,7 @@ def check_overrides(argv: Sequence[str]) -> dict[str, list[Any]]:
         else:
             values[key] = [unquoted(override.value())]
     for algo in values.get("algo", [USUAL]):
-        configuration.module(str(algo))
+        configuration.method(str(algo))
         for key in values:
             configuration.check_key(key, str(algo))
     return values
@@ -118,10 +114,18 @@ def for_hydra(argv: Sequence[str]) -> list[str]:
     """Our keys are checked by us and live outside Hydra's files: let Hydra add or override them."""
     out = []
     for word in argv:
+        if word.startswith("algo=") and configuration.is_own(path := word.removeprefix("algo=")):
+            out += ["algo=own", f"++algo.name={quoted(str(Path(path).absolute()))}"]
+            continue
         key = word.split("=")[0]
         own = "=" in word and not key.startswith(("-", "+", "~", "hydra")) and key != "algo"
         out.append(f"++{word}" if own else word)
     return out
+
+
+def quoted(text: str) -> str:
+    """A value that Hydra takes literally."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def compose(argv: Sequence[str]) -> Resolved:
@@ -145,9 +149,7 @@ def resolve(cfg: Any, words: Sequence[str]) -> Resolved:
     method = raw.pop("algo")
     overrides = {f"algo.{k}": v for k, v in method.items() if k not in OWN_KEYS}
     overrides |= {k: v for k, v in raw.items() if k != "hydra"}
-    resolved = configuration.resolve(
-        method["name"], overrides, method.get("tasks"), method.get("presets")
-    )
+    resolved = configuration.configured(method["name"], overrides)
     if any(word.startswith("algo=") for word in words):
         resolved.origins["algo"] = "command line"
     return resolved
@@ -228,9 +230,7 @@ class readable_errors:
         return None
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        from offrl.engine.log import Diverged
-        from offrl.engine.stop import Interrupted
-        from offrl.runs.workers import Failed
+        from offrl.errors import Diverged, Failed, Interrupted
 
         if error is None or os.environ.get("OFFRL_DEBUG"):
             return
@@ -264,14 +264,6 @@ def report(argv: Sequence[str] | None = None) -> None:
 
     with readable_errors():
         make_report(options(Options, sys.argv[1:] if argv is None else argv))
-
-
-def speed(argv: Sequence[str] | None = None) -> None:
-    """Updates per second, side by side: `algos=[td3bc,prdc] env=halfcheetah`."""
-    from benchmarks.harness.speed import Options, measure_speed
-
-    with readable_errors():
-        measure_speed(options(Options, sys.argv[1:] if argv is None else argv))
 
 
 def options(cls: type, argv: Sequence[str]) -> Any:

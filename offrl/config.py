@@ -8,10 +8,13 @@ guessed from values.
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -24,11 +27,9 @@ from omegaconf import OmegaConf
 
 import offrl.algos
 from offrl.data import sources
+from offrl.engine.method import Method
 from offrl.envs import ogbench
-
-
-class ConfigError(ValueError):
-    """A setting that does not exist or has the wrong type; names the nearest one."""
+from offrl.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,16 @@ class Settings:
     seed: int = 0  # the first seed
     seeds: int = 1  # how many, counting up from `seed`
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
-    # torch threads per process on a CPU; auto measures each stage's updates and takes as many as
-    # help them, up to the cores that a process has; evaluation then takes one
-    threads: int | Literal["auto"] = 1
-    # how updates are made: captured if that is faster, as written, captured, by torch.compile
+    threads: int = 1  # of torch, per training process on a CPU
+    # how updates are made: captured if that is faster, eager, captured, by torch.compile
     speed: Literal["auto", "eager", "graph", "compile"] = "auto"
     preset: str = "full"  # quick: minutes on two cores; full: the published protocol
     log_every: int = 1000  # updates between rows of metrics
     eval_every: int = 5000  # steps between points of the learning curve
     eval_episodes: int = 10  # per point and seed
-    # where points but the last are played: auto is beside, in a process of its own, on a GPU or
-    # with a spare core for each training process, else inline
-    evaluation: Literal["auto", "beside", "inline"] = "auto"
+    # where points of the curve are played: auto is async, in a process of its own, on a GPU or with
+    # a spare core for each training process, else inline
+    evaluation: Literal["auto", "async", "inline"] = "auto"
     final_episodes: int = 100  # of the last checkpoint; their mean is the score
     snapshot_every: int | None = None  # steps between kept copies of the networks; null: none
     runs: str = "runs"  # folder of all runs
@@ -79,9 +78,15 @@ class Resolved:
     origins: dict[str, str] = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        """The method as people call it: a user's own by its file's name."""
+        return Path(self.algo).stem if is_own(self.algo) else self.algo
+
+    @property
     def task(self) -> str:
         """What task patterns match, and what a run's folder is called."""
-        return self.settings.env if online(self.algo) else f"{self.settings.env}-{self.data_name}"
+        online = method(self.algo).online
+        return self.settings.env if online else f"{self.settings.env}-{self.data_name}"
 
     @property
     def data_name(self) -> str:
@@ -98,7 +103,7 @@ class Resolved:
 
     def config(self) -> Any:
         """The method's Config."""
-        return module(self.algo).Config(**self.options)
+        return method(self.algo).config(**self.options)
 
     def seeds(self) -> list[int]:
         return list(range(self.settings.seed, self.settings.seed + self.settings.seeds))
@@ -116,7 +121,7 @@ class Resolved:
 
     def help(self) -> str:
         """Every setting and option with its value here, its origin and its meaning."""
-        parts = [(Settings, self.settings, ""), (module(self.algo).Config, self.config(), "algo.")]
+        parts = [(Settings, self.settings, ""), (method(self.algo).config, self.config(), "algo.")]
         lines = []
         for cls, values, prefix in parts:
             told = meanings(cls)
@@ -148,7 +153,7 @@ def from_yaml(text: str) -> Resolved:
     """
     try:
         raw = yaml.safe_load(text)
-        hints = typing.get_type_hints(module(raw["algo"]).Config)
+        hints = typing.get_type_hints(method(raw["algo"]).config)
         options = {k: convert(k, v, hints[k]) for k, v in raw["options"].items()}
         return Resolved(Settings(**raw["settings"]), raw["algo"], options, raw["origins"])
     except (KeyError, TypeError, yaml.YAMLError) as error:
@@ -177,23 +182,56 @@ def algorithms() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(offrl.algos.__path__))
 
 
-def module(algo: str) -> types.ModuleType:
-    """The module of a method.
+def method(algo: str) -> Method:
+    """The METHOD of a name, or of the file at a path that ends in .py.
 
     Raises:
-        ConfigError: naming the nearest method.
+        ConfigError: naming the nearest method, or what is wrong with the file.
     """
+    if is_own(algo):
+        return own_method(Path(algo).absolute())
     if algo not in algorithms():
         raise ConfigError(
             f"there is no algorithm {algo!r}{nearest(algo, algorithms())}; "
-            f"known: {', '.join(algorithms())}"
+            f"known: {', '.join(algorithms())}; a file of your own is named by its path, *.py"
         )
-    return importlib.import_module(f"offrl.algos.{algo}")
+    return importlib.import_module(f"offrl.algos.{algo}").METHOD
+
+
+def is_own(algo: str) -> bool:
+    return Path(algo).suffix == ".py"
+
+
+@functools.cache
+def own_method(path: Path) -> Method:
+    """The METHOD of a user's file, which is run once."""
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}")
+    name = f"offrl_own_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their types up there
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(f"{path} cannot be imported: {error}") from error
+    found = getattr(module, "METHOD", None)
+    if not isinstance(found, Method):
+        raise ConfigError(f"{path} defines no METHOD = Method(...); see offrl/engine/method.py")
+    return found
 
 
 def shipped(algo: str) -> dict[str, Any]:
-    """The stored values of a method: `tasks` and `presets` as `resolve` takes them."""
-    stored = folder() / "algo" / f"{algo}.yaml"
+    """The stored values of a method: `tasks` and `presets` as `resolve` takes them.
+
+    Those of a user's own file lie beside it, in a YAML file of the same name.
+    """
+    own = is_own(algo)
+    stored = Path(algo).with_suffix(".yaml") if own else folder() / "algo" / f"{algo}.yaml"
+    if own and not stored.exists():
+        return {}
     # as Hydra reads them: to plain YAML 5e-4 is a word
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(stored.read_text())))
 
@@ -202,11 +240,6 @@ def configured(algo: str, overrides: Mapping[str, Any]) -> Resolved:
     """`resolve` with the stored values of the method."""
     stored = shipped(algo)
     return resolve(algo, overrides, stored.get("tasks"), stored.get("presets"))
-
-
-def online(algo: str) -> bool:
-    """Whether the method collects its own data."""
-    return not module(algo).FIELDS
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -284,7 +317,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 def check_key(key: str, algo: str) -> None:
     """Raises ConfigError if `key` is neither a setting nor an option of the method."""
     if key.startswith("algo."):
-        name, options = key.removeprefix("algo."), fields_of(module(algo).Config)
+        name, options = key.removeprefix("algo."), fields_of(method(algo).config)
         if name not in options:
             raise ConfigError(
                 f"{algo} has no option {name!r}{nearest(name, options)}; "
@@ -292,7 +325,7 @@ def check_key(key: str, algo: str) -> None:
             )
     elif key not in {"algo", "steps", "resume"} and key not in fields_of(Settings):
         known = [*fields_of(Settings), "algo", "steps", "resume"]
-        also = fields_of(module(algo).Config)
+        also = fields_of(method(algo).config)
         hint = f"; did you mean 'algo.{key}'?" if key in also else nearest(key, known)
         raise ConfigError(f"there is no setting {key!r}{hint}; known: {', '.join(known)}")
 
@@ -346,7 +379,7 @@ def resolve(
     Raises:
         ConfigError: unknown key, wrong type, unknown preset.
     """
-    config = module(algo).Config
+    config = method(algo).config
     options, settings = fields_of(config), fields_of(Settings)
     presets = {"full": {}, **(presets or {})}
     values: dict[str, Any] = {f"algo.{f.name}": f.default for f in dataclasses.fields(config)}

@@ -11,9 +11,9 @@ import torch
 
 from offrl import config
 from offrl.cli import readable_errors
-from offrl.config import ConfigError
 from offrl.envs import grid
 from offrl.envs.make import env_id
+from offrl.errors import ConfigError
 from offrl.runs.evaluate import checkpoints, load_algorithm
 from offrl.runs.report import label
 

@@ -16,20 +16,20 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from offrl.engine.threads import candidates
 
 import offrl
 from offrl import cli, system
 from offrl import config as configuration
-from offrl.config import ConfigError
 from offrl.engine import checkpoint
 from offrl.engine.loop import Curve, Progress
-from offrl.engine.threads import candidates
 from offrl.envs import make
+from offrl.errors import ConfigError, Failed
 from offrl.nets.kernels import products
 from offrl.runs import record as outcome
 from offrl.runs import task
 from offrl.runs import train as experiment
-from offrl.runs.workers import Display, Failed
+from offrl.runs.workers import Display
 from offrl.system import cores
 
 EPISODES = ["eval_episodes=2", "final_episodes=2"]

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from offrl import config
-from offrl.config import ConfigError, convert, from_yaml, resolve
+from offrl.config import convert, from_yaml, resolve
 from offrl.envs import ogbench
+from offrl.errors import ConfigError
 from offrl.runs import train as experiment
 from offrl.runs import workers as parallel
 from offrl.runs.train import layout

@@ -15,8 +15,9 @@ import yaml
 from scipy.stats import binomtest
 
 from offrl import config as configuration
-from offrl.config import ConfigError, Resolved
+from offrl.config import Resolved
 from offrl.envs import ogbench
+from offrl.errors import ConfigError
 from offrl.results import plots, stats
 from offrl.runs.evaluate import checkpoints, load_algorithm
 from offrl.runs.record import placeless, write_json

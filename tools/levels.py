@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from offrl.config import Resolved
 from offrl.engine.evaluate import evaluator_of
-from offrl.engine.method import Algorithm, Batch, Policy
+from offrl.engine.method import Algorithm, Policy
 from offrl.nets.goal import normalized
 from offrl.runs.task import make_env
 
@@ -79,18 +79,12 @@ class Led:
     def __init__(self, algo: Any, routes: Routes, reach: float):
         self.algo, self.routes, self.reach = algo, routes, reach
 
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         pairs = zip(now["obs"].numpy(), now["goal"].numpy(), strict=True)
         points = [self.routes.ahead(xy, goal, self.reach) for xy, goal in pairs]
         waypoint = self.algo.goal(torch.tensor(np.stack(points), dtype=torch.float32))
         z = self.algo.rep(now["obs"], waypoint)
-        return self.algo.low.act(now["obs"], z, explore, generator), memory
+        return self.algo.low.act(now["obs"], z, now["explore"], now["generator"]), memory
 
 
 @torch.no_grad()

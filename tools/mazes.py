@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from offrl import config as configuration
-from offrl.config import ConfigError, Resolved
+from offrl.config import Resolved
 from offrl.engine.method import Algorithm
 from offrl.envs.make import factory, tasks
+from offrl.errors import ConfigError
 from offrl.runs.evaluate import checkpoints, load_algorithm
 from offrl.seeding import derive, generator
 from tools import levels
@@ -156,6 +157,7 @@ def expert_paths(env: str, seed: int) -> list[tuple[Tensor, Tensor]]:
     return paths
 
 
+@torch.no_grad()
 def trajectories(
     algo: Algorithm, env: str, option: dict[str, Any], episodes: int, seed: int
 ) -> list[tuple[np.ndarray, bool]]:
@@ -166,8 +168,9 @@ def trajectories(
         goal = torch.as_tensor(info["goal"], dtype=torch.float32).unsqueeze(0)
         stream, memory, path, over = generator(seed, "policy"), None, [obs], False
         while not over:
-            now = {"obs": torch.as_tensor(obs, dtype=torch.float32).unsqueeze(0), "goal": goal}
-            act, memory = algo.act(now, memory, generator=stream)
+            row = torch.as_tensor(obs, dtype=torch.float32).unsqueeze(0)
+            now = {"obs": row, "goal": goal, "explore": False, "generator": stream}
+            act, memory = algo.act(now, memory)
             obs, _, reached, late, _ = world.step(act[0].numpy())
             path.append(obs)
             over = reached or late

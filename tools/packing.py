@@ -22,14 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from offrl.data.dataset import DataError
 from offrl.data.sources.generated import PACKAGES
 from offrl.data.sources.policies import FOLDER, Behavior, layers, manifest
 from offrl.data.sources.rollout import in_processes
 from offrl.engine import checkpoint
 from offrl.engine.evaluate import Evaluator
 from offrl.envs.make import env_id, factory
-from offrl.runs.evaluate import Exploring
+from offrl.errors import DataError
 from offrl.seeding import derive
 
 # Of the expert's return. D4RL's text says "approximately 1/3"; the scores of its medium and expert
@@ -172,8 +171,7 @@ def evaluate(
     weights = [(torch.from_numpy(w), torch.from_numpy(b)) for w, b in arrays]
     policy: Any = Behavior(weights, {})  # Any: it acts, but does not train
     player = Evaluator(factory(env), width=min(10, episodes), seed=seed)
-    shown: Any = Exploring(policy) if explore else policy
-    return player(shown, episodes).returns.double().numpy()
+    return player(policy, episodes, explore=explore).returns.double().numpy()
 
 
 if __name__ == "__main__":

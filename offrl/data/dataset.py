@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offrl.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 FIELDS = ("obs", "act", "reward", "next_obs", "terminal", "timeout")
-
-
-class DataError(ValueError):
-    """A data set that cannot be used; the message names the field, the row and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,17 @@ class Dataset:
     def act_dim(self) -> int:
         act = self.fields["act"]
         return int(act.max()) + 1 if self.discrete else act.shape[-1]
+
+    def with_fields(self, **fields: Tensor) -> "Dataset":
+        """The same rows with further fields, such as next_act; they count in the digest.
+
+        Raises:
+            ValueError: for a field of another length.
+        """
+        for name, value in fields.items():
+            if len(value) != len(self):
+                raise ValueError(f"{name} has {len(value)} rows, {self.name} has {len(self)}")
+        return replace(self, fields=self.fields | fields)
 
     @cached_property
     def digest(self) -> str:

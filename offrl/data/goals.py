@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.dataset import DataError, Dataset
+from offrl.data.dataset import Dataset
 from offrl.data.samplers import BUDGET, gatherer
 from offrl.engine.method import Batch, Run, Sampler, Stage, Task
+from offrl.errors import DataError
 from offrl.nets.encoders import cropped
 
 STATES = ("obs", "act", "next_obs")  # fields of a data set that its trajectories are made of

@@ -36,7 +36,8 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from tqdm import tqdm
 
-from offrl.data.dataset import DataError, once, store, write
+from offrl.data.dataset import once, store, write
+from offrl.errors import DataError
 from offrl.nets.kernels.opaque import opaque
 
 VERSION = 1  # of the stored lists

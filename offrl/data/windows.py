@@ -184,7 +184,8 @@ def window_stages(
         between: see `Stage`.
     """
     c, data = algo.config, task.data
-    algo.standardize = Standardize(data.obs_dim, *data.statistics(eps=1e-6), run.device)
+    mean, std = data.statistics(eps=1e-6)
+    algo.standardize = Standardize(data.obs_dim, mean, std, run.device)
 
     def start() -> Sampler:
         ready = prepare(algo.standardize)

@@ -17,15 +17,35 @@ Play = Callable[[Path], dict[str, Tensor]]  # a checkpoint -> name -> (*S, episo
 Row = tuple[int, str, dict[str, list[float]]]  # step, stage, means
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How often things happen, in the steps that people see.
+
+    Attributes:
+        log_every: updates between two rows of metrics.
+        eval_every, eval_episodes: points of the learning curve.
+        final_episodes: of the last evaluation, whose mean is the score.
+        snapshot_every: keep a copy of the algorithm at these steps; None for none.
+    """
+
+    log_every: int = 1000
+    eval_every: int = 5000
+    eval_episodes: int = 10
+    final_episodes: int = 100
+    snapshot_every: int | None = None
+
+
 @dataclass
 class Curve:
     """Evaluations so far: the step and, per name, raw values (*S, episodes) of each point.
 
     Attributes:
+        headline: name of the values whose mean is the score.
         seconds: of training and evaluation until the last checkpoint, over all sessions of a run
             that was resumed.
     """
 
+    headline: str = "return"
     steps: list[int] = field(default_factory=list)
     points: list[dict[str, Tensor]] = field(default_factory=list)
     final: dict[str, Tensor] | None = None
@@ -33,6 +53,11 @@ class Curve:
 
     def state(self) -> dict[str, Any]:
         return dict(vars(self))
+
+    @property
+    def score(self) -> float | None:
+        """The newest value of the headline."""
+        return float(self.points[-1][self.headline].mean()) if self.points else None
 
 
 class Points:
@@ -43,19 +68,19 @@ class Points:
     rows that come after it wait.
 
     Args:
-        evaluate, episodes: plays a point here; None for a run without points.
+        evaluate: plays a point here; None for a run without points.
         worker: plays them beside the training instead.
     """
 
     def __init__(
         self,
         evaluate: Evaluate | None,
-        episodes: int,
+        schedule: Schedule,
         curve: Curve,
         log: Log,
         worker: "AsyncEvaluator | None" = None,
     ):
-        self.evaluate, self.episodes, self.worker = evaluate, episodes, worker
+        self.evaluate, self.schedule, self.worker = evaluate, schedule, worker
         self.curve, self.log = curve, log
         self.pending: int | None = None
         self.playing = False
@@ -72,7 +97,7 @@ class Points:
             self.worker.begin(path)
             self.playing = True
         elif self.evaluate is not None:
-            self.put(self.evaluate(algo, self.episodes))
+            self.put(self.evaluate(algo, self.schedule.eval_episodes))
 
     def put(self, point: dict[str, Tensor]) -> None:
         assert self.pending is not None
@@ -88,6 +113,14 @@ class Points:
         self.waiting.append((step, stage, means))
         if not self.playing or (self.worker is not None and self.worker.ready()):
             self.settle()
+
+    def finish(self, algo: Algorithm) -> bool:
+        """Make the final evaluation unless it is there or there is none; tells whether it did."""
+        if self.evaluate is None or self.curve.final is not None:
+            return False
+        self.settle()
+        self.curve.final = self.evaluate(algo, self.schedule.final_episodes)
+        return True
 
     def settle(self) -> None:
         """Wait for the point that is being played, and write what waited for it."""

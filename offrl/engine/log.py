@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from offrl.engine.method import Metrics
+from offrl.errors import Diverged
 
 LIMIT = 1e15  # beyond it a metric has run away: a squared error of thirty million
-
-
-class Diverged(RuntimeError):
-    """A quantity became NaN, infinite or absurd; the message names the first and its update."""
 
 
 class Meter:
@@ -66,24 +63,23 @@ class Log:
     Args:
         folder: run directory; the files are continued when it already holds some.
         seeds: the seed behind each entry of a metric.
-        keep: size in bytes of the CSV up to the checkpoint that the run continues from.
-        purge: step from which older TensorBoard events are superseded.
+        saved: the checkpoint that the run continues from: it knows the size of the CSV then, and
+            the step after which older TensorBoard events are superseded.
     """
 
-    def __init__(
-        self, folder: Path, seeds: list[int], keep: int | None = None, purge: int | None = None
-    ):
+    def __init__(self, folder: Path, seeds: list[int], saved: dict[str, Any] | None = None):
         from torch.utils.tensorboard import SummaryWriter
 
         self.seeds = seeds
         path = folder / "metrics.csv"
-        if keep is not None and path.exists():
+        if saved is not None and path.exists():
             with open(path, "r+b") as old:
-                old.truncate(keep)
-        self.file = open(path, "a" if keep is not None else "w", newline="")  # noqa: SIM115
+                old.truncate(saved["metrics_bytes"])
+        self.file = open(path, "w" if saved is None else "a", newline="")  # noqa: SIM115
         self.writer = csv.writer(self.file)
-        if keep is None:
+        if saved is None:
             self.writer.writerow(["step", "stage", "seed", "name", "value"])
+        purge = None if saved is None else saved["global_step"] + 1
         self.events = SummaryWriter(str(folder), purge_step=purge, max_queue=1000)
 
     def write(self, step: int, stage: str, means: dict[str, list[float]]) -> None:

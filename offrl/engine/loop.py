@@ -11,29 +11,12 @@ from torch import Tensor
 
 from offrl.engine import checkpoint, minimize
 from offrl.engine.capture.updates import Speed, Updates
-from offrl.engine.curve import AsyncEvaluator, Curve, Points
-from offrl.engine.log import Diverged, Log, Meter
+from offrl.engine.curve import AsyncEvaluator, Curve, Points, Schedule
+from offrl.engine.log import Log, Meter
 from offrl.engine.method import Algorithm, Evaluate, Stage
 from offrl.engine.state import load_state, state_of, tensors
-from offrl.engine.stop import Interrupted, stop_requests
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How often things happen, in the steps that people see.
-
-    Attributes:
-        log_every: updates between two rows of metrics.
-        eval_every, eval_episodes: points of the learning curve.
-        final_episodes: of the last evaluation, whose mean is the score.
-        snapshot_every: keep a copy of the algorithm at these steps; None for none.
-    """
-
-    log_every: int = 1000
-    eval_every: int = 5000
-    eval_episodes: int = 10
-    final_episodes: int = 100
-    snapshot_every: int | None = None
+from offrl.engine.stop import stop_requests
+from offrl.errors import Diverged, Interrupted
 
 
 @dataclass
@@ -50,7 +33,7 @@ class Progress:
     step: int
     total: int
     per_second: float
-    point: dict[str, Tensor]
+    score: float | None
     notes: list[str] = field(default_factory=list)
 
 
@@ -66,6 +49,7 @@ def fit(
     report: Callable[[Progress], None] = lambda progress: None,
     speed: Speed = "auto",
     worker: AsyncEvaluator | None = None,
+    headline: str = "return",
 ) -> Curve:
     """Run the stages to their end; returns the learning curve and the final evaluation.
 
@@ -81,6 +65,7 @@ def fit(
         resume: continue from the checkpoint in `folder` if there is one.
         report: told the progress about twice a second.
         speed: how updates are made; see `engine.capture.updates.Updates`.
+        headline: name of the values of `evaluate` whose mean is the score.
         worker: plays the points of the curve in a process of its own; values and files are those of
             `evaluate`, which then plays the final evaluation only.
 
@@ -95,13 +80,15 @@ def fit(
     saved = checkpoint.load(path) if resume and path.exists() else None
     if saved is not None and saved["label"] != label:
         raise ValueError(f"{path} belongs to {saved['label']}, not to {label}")
-    loop = Loop(
-        algo, stages, folder, evaluate, schedule, seeds, label, report, speed, worker, saved
-    )
+    log = Log(folder, seeds, saved)
+    curve = Curve(**saved["curve"]) if saved is not None else Curve(headline)
+    points = Points(evaluate, schedule, curve, log, worker)
     try:
-        return loop.run()
+        return Loop(
+            algo, stages, folder, schedule, seeds, label, report, speed, points, saved
+        ).run()
     finally:
-        loop.log.close()
+        log.close()
         if worker is not None:
             worker.close()
 
@@ -114,38 +101,33 @@ class Loop:
         algo: Algorithm,
         stages: list[Stage],
         folder: Path,
-        evaluate: Evaluate | None,
         schedule: Schedule,
         seeds: list[int],
         label: str,
         report: Callable[[Progress], None],
         speed: Speed,
-        worker: AsyncEvaluator | None,
+        points: Points,
         saved: dict[str, Any] | None,
     ):
         self.algo, self.stages, self.folder = algo, stages, folder
-        self.evaluate, self.schedule, self.report = evaluate, schedule, report
-        self.seeds, self.label, self.speed = seeds, label, speed
+        self.schedule, self.report, self.speed = schedule, report, speed
+        self.seeds, self.label = seeds, label
+        self.points, self.curve, self.log = points, points.curve, points.log
         self.notes: list[str] = []  # how updates are made
         self.index = self.step = 0  # stage, and updates made in it
         self.base = 0  # steps that people saw in the stages before
         self.begun = False  # whether the current stage's `before` has run
-        self.meter, curve = Meter(), Curve()
+        self.meter = Meter()
         self.parts = {name: part for stage in stages for name, part in stage.parts.items()}
-        keep = purge = None
         if saved is not None:
             self.index, self.step, self.base = saved["stage"], saved["step"], saved["base"]
-            self.begun, curve = saved["begun"], Curve(**saved["curve"])
+            self.begun, points.pending = saved["begun"], saved["pending"]
             load_state(algo, saved["algo"])
             self.meter.load(saved["meter"])
             for name, part in self.parts.items():
                 part.load(saved["parts"][name], self.place(name))
-            keep, purge = saved["metrics_bytes"], saved["global_step"] + 1
-        self.log = Log(folder, seeds, keep, purge)
-        self.points = Points(evaluate, schedule.eval_episodes, curve, self.log, worker)
-        self.points.pending = saved["pending"] if saved is not None else None
         self.first = self.global_step
-        self.began = time.monotonic() - curve.seconds
+        self.began = time.monotonic() - self.curve.seconds
         self.told, self.told_step = 0.0, self.first
         self.inner = minimize.Inner(self.log, speed, self.notes.append)
 
@@ -156,12 +138,9 @@ class Loop:
             while self.index < len(self.stages):
                 self.run_stage(self.stages[self.index])
             self.stop_if_asked()
-        if self.evaluate is not None and self.points.curve.final is None:
-            self.points.settle()
-            final = self.evaluate(self.algo, self.schedule.final_episodes)
-            self.points.curve.final = final
+        if self.points.finish(self.algo):
             self.save()
-        return self.points.curve
+        return self.curve
 
     def run_stage(self, stage: Stage) -> None:
         with self.stopping.at_once():  # nothing is lost: the last stage's end is in the checkpoint
@@ -238,7 +217,7 @@ class Loop:
     def add_point(self, stage: Stage) -> None:
         """A checkpoint, and its point of the learning curve where the stage has any."""
         step = self.global_step
-        if self.evaluate is None or not stage.evaluate or self.points.last == step:
+        if self.points.evaluate is None or not stage.evaluate or self.points.last == step:
             self.save()
             return
         self.flush(stage)
@@ -286,11 +265,9 @@ class Loop:
         speed = (step - self.told_step) / (now - self.told) if self.told else 0.0
         self.log.speed(step, speed)
         self.told, self.told_step = now, step
-        curve = self.points.curve
         total = self.base + self.clock(stage.steps) if stage.steps else 0
         notes, self.notes[:] = list(self.notes), []
-        point = curve.points[-1] if curve.points else {}
-        self.report(Progress(stage.name, self.first, step, total, speed, point, notes))
+        self.report(Progress(stage.name, self.first, step, total, speed, self.curve.score, notes))
 
     def save(self) -> None:
         self.points.settle()
@@ -304,7 +281,7 @@ class Loop:
         except Diverged:
             self.meter.flush()  # a metric that went wrong before names the cause
             raise
-        self.points.curve.seconds = time.monotonic() - self.began
+        self.curve.seconds = time.monotonic() - self.began
         content = {
             "label": self.label,
             "seeds": self.seeds,
@@ -316,7 +293,7 @@ class Loop:
             "global_step": self.global_step,
             "parts": {name: part.save(self.place(name)) for name, part in self.parts.items()},
             "meter": self.meter.state(),
-            "curve": self.points.curve.state(),
+            "curve": self.curve.state(),
             "pending": self.points.pending,
             "metrics_bytes": self.log.flush(),
         }

@@ -12,10 +12,6 @@ STOPPING = b"stopping: a checkpoint is written after the update or evaluation th
 AGAIN = b"; Ctrl-C again stops at once, at the checkpoint before"
 
 
-class Interrupted(Exception):
-    """The run was stopped by a signal after its checkpoint was written."""
-
-
 class StopRequests:
     """SIGINT and SIGTERM, counted so that the loop ends at a border of updates.
 

@@ -11,14 +11,15 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from offrl import config as configuration
-from offrl.config import ConfigError
+from offrl.errors import ConfigError
 from offrl.data.sources import generated, minari
-from offrl.data.dataset import DataError, Dataset, home, read, write
+from offrl.data.dataset import Dataset, home, read, write
+from offrl.errors import DataError
 from offrl.data.sources.rollout import Share, borders, roll_out
-from offrl.engine.method import Algorithm, Policy
+from offrl.engine.method import Algorithm, Now, Policy
 from offrl.envs.make import env_id
 from offrl.runs.evaluate import checkpoints, load_algorithm
 from offrl.runs.task import make_env, version
@@ -154,14 +155,14 @@ def collect_run(
         for (name, policy), count in zip(members, counts, strict=True)
     ]
     env = resolved.settings.env
-    name = f"{resolved.algo}-{resolved.task}"
+    name = f"{resolved.name}-{resolved.task}"
     info = {
-        "source": "run", "run": str(run), "algo": resolved.algo, "seed": seed,
+        "source": "run", "run": str(run), "algo": resolved.name, "seed": seed,
         "legacy_mass": resolved.settings.legacy_mass,
     }
     id = env_id(env, version(resolved))
     data = from_policies(shares, make_env(resolved), env, id, name, info, workers, seed)
-    store(data, id, out, minari_id, resolved.algo)
+    store(data, id, out, minari_id, resolved.name)
     return data
 
 
@@ -204,15 +205,12 @@ class Member:
     def __init__(self, algo: Algorithm, index: int, count: int):
         self.algo, self.index, self.count = algo, index, count
 
-    def act(
-        self,
-        now: dict[str, Tensor],
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        stacked = {k: v.expand(self.count, *v.shape) for k, v in now.items()}
-        act, memory = self.algo.act(stacked, memory, explore=explore, generator=generator)
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        stacked = {
+            name: value.expand(self.count, *value.shape) if isinstance(value, Tensor) else value
+            for name, value in now.items()
+        }
+        act, memory = self.algo.act(stacked, memory)
         return act[self.index], memory
 
 

@@ -10,16 +10,19 @@ import torch
 from tqdm import tqdm
 
 from offrl import config as configuration
-from offrl.config import ConfigError, Resolved
+from offrl.config import Resolved
+from offrl.errors import ConfigError
 from offrl.engine import checkpoint
-from offrl.engine.evaluate import Episodes, Evaluator, evaluator_of
-from offrl.engine.method import Algorithm, Policy, Spec
+from offrl.engine.evaluate import Episodes
+from offrl.engine.method import Algorithm, Evaluate
+from offrl.engine.state import load_state
 from offrl.envs.make import engines, env_id, factory, tasks
-from offrl.envs.vector import flat, sizes
+from offrl.envs.vector import flat
 from offrl.runs.record import UNITS, played_in, rows, scored, summary
-from offrl.runs.workers import Failed, prepare
+from offrl.runs.workers import prepare
+from offrl.errors import Failed
 from offrl.seeding import derive, generator
-from offrl.runs.task import make_env, version
+from offrl.runs.task import axes_of, make_env, make_evaluator, rolled_out, spec_of, version
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,8 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     seeds: list[int] = []
     for file in files:
         algo, group = load_algorithm(resolved, file)
-        axes = (len(group),) if len(group) > 1 else ()
-        player = evaluator_of(algo, make_env(resolved), axes, (options.episodes,), options.seed)
-        shown: Policy = Exploring(algo) if options.explore else algo
-        played.append(player(shown, options.episodes))
+        player = make_evaluator(resolved, axes_of(group), (options.episodes,), options.seed)
+        played.append(player(algo, options.episodes, explore=options.explore))
         seeds += group
         player.close()
     returns = rows([episodes.returns for episodes in played])
@@ -125,20 +126,15 @@ def load_algorithm(
         ValueError: if the file is damaged or does not fit.
     """
     saved = checkpoint.load(file)
-    if saved["label"] != resolved.algo:
-        raise ConfigError(f"{file} belongs to {saved['label']}, the run is of {resolved.algo}")
+    if saved["label"] != resolved.name:
+        raise ConfigError(f"{file} belongs to {saved['label']}, the run is of {resolved.name}")
     group = saved["seeds"]
-    axes = (len(group),) if len(group) > 1 else ()
-    env = make_env(resolved)()
-    obs_dim, act_dim, discrete = sizes(env)
-    spec = Spec(obs_dim, act_dim, discrete=discrete)
-    env.close()
-    method = configuration.module(resolved.algo)
-    algo = method.make(resolved.config(), spec, generator(0, "evaluation", device=device), axes)
+    stream, method = generator(0, "evaluation", device=device), configuration.method(resolved.algo)
+    algo = method.make(resolved.config(), spec_of(resolved), stream, axes_of(group))
     state = saved["algo"]
-    if "generator" in state and state["generator"].shape != algo.generator.get_state().shape:
-        state = state | {"generator": algo.generator.get_state()}  # trained on another device
-    algo.load(state)
+    if state["generator"].shape != stream.get_state().shape:  # trained on another device
+        state = state | {"generator": stream.get_state()}
+    load_state(algo, state)
     return algo, group
 
 
@@ -147,29 +143,20 @@ def player(folder: Path, device: torch.device) -> Callable[[Path], dict[str, tor
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
     s = resolved.settings
     prepare(resolved, folder, device)
-    made: dict[tuple[int, ...], Evaluator] = {}
+    made: dict[tuple[int, ...], Evaluate] = {}
 
     def play(path: Path) -> dict[str, torch.Tensor]:
         algo, group = load_algorithm(resolved, path, device)
-        axes = (len(group),) if len(group) > 1 else ()
+        axes = axes_of(group)
         if axes not in made:
-            counts = (s.eval_episodes, s.final_episodes)
-            made[axes] = evaluator_of(algo, make_env(resolved), axes, counts, 0, device)
-        return made[axes](algo, s.eval_episodes).named()
+            episodes = (s.eval_episodes, s.final_episodes)
+            made[axes] = rolled_out(make_evaluator(resolved, axes, episodes, 0, device), 0, False)
+        return made[axes](algo, s.eval_episodes)
 
     return play
 
 
-class Exploring:
-    """The policy as it acts in training."""
-
-    def __init__(self, algo: Policy):
-        self.algo = algo
-
-    def act(self, now: Any, memory: Any = None, explore: bool = False, generator: Any = None):
-        return self.algo.act(now, memory, explore=True, generator=generator)
-
-
+@torch.no_grad()
 def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> list[Any]:
     """RGB frames of one episode of the first seed, in the first scenario or task.
 
@@ -197,12 +184,12 @@ def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> 
                 ) from error
             row = flat([obs]).expand(*lead, -1)
             now = {
-                "obs": row, "start": torch.full(lead, start),
-                "reward": torch.full(lead, reward), "scenario": torch.zeros(lead).long(),
+                "obs": row, "start": torch.full(lead, start), "reward": torch.full(lead, reward),
+                "scenario": torch.zeros(lead).long(), "explore": False, "generator": stream,
             }
             if goal is not None:
                 now["goal"] = goal.expand(*lead, -1)
-            act, memory = algo.act(now, memory, generator=stream)
+            act, memory = algo.act(now, memory)
             first = act.flatten(0, len(lead) - 1)[0].numpy()
             obs, gained, terminal, timeout, _ = env.step(first)
             over, start, reward = terminal or timeout, 0.0, float(gained)

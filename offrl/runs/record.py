@@ -19,7 +19,7 @@ import offrl
 from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.data.dataset import Dataset
-from offrl.engine.loop import Curve
+from offrl.engine.curve import Curve
 from offrl.envs import ogbench, scores
 from offrl.system import cores, cpu_name
 from offrl.nets.kernels import products
@@ -31,16 +31,19 @@ PACKAGES = ("offrl", "torch", "numpy", "scipy", "gymnasium", "mujoco", "minari",
 UNITS = {"score": "D4RL-normalized", "success": "success rate (%)", "return": "undiscounted return"}
 
 
-def scored(resolved: Resolved, returns: Any) -> tuple[str, Any]:
-    """D4RL-normalized where the environment has reference returns, the plain return elsewhere.
+def scored(resolved: Resolved, values: Any, headline: str = "return") -> tuple[str, Any]:
+    """The unit of values of the headline, and the values in it.
 
-    OGBench pays 1 at the goal: there the mean return is the share of successes.
+    Returns are D4RL-normalized where the environment has reference returns; OGBench pays 1 at the
+    goal, so that the mean return is the share of successes there.
     """
+    if headline != "return":
+        return headline, values
     if ogbench.known(resolved.settings.env):
-        return "success", 100 * returns
+        return "success", 100 * values
     if scores.reference(resolved.settings.env, resolved.settings.dataset) is None:
-        return "return", returns
-    value = scores.score(returns, resolved.settings.env, resolved.settings.dataset)
+        return "return", values
+    value = scores.score(values, resolved.settings.env, resolved.settings.dataset)
     return "score", value
 
 
@@ -52,76 +55,91 @@ def finish(
     device: torch.device,
     seconds: float,
 ) -> dict[str, Any]:
-    """Write episodes, picture and result of a finished run."""
-    s = resolved.settings
+    """Write episodes, picture and result of a finished run; one without a score has no picture."""
     seeds = [seed for group in groups for seed in group]
-    steps = curves[0].steps
-    final = rows([c.final["return"] for c in curves if c.final is not None])  # (seeds, episodes)
-    points = np.stack(
-        [rows([c.points[i]["return"] for c in curves]) for i in range(len(steps))], 1
-    )  # (seeds, points, episodes)
-    write_episodes(folder / "episodes.csv", seeds, curves)
-    unit, final_scores = scored(resolved, final)
-    _, curve_scores = scored(resolved, points.mean(-1))
-    per_seed = final_scores.mean(-1)
-    plot_curve(resolved, folder, np.array(steps), curve_scores, unit)
     stored = json.loads((folder / "run.json").read_text())
     result = {
-        "algo": resolved.algo,
+        "algo": resolved.name,
         "task": resolved.task,
         "env": stored["env"],
         "dataset": stored["dataset"],
         "steps": resolved.options["steps"],
+        "steps_are": steps_are(resolved),
         "seeds": seeds,
         "layout": "one process per seed" if len(groups) == len(seeds) else "stacked in one process",
-        "unit": UNITS[unit],
         "checkpoint": "last",
-        "score": summary(per_seed),
+        **(scores_of(resolved, folder, seeds, curves) if curves[0].final else {"score": None}),
+        "device": str(device),
+        "threads": resolved.settings.threads,
+        # where a session was killed it is missing in what was kept
+        "seconds": round(max([seconds, *(c.seconds for c in curves)]), 1),
+        "versions": stored["versions"],
+        "engines": stored["engines"],
+        "commit": stored["commit"],
+        "command": stored["command"],
+        "date": stored["date"],
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+def steps_are(resolved: Resolved) -> str:
+    online = configuration.method(resolved.algo).online
+    return "environment steps" if online else "updates"
+
+
+def scores_of(
+    resolved: Resolved, folder: Path, seeds: list[int], curves: list[Curve]
+) -> dict[str, Any]:
+    """What the evaluations found, which also goes to episodes.csv and curve.png."""
+    steps, headline = curves[0].steps, curves[0].headline
+    final = rows([c.final[headline] for c in curves if c.final is not None])  # (seeds, episodes)
+    points = np.stack(
+        [rows([c.points[i][headline] for c in curves]) for i in range(len(steps))], 1
+    )  # (seeds, points, episodes)
+    write_episodes(folder / "episodes.csv", seeds, curves)
+    unit, final_scores = scored(resolved, final, headline)
+    _, curve_scores = scored(resolved, points.mean(-1), headline)
+    plot_curve(resolved, folder, np.array(steps), curve_scores, unit)
+    found = {
+        "unit": UNITS.get(unit, unit),
+        "score": summary(final_scores.mean(-1)),
         "last10": summary(curve_scores[:, -10:].mean(-1)),
         "last3": summary(curve_scores[:, -3:].mean(-1)),
         "best": summary(curve_scores.max(-1)),
         "final_returns": final.tolist(),
         "curve": {"steps": steps, "mean_return": points.mean(-1).tolist()},
-        "device": str(device),
-        "threads": max([n for c in curves for n in c.threads.values()], default=s.threads),
-        # where a session was killed it is missing in what was kept
-        "seconds": round(max([seconds, *(c.seconds for c in curves)]), 1),
-        "versions": stored["versions"],
-        "engines": stored.get("engines", {}),
-        "commit": stored.get("commit"),
-        "command": stored["command"],
-        "date": stored["date"],
     }
     if names := scenario_names(curves):
-        alone = curves[0].points[0][f"return/{names[0]}"].shape[-1]
-        together = curves[0].points[0]["return"].shape[-1] > alone
-        result["headline"] = (
+        alone = curves[0].points[0][f"{headline}/{names[0]}"].shape[-1]
+        together = curves[0].points[0][headline].shape[-1] > alone
+        found["headline"] = (
             "the episodes of all tasks"
             if together
             else "per seed, the scenario of the highest mean in that evaluation"
         )
-        result["scenarios"] = {name: scenario(resolved, curves, name) for name in names}
-    write_json(folder / "result.json", result)
-    return result
+        found["scenarios"] = {name: scenario(resolved, curves, name) for name in names}
+    return found
 
 
 def scenario_names(curves: list[Curve]) -> list[str]:
     """Scenarios that were played apart, in their order."""
-    keys = curves[0].final or {}
-    return [key.removeprefix("return/") for key in keys if key.startswith("return/")]
+    start = f"{curves[0].headline}/"
+    return [key.removeprefix(start) for key in curves[0].final or {} if key.startswith(start)]
 
 
 def scenario(resolved: Resolved, curves: list[Curve], name: str) -> dict[str, Any]:
     """Scores of one scenario: of the last checkpoint, and of the best point of the curve."""
-    key = f"return/{name}"
+    headline = curves[0].headline
+    key = f"{headline}/{name}"
     final = rows([c.final[key] for c in curves if c.final is not None])  # (seeds, episodes)
     points = [
         rows([c.points[i][key] for c in curves]).mean(-1) for i in range(len(curves[0].steps))
     ]
     curve = np.stack(points, 1)  # (seeds, points)
     return {
-        "score": summary(scored(resolved, final)[1].mean(-1)),
-        "best": summary(scored(resolved, curve)[1].max(-1)),
+        "score": summary(scored(resolved, final, headline)[1].mean(-1)),
+        "best": summary(scored(resolved, curve, headline)[1].max(-1)),
         "final_returns": final.tolist(),
         "curve": curve.tolist(),
     }
@@ -167,10 +185,9 @@ def plot_curve(
 ) -> None:
     from offrl.results.plots import learning_curve
 
-    ylabel = "D4RL-normalized score" if unit == "score" else UNITS[unit]
-    xlabel = "environment steps" if configuration.online(resolved.algo) else "updates"
-    title = f"{resolved.algo} on {resolved.task}"
-    learning_curve(folder / "curve.png", steps, values, title, ylabel, xlabel)
+    ylabel = "D4RL-normalized score" if unit == "score" else UNITS.get(unit, unit)
+    title = f"{resolved.name} on {resolved.task}"
+    learning_curve(folder / "curve.png", steps, values, title, ylabel, steps_are(resolved))
 
 
 def provenance(

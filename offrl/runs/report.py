@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from offrl import config as configuration
-from offrl.config import ConfigError
+from offrl.errors import ConfigError
 from offrl.runs.record import placeless, scored, write_json
 from offrl.results import plots, stats
 
@@ -43,6 +43,7 @@ class Cell:
         curve: seed -> score of every point of the learning curve; steps are their updates.
         metrics: name -> seed -> logged means, (points, 2) of step and value.
         sources: relative run folder -> command, versions and date.
+        steps_are: what the steps are, updates or environment steps.
     """
 
     score: dict[int, float]
@@ -51,6 +52,7 @@ class Cell:
     metrics: dict[str, dict[int, np.ndarray]]
     sources: dict[str, Any]
     same: tuple[Any, ...]  # what must agree between the runs of a cell
+    steps_are: str = "updates"
 
     @property
     def values(self) -> np.ndarray:
@@ -72,6 +74,7 @@ def make_report(options: Options) -> dict[str, Any]:
     tasks = sorted({task for _, task in cells})
     found = {
         "tasks": tasks,
+        "steps_are": counted({cell.steps_are for cell in cells.values()}),
         "methods": {label: row(cells, label, tasks) for label in labels},
         "runs": {name: about for cell in cells.values() for name, about in cell.sources.items()},
     }
@@ -86,15 +89,14 @@ def make_report(options: Options) -> dict[str, Any]:
         }
         for task in tasks
     }
-    xlabel = counted(labels)
-    plots.curves(out / "curves.png", panels, xlabel, "score")
+    plots.curves(out / "curves.png", panels, found["steps_are"], "score")
     if options.metrics:
         rows = {
             task: {"score": panels[task]}
             | {name: courses(cells, name, task, labels) for name in options.metrics}
             for task in tasks
         }
-        plots.grid(out / "metrics.png", rows, xlabel)
+        plots.grid(out / "metrics.png", rows, found["steps_are"])
     bars = {
         task: {label: cells[label, task].values for label in labels if (label, task) in cells}
         for task in tasks
@@ -122,9 +124,8 @@ def gather(folders: Iterable[Path], metrics: Sequence[str]) -> dict[tuple[str, s
             same = (result["steps"], (result["dataset"] or {}).get("digest"), returns.shape[1],
                     result["unit"], tuple(result["env"].items()))
             key = label(resolved), result["task"]
-            cell = cells.setdefault(
-                key, Cell({}, {}, result["curve"]["steps"], defaultdict(dict), {}, same)
-            )
+            steps, steps_are = result["curve"]["steps"], result["steps_are"]
+            cell = cells.setdefault(key, Cell({}, {}, steps, defaultdict(dict), {}, same, steps_are))
             if cell.same != same or cell.steps != result["curve"]["steps"]:
                 raise ConfigError(
                     f"{run} differs from other runs of {key[0]} on {key[1]} in steps, data set, "
@@ -167,7 +168,7 @@ def label(resolved: configuration.Resolved) -> str:
         if value != usual[name] and name != "steps"
     ]
     preset = [] if s.preset == "full" else [f"preset={s.preset}"]
-    return " ".join([resolved.algo, *preset, *given])
+    return " ".join([resolved.name, *preset, *given])
 
 
 def logged(run: Path) -> Iterable[tuple[str, int, np.ndarray]]:
@@ -226,12 +227,9 @@ def row(cells: dict[tuple[str, str], Cell], label: str, tasks: list[str]) -> dic
     return out
 
 
-def counted(labels: Iterable[str]) -> str:
-    """What the steps of these methods are."""
-    kinds = {configuration.online(label.split()[0]) for label in labels}
-    if len(kinds) > 1:
-        return "updates (online: environment steps)"
-    return "environment steps" if True in kinds else "updates"
+def counted(kinds: set[str]) -> str:
+    """What the steps of methods are whose steps are these."""
+    return "updates (online: environment steps)" if len(kinds) > 1 else next(iter(kinds))
 
 
 def table(found: dict[str, Any], metrics: Iterable[str]) -> str:
@@ -256,7 +254,7 @@ def table(found: dict[str, Any], metrics: Iterable[str]) -> str:
     counts = sorted({len(place["seeds"]) for place in kept})
     text += (
         f"\n{', '.join(said['unit'])}; last checkpoint after {numbers(said['steps'])} "
-        f"{counted(found['methods'])}, {numbers(said['episodes'])} episodes, {numbers(counts)} "
+        f"{found['steps_are']}, {numbers(said['episodes'])} episodes, {numbers(counts)} "
         "seed(s); IQM over seeds with 95 % bootstrap interval\n"
     )
     return text

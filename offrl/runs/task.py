@@ -6,18 +6,25 @@ from typing import Any
 
 import gymnasium
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from offrl import config as configuration
-from offrl.config import ConfigError, Resolved
+from offrl.config import Resolved
+from offrl.errors import ConfigError
 from offrl.data import sources
 from offrl.data.dataset import Dataset, check, check_fits
+from offrl.engine.evaluate import Evaluator, evaluator_of
+from offrl.engine.method import Evaluate, Policy, Spec, Task
 from offrl.envs import ogbench
 from offrl.envs.make import VERSIONS, factory, tasks
 from offrl.envs.vector import sizes
-from offrl.runs.workers import Failed
+from offrl.envs.workers import environments
+from offrl.errors import Failed
+from offrl.seeding import derive
 
 
-def make_env(resolved: Resolved) -> Callable[[], Any]:
+def make_env(resolved: Resolved) -> Callable[..., Any]:
     """A picklable maker of the run's environment."""
     s = resolved.settings
     return factory(s.env, version(resolved), s.legacy_mass, action_repeat=s.action_repeat)
@@ -44,24 +51,96 @@ def pick_device(name: str) -> torch.device:
 
 def load_data(resolved: Resolved) -> Dataset | None:
     """The data set on disk or in memory, checked against the method and the environment."""
-    if configuration.online(resolved.algo):
+    method, s = configuration.method(resolved.algo), resolved.settings
+    if method.online:
         return None
-    s = resolved.settings
-    data = sources.load(s.source, s.env, s.dataset, s.rows)
-    check(data, configuration.module(resolved.algo).FIELDS)
+    data = sources.load(s.source, s.env, s.dataset, s.rows, episodes=method.episodes)
+    check(data, method.fields)
     env = make_env(resolved)()
-    check_fits(data, math.prod(env.observation_space.shape or ()),
-               math.prod(env.action_space.shape or ()), s.env)
+    check_fits(
+        data,
+        math.prod(env.observation_space.shape or ()),
+        math.prod(env.action_space.shape or ()),
+        s.env,
+    )
     env.close()
     return data
 
 
-def check_task(resolved: Resolved, env: gymnasium.Env) -> None:
-    """Raises ConfigError if the method is not for such an environment or such data.
+def spec_of(resolved: Resolved, data: Dataset | None = None) -> Spec:
+    """Shapes of the data, or of the environment where there are none."""
+    if data is not None:
+        mean, std = data.statistics()
+        return Spec(data.obs_dim, data.act_dim, mean, std, data.discrete)
+    env = make_env(resolved)()
+    obs_dim, act_dim, discrete = sizes(env)
+    players = tuple(getattr(env.unwrapped, "players", ()))
+    env.close()
+    return Spec(obs_dim, act_dim, discrete=discrete, players=players)
 
-    A method says by `ACTIONS` if it takes others than continuous ones, by `GOALS` that it needs
-    goals.
+
+def make_task(
+    resolved: Resolved,
+    data: Dataset | None,
+    group: list[int],
+    device: torch.device,
+    workers: int = 1,
+    progress: bool = False,
+) -> Task:
+    """The task of one group of seeds.
+
+    Args:
+        workers: most processes that step the environments of an online method.
+        progress: show a bar for long evaluations.
     """
+    s, axes = resolved.settings, axes_of(group)
+
+    def envs() -> Any:
+        starts = [derive(seed, "training", i) for seed in group for i in range(s.envs)]
+        return environments([make_env(resolved)] * len(starts), starts, s.env_workers, workers)
+
+    player = make_evaluator(resolved, axes, (s.eval_episodes, s.final_episodes), 0, device)
+    evaluate = rolled_out(player, s.eval_episodes, progress)
+    return Task(spec_of(resolved, data), data, envs, evaluate, "return")
+
+
+def axes_of(group: list[int]) -> tuple[int, ...]:
+    """Stacked seed axes of a group: none for a single seed."""
+    return (len(group),) if len(group) > 1 else ()
+
+
+def make_evaluator(
+    resolved: Resolved,
+    axes: tuple[int, ...],
+    episodes: tuple[int, ...],
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Evaluator:
+    """Roll-outs in the method's scenarios, or in the environment's tasks where it has none."""
+    names = configuration.method(resolved.algo).scenarios(resolved.config())
+    return evaluator_of(names, make_env(resolved), axes, episodes, seed, device)
+
+
+def rolled_out(player: Evaluator, usual: int, progress: bool) -> Evaluate:
+    """An evaluation by roll-outs, with a progress bar where one takes long.
+
+    Args:
+        usual: episodes of a point of the curve; more are those of the final evaluation.
+    """
+
+    def evaluate(algo: Policy, episodes: int) -> dict[str, Tensor]:
+        label = "evaluation" if episodes <= usual else "final evaluation"
+        total = player.total(episodes)
+        with tqdm(
+            total=total, desc=label, unit="episode", leave=False, delay=2, disable=not progress
+        ) as bar:
+            return player(algo, episodes, tick=bar.update).named()
+
+    return evaluate
+
+
+def check_task(resolved: Resolved, env: gymnasium.Env) -> None:
+    """Raises ConfigError if the method is not for such an environment or such data."""
     s, algo = resolved.settings, resolved.algo
     kind = "discrete" if sizes(env)[2] else "continuous"
     goals = bool(tasks(env))
@@ -69,18 +148,16 @@ def check_task(resolved: Resolved, env: gymnasium.Env) -> None:
     no_rewards = made and ogbench.known(s.env)
 
     def fits(name: str) -> bool:
-        rewards = "reward" in configuration.module(name).FIELDS
-        return (
-            kind in actions(name)
-            and (goals or not goal_conditioned(name))
-            and not (rewards and no_rewards)
-        )
+        method = configuration.method(name)
+        learns = "reward" in method.fields and no_rewards
+        return kind in method.actions and (goals or not method.goals) and not learns
 
     if fits(algo):
         return
-    if kind not in actions(algo):
-        wrong = f"is for {' or '.join(actions(algo))} actions, {s.env} has {kind} ones"
-    elif goal_conditioned(algo) and not goals:
+    mine = configuration.method(algo)
+    if kind not in mine.actions:
+        wrong = f"is for {' or '.join(mine.actions)} actions, {s.env} has {kind} ones"
+    elif mine.goals and not goals:
         wrong = (
             f"needs an environment that names goals, as OGBench's do (env={ogbench.NAMES[0]}), "
             f"not {s.env}"
@@ -88,17 +165,8 @@ def check_task(resolved: Resolved, env: gymnasium.Env) -> None:
     else:
         wrong = f"learns from rewards, which OGBench's data of {s.env} do not have"
     fitting = [name for name in configuration.algorithms() if fits(name)]
-    alike = configuration.online(algo)
-    same = [name for name in fitting if configuration.online(name) == alike]
-    raise ConfigError(f"{algo} {wrong}; methods for these: {', '.join(same or fitting)}")
-
-
-def actions(algo: str) -> tuple[str, ...]:
-    return getattr(configuration.module(algo), "ACTIONS", ("continuous",))
-
-
-def goal_conditioned(algo: str) -> bool:
-    return getattr(configuration.module(algo), "GOALS", False)
+    same = [name for name in fitting if configuration.method(name).online == mine.online]
+    raise ConfigError(f"{resolved.name} {wrong}; methods for these: {', '.join(same or fitting)}")
 
 
 def check_robot(resolved: Resolved) -> None:
@@ -109,7 +177,7 @@ def check_robot(resolved: Resolved) -> None:
     """
     s = resolved.settings
     generated = sources.settled(s.source, s.dataset) == "generated"
-    if configuration.online(resolved.algo) or not generated:
+    if configuration.method(resolved.algo).online or not generated:
         return
     if version(resolved) != "v5" or s.legacy_mass:
         raise ConfigError(

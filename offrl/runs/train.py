@@ -14,34 +14,37 @@ import datetime
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from offrl import config as configuration
-from offrl.config import Resolved
-from offrl.data.collector import Collector
-from offrl.data.dataset import Dataset, home
 from offrl import system
-from offrl.engine.async_evaluator import Beside
-from offrl.engine.evaluate import evaluator_of
-from offrl.engine.loop import Curve, Progress, Schedule, fit
-from offrl.engine.method import Algorithm, Run, Spec
-from offrl.engine.stop import Interrupted
-from offrl.engine.threads import candidates
+from offrl.config import Resolved
+from offrl.data.dataset import Dataset, home
+from offrl.engine.curve import AsyncEvaluator, Curve
+from offrl.engine.loop import Progress, Schedule, fit
+from offrl.engine.method import Run
 from offrl.envs.make import engines, env_id
-from offrl.envs.workers import environments
-from offrl.runs.evaluate import player
-from offrl.system import cores, cpu_name
+from offrl.errors import Diverged, Failed, Interrupted
 from offrl.nets.kernels import products
+from offrl.runs.evaluate import player
 from offrl.runs.record import finish, provenance, resuming, write_json
-from offrl.runs.workers import Display, Failed, Group, at_once, prepare, spread
-from offrl.seeding import derive, generator
-from offrl.runs.task import check_robot, check_task, load_data, make_env, pick_device, version
+from offrl.runs.task import (
+    axes_of,
+    check_robot,
+    check_task,
+    load_data,
+    make_env,
+    make_task,
+    pick_device,
+    version,
+)
+from offrl.runs.workers import Display, Group, at_once, prepare, spread
+from offrl.seeding import generator
+from offrl.system import cores, cpu_name
 
 
 def train(
@@ -88,7 +91,7 @@ def train(
                 with Display(resolved, groups) as display:
                     curves = [train_group(folder, groups[0], resume, display.tell, data)]
             else:
-                curves = spread(resolved, folder, groups, resume)
+                curves = spread(resolved, folder, groups, resume, work)
         except (Interrupted, KeyboardInterrupt) as stop:
             told = str(stop) or "stopped"
             raise Interrupted(f"{told}\ncontinue with: {resuming(folder)}") from None
@@ -125,14 +128,9 @@ def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) ->
 
 
 def layout(resolved: Resolved, device: torch.device) -> list[Group]:
-    """Stacked on CUDA; one process per seed on a CPU, where stacking gains nothing.
-
-    A method whose network carries no seed axis says `STACKS = False`: one process per seed, as for
-    encoders of images.
-    """
+    """Stacked on CUDA where the method can; one process per seed on a CPU, where it gains nothing."""
     seeds = resolved.seeds()
-    stacks = getattr(configuration.module(resolved.algo), "STACKS", True)
-    stacks = stacks and not resolved.options.get("images", False)
+    stacks = configuration.method(resolved.algo).stacks(resolved.config())
     return [seeds] if stacks and device.type == "cuda" else [[seed] for seed in seeds]
 
 
@@ -142,7 +140,7 @@ def new_folder(resolved: Resolved) -> Path:
     Raises:
         OSError: if the place is not writable.
     """
-    base = Path(resolved.settings.runs) / resolved.algo / resolved.task
+    base = Path(resolved.settings.runs) / resolved.name / resolved.task
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for extra in range(1000):
         folder = base / (stamp if extra == 0 else f"{stamp}-{extra}")
@@ -162,50 +160,6 @@ def new_folder(resolved: Resolved) -> Path:
 # --- one group of seeds --------------------------------------------------------------------------
 
 
-@dataclass
-class Experiment:
-    """An algorithm with its stages and its evaluation, ready to run."""
-
-    algo: Algorithm
-    stages: list[Any]
-    evaluate: Callable[[Algorithm, int], dict[str, torch.Tensor]]
-
-
-def build(resolved: Resolved, group: Group, data: Dataset | None, progress: bool) -> Experiment:
-    """Make the algorithm of one group of seeds from its configuration."""
-    s, method = resolved.settings, configuration.module(resolved.algo)
-    device = pick_device(s.device)
-    axes = (len(group),) if len(group) > 1 else ()
-    options = resolved.config()
-    make = make_env(resolved)
-    stream = generator(group[0], "run", *group[1:], device=device)
-    run = Run(options.steps, axes, device, str(home()), progress)
-    if data is None:
-        starts = [derive(seed, "training", i) for seed in group for i in range(s.envs)]
-        most = share(resolved, device)
-        envs = environments([make] * len(starts), starts, s.env_workers, most)
-        spec = Spec(envs.obs_dim, envs.act_dim, discrete=envs.discrete)
-        algo = method.make(options, spec, stream, axes)
-        stages = method.stages(algo, Collector(envs, axes, device), run)
-    else:
-        mean, std = data.statistics()
-        spec = Spec(data.obs_dim, data.act_dim, mean, std, data.discrete)
-        algo = method.make(options, spec, stream, axes)
-        stages = method.stages(algo, data, run)
-    evaluator = evaluator_of(algo, make, axes, (s.eval_episodes, s.final_episodes), 0, device)
-
-    def evaluate(algo: Algorithm, episodes: int) -> dict[str, torch.Tensor]:
-        with system.on_threads(1 if s.threads == "auto" else s.threads):
-            total = episodes * len(group) * evaluator.parts
-            name = "evaluation" if episodes <= s.eval_episodes else "final evaluation"
-            with tqdm(
-                total=total, desc=name, unit="episode", leave=False, delay=2, disable=not progress
-            ) as bar:
-                return evaluator(algo, episodes, tick=bar.update).named()
-
-    return Experiment(algo, stages, evaluate)
-
-
 def train_group(
     folder: Path,
     group: Group,
@@ -220,7 +174,7 @@ def train_group(
         data: of an offline method, where this process has loaded it.
     """
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
-    s = resolved.settings
+    s, method, config = resolved.settings, configuration.method(resolved.algo), resolved.config()
     device = pick_device(s.device)
     prepare(resolved, folder, device)
     place = group_folder(folder, group)
@@ -230,24 +184,41 @@ def train_group(
     )
     with system.only_one(place):  # a worker may outlive its parent for a moment
         data = data or load_data(resolved)
-        experiment = build(resolved, group, data, progress)
-        beside = Beside(partial(player, folder, device)) if has_room(resolved, device) else None
+        task = make_task(resolved, data, group, device, share(resolved, device), progress)
+        stream = generator(group[0], "run", *group[1:], device=device)
+        algo = method.make(config, task.spec, stream, axes_of(group))
+        run = Run(config.steps, axes_of(group), device, method.fields, str(home()), progress)
+        worker = None
+        if evaluates_beside(resolved, device):
+            worker = AsyncEvaluator(partial(player, folder, device))
         return fit(
-            experiment.algo,
-            experiment.stages,
+            algo,
+            method.stages(algo, task, run),
             place,
-            experiment.evaluate,
+            task.evaluate,
             schedule,
             group,
-            resolved.algo,
+            resolved.name,
             resume,
             lambda told: report(group, told),
             s.speed,
-            beside,
-            candidates(share(resolved, device))
-            if s.threads == "auto" and device.type == "cpu"
-            else (),
+            worker,
+            task.headline,
         )
+
+
+def work(folder: Path, group: Group, resume: bool, inbox: Any) -> None:
+    """Body of a worker process; see `offrl.runs.workers.spread`."""
+    system.end_with_parent()
+    try:
+        train_group(
+            folder, group, resume, lambda g, told: inbox.put(("progress", g, told)), progress=False
+        )
+        inbox.put(("done", group, group_folder(folder, group)))
+    except KeyboardInterrupt:
+        inbox.put(("error", group, Interrupted("stopped between two checkpoints")))
+    except (Interrupted, Diverged, ValueError, OSError, Failed) as error:
+        inbox.put(("error", group, type(error)(str(error))))
 
 
 def share(resolved: Resolved, device: torch.device) -> int:
@@ -255,14 +226,12 @@ def share(resolved: Resolved, device: torch.device) -> int:
     return cores() // at_once(resolved, len(layout(resolved, device))) or 1
 
 
-def has_room(resolved: Resolved, device: torch.device) -> bool:
+def evaluates_beside(resolved: Resolved, device: torch.device) -> bool:
     """Whether points of the curve are played in a process of their own."""
     s = resolved.settings
     if s.evaluation != "auto":
-        return s.evaluation == "beside"
-    if device.type == "cuda":
-        return True
-    return s.threads != "auto" and share(resolved, device) > s.threads
+        return s.evaluation == "async"
+    return device.type == "cuda" or share(resolved, device) > s.threads
 
 
 def group_folder(folder: Path, group: Group) -> Path:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import queue
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from offrl.config import Resolved
 from offrl.data.dataset import home
 from offrl.engine import checkpoint
 from offrl import system
-from offrl.engine.loop import Curve, Progress
-from offrl.engine.log import Diverged
-from offrl.engine.stop import Interrupted, stop_requests
+from offrl.engine.curve import Curve
+from offrl.engine.loop import Progress
+from offrl.engine.stop import stop_requests
+from offrl.errors import Failed, Interrupted
 from offrl.system import cores, cpu_name
 from offrl.nets.kernels import products
 from offrl.runs.record import resuming, scored
@@ -24,12 +26,14 @@ from offrl.runs.record import resuming, scored
 Group = list[int]
 
 
-class Failed(RuntimeError):
-    """A run that stopped for a reason told in the message."""
-
-
-def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) -> list[Curve]:
+def spread(
+    resolved: Resolved, folder: Path, groups: list[Group], resume: bool, work: Callable[..., None]
+) -> list[Curve]:
     """Train the groups in processes of their own, as many at a time as there are cores.
+
+    Args:
+        work: body of a process: (folder, group, resume, inbox). It puts ("progress", group,
+            Progress), ("done", group, folder of the group) or ("error", group, exception) there.
 
     Raises:
         Interrupted: if stopped; every worker has written its checkpoint.
@@ -85,24 +89,7 @@ def spread(resolved: Resolved, folder: Path, groups: list[Group], resume: bool) 
 
 def at_once(resolved: Resolved, groups: int) -> int:
     """How many processes train at the same time."""
-    threads = resolved.settings.threads
-    return min(groups, max(1, cores() // (1 if threads == "auto" else threads)))
-
-
-def work(folder: Path, group: Group, resume: bool, inbox: Any) -> None:
-    """Body of a worker process."""
-    from offrl.runs.train import group_folder, train_group
-
-    system.end_with_parent()
-    try:
-        train_group(
-            folder, group, resume, lambda g, told: inbox.put(("progress", g, told)), progress=False
-        )
-        inbox.put(("done", group, group_folder(folder, group)))
-    except KeyboardInterrupt:
-        inbox.put(("error", group, Interrupted("stopped between two checkpoints")))
-    except (Interrupted, Diverged, ValueError, OSError, Failed) as error:
-        inbox.put(("error", group, type(error)(str(error))))
+    return min(groups, max(1, cores() // resolved.settings.threads))
 
 
 def prepare(resolved: Resolved, folder: Path, device: torch.device) -> None:
@@ -135,7 +122,7 @@ class Display:
         self.steps: dict[int, int] = {}
         self.scores: dict[int, float] = {}
         total = resolved.options["steps"] * len(groups)
-        name = f"{resolved.algo} {resolved.task}"
+        name = f"{resolved.name} {resolved.task}"
         self.bar = tqdm(total=total, desc=name, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def __enter__(self) -> "Display":
@@ -158,5 +145,6 @@ class Display:
             self.bar.initial += told.first
             self.bar.n += told.first
             self.bar.last_print_n += told.first
+        self.bar.total = max(self.bar.total, told.total * len(self.groups))
         self.bar.update(told.step - self.steps.get(key, told.first))
         self.steps[key] = told.step

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data import DataError, Dataset, prepare, transitions
+from offrl.data import Dataset, prepare, transitions
 from offrl.data.dataset import bounds, check, episode_sums, read, store, write
+from offrl.errors import DataError
 
 ALL = ("obs", "act", "reward", "next_obs", "terminal", "timeout")
 

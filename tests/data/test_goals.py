@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from offrl.algos import crl, gcbc, gciql, gcivl, hiql, ota, qrl
-from offrl.data import DataError
 from offrl.data.goals import check_mixture, trajectories
 from offrl.engine.method import Run, Spec
+from offrl.errors import DataError
 from tests.data.trajectories import layout, toy
 
 LENGTHS = (5, 3, 9)

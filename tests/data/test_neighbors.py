@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from offrl.data import neighbors
-from offrl.data.dataset import DataError
 from offrl.data.neighbors import StateNeighbors, brute_force, candidates, make_keys, state_lists
+from offrl.errors import DataError
 
 BETAS = (0.0, 0.5, 2.0, 7.5)
 

@@ -11,8 +11,8 @@ from benchmarks.harness.peers.start import PEERS
 from benchmarks.harness.speed import Options, measure_speed
 from offrl.algos import td3bc
 from offrl.cli import options
-from offrl.config import ConfigError
 from offrl.engine.method import Spec
+from offrl.errors import ConfigError
 
 
 @pytest.fixture

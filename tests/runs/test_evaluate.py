@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from offrl.runs import evaluate as evaluation
-from offrl.config import ConfigError
+from offrl.errors import ConfigError
 from offrl.runs.evaluate import film, write_video
-from offrl.runs.workers import Failed
+from offrl.errors import Failed
 
 STEPS = 5
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from offrl import config
-from offrl.config import ConfigError
+from offrl.errors import ConfigError
 from offrl.runs.report import Options, counted, courses, gather, make_report
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offrl import config
-from offrl.config import ConfigError
+from offrl.errors import ConfigError
 from tools import goal_report
 from tools.goal_report import Options, make_goal_report
 

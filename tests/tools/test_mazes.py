@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.config import ConfigError
 from offrl.envs.make import factory
+from offrl.errors import ConfigError
 from tools import mazes
 
 

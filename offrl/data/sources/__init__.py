@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from offrl.data.dataset import DataError, Dataset
+from offrl.data.dataset import Dataset
 from offrl.envs.ogbench import known
+from offrl.errors import DataError
 
 SUFFIXES = (".hdf5", ".h5", ".npz")
 

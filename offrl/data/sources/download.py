@@ -10,12 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from offrl.errors import DownloadError
+
 BLOCK = 1 << 20  # bytes
 PATIENCE = 60  # seconds without a byte before a server counts as gone
-
-
-class DownloadError(OSError):
-    """A file that could not be had; the message names the URL, the reason and the alternatives."""
 
 
 def fetch(url: str, path: Path, check: Callable[[Path], None] | None = None) -> None:

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from offrl.data.dataset import (
-    DataError,
     Dataset,
     allocate,
     bounds,
@@ -42,6 +41,7 @@ from offrl.data.dataset import (
     store,
     write,
 )
+from offrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 

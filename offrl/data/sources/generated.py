@@ -28,12 +28,13 @@ from typing import Any
 
 import numpy as np
 
-from offrl.data.dataset import FIELDS, DataError, Dataset, home, once, read, write
+from offrl.data.dataset import FIELDS, Dataset, home, once, read, write
 from offrl.data.sources import policies
 from offrl.data.sources.policies import Behavior
 from offrl.data.sources.rollout import CHUNK, Share, Uniform, borders, roll_out
 from offrl.envs import scores
 from offrl.envs.make import env_id, factory
+from offrl.errors import DataError
 
 PACKAGES = ("offrl", "torch", "numpy", "gymnasium", "mujoco")
 RECIPE = 1  # raise it when rows would change for the same weights, and old entries are made anew

@@ -25,17 +25,8 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, Space
 
-from offrl.data.dataset import (
-    DataError,
-    Dataset,
-    allocate,
-    episode_sums,
-    home,
-    once,
-    read,
-    store,
-    write,
-)
+from offrl.data.dataset import Dataset, allocate, episode_sums, home, once, read, store, write
+from offrl.errors import DataError
 
 GOAL = ("observation", "achieved_goal", "desired_goal")
 DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, AssertionError)

@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from offrl.data.dataset import DataError, Dataset, allocate, bounds, home, once, read, store, write
+from offrl.data.dataset import Dataset, allocate, bounds, home, once, read, store, write
 from offrl.data.sources import manipulation, mazes
 from offrl.data.sources.download import fetch
 from offrl.data.sources.files import DAMAGE, damaged
 from offrl.data.sources.mazes import Arrays
 from offrl.data.sources.rollout import in_processes
 from offrl.envs import ogbench
+from offrl.errors import DataError
 from offrl.seeding import derive
 
 ROOT = "https://rail.eecs.berkeley.edu/datasets/ogbench/"

@@ -22,11 +22,12 @@ from typing import Any, BinaryIO, TypeVar
 import gymnasium
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from tqdm import tqdm
 
-from offrl.data.dataset import FIELDS, DataError, bounds, episode_sums, store
-from offrl.engine.method import Policy
+from offrl.data.dataset import FIELDS, bounds, episode_sums, store
+from offrl.engine.method import Now, Policy
+from offrl.errors import DataError
 from offrl.seeding import derive, generator
 from offrl.system import cores
 
@@ -40,14 +41,8 @@ class Uniform:
     def __init__(self, act_dim: int):
         self.act_dim = act_dim
 
-    def act(
-        self,
-        now: dict[str, Tensor],
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        return torch.rand(len(now["obs"]), self.act_dim, generator=generator) * 2 - 1, memory
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        return torch.rand(len(now["obs"]), self.act_dim, generator=now["generator"]) * 2 - 1, memory
 
 
 @dataclass(frozen=True)
@@ -144,20 +139,27 @@ def play(packed: bytes, rows: int, seed: int) -> tuple[dict[str, np.ndarray], bo
     widths = {"obs": (obs_dim,), "act": (act_dim,), "next_obs": (obs_dim,)}
     out = {name: np.zeros((rows, *widths.get(name, ())), np.float32) for name in FIELDS}
     begin, later = torch.ones(1), torch.zeros(1)
-    memory, start = None, begin
+    memory, start, gained = None, begin, later
     for row in range(rows):
-        now = {"obs": obs, "start": start}
-        act, memory = policy.act(now, memory, explore=explore, generator=stream)
+        now = {
+            "obs": obs,
+            "start": start,
+            "reward": gained,
+            "scenario": torch.zeros(1).long(),
+            "explore": explore,
+            "generator": stream,
+        }
+        act, memory = policy.act(now, memory)
         action = act.view(-1).numpy()
         raw, reward, terminated, truncated, _ = env.step(action.reshape(env.action_space.shape))
         next_obs = torch.as_tensor(raw, dtype=torch.float32).view(1, -1)
         out["obs"][row], out["act"][row], out["next_obs"][row] = obs[0], action, next_obs[0]
         out["reward"][row], out["terminal"][row] = reward, terminated
         out["timeout"][row] = truncated and not terminated
-        obs, start = next_obs, later
+        obs, start, gained = next_obs, later, torch.tensor([float(reward)])
         if terminated or truncated:
             obs = torch.as_tensor(env.reset()[0], dtype=torch.float32).view(1, -1)
-            start = begin
+            start, gained = begin, later
     env.close()
     cut = start is later
     if cut:

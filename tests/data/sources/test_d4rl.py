@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data.dataset import DataError, Dataset, check
+from offrl.data.dataset import Dataset, check
 from offrl.data.sources import d4rl
-from offrl.data.sources.download import DownloadError
 from offrl.envs.scores import REFERENCES
+from offrl.errors import DataError, DownloadError
 
 
 @pytest.fixture(autouse=True)

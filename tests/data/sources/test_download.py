@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from offrl.data.sources.download import DownloadError, fetch
+from offrl.data.sources.download import fetch
+from offrl.errors import DownloadError
 
 BODY = bytes(range(256)) * 8192  # 2 MB, more than one block
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offrl.data.dataset import DataError, check
+from offrl.data.dataset import check
 from offrl.data.sources import files
+from offrl.errors import DataError
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from offrl.algos import sac
-from offrl.data.dataset import DataError, check, read, write
+from offrl.data.dataset import check, read, write
 from offrl.data.sources import generated, policies, rollout
 from offrl.data.sources.policies import Behavior, layers
 from offrl.data.sources.rollout import Share, Uniform, roll_out
 from offrl.engine.method import Spec
 from offrl.envs.make import factory
+from offrl.errors import DataError
 from offrl.nets import GaussianActor
 from offrl.results.returns import distribution
 from offrl.runs import collect as collection

@@ -12,9 +12,10 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from minari.data_collector import EpisodeBuffer
 
-from offrl.data.dataset import DataError, Dataset, check
+from offrl.data.dataset import Dataset, check
 from offrl.data.sources import files, minari
 from offrl.data.sources.d4rl import d4rl_view
+from offrl.errors import DataError
 
 
 @pytest.fixture(autouse=True)

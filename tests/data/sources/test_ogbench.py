@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.data import DataError, sources
+from offrl.data import sources
 from offrl.data.dataset import check
 from offrl.data.goals import trajectories
 from offrl.data.sources import ogbench
-from offrl.data.sources.download import DownloadError
+from offrl.errors import DataError, DownloadError
 
 LENGTHS = (4, 1, 6)  # transitions
 
