@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -167,16 +168,16 @@ class GoalActor(nn.Module):
     def forward(self, obs: Tensor, goal: Tensor) -> Tensor:
         return self.net(self.sight(obs, goal))
 
-    def act(self, obs: Tensor, goal: Tensor, explore: bool, generator: Generator | None) -> Tensor:
-        """The mean, or a sample, clipped to [-1, 1]."""
-        mean = self(obs, goal)
-        if explore:
-            mean = mean + torch.empty_like(mean).normal_(generator=generator)
-        return mean.clamp(-1, 1)
-
     def log_prob(self, obs: Tensor, goal: Tensor, value: Tensor) -> Tensor:
         """Log-density of `value` (*S, B, outputs), (*S, B)."""
         return normal_log_prob(value, self(obs, goal))
+
+
+def sampled(mean: Tensor, now: dict[str, Any]) -> Tensor:
+    """The mean, or where now["explore"] is true a draw from the unit Gaussian around it."""
+    if not now.get("explore"):
+        return mean
+    return mean + torch.empty_like(mean).normal_(generator=now["generator"])
 
 
 def normal_log_prob(value: Tensor, mean: Tensor) -> Tensor:
