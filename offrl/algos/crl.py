@@ -32,7 +32,7 @@ from offrl.data.goals import check_mixture, goal_transitions
 from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend
 from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob
-from offrl.nets.kernels.gelu import GeluMLP
+from offrl.nets.mlp import MLP
 
 FIELDS = ("obs", "act", "next_obs")
 GOALS = True  # the environment must name goals
@@ -65,7 +65,7 @@ class Latents(nn.Module):
         super().__init__()
         self.sight = Sight(sizes, int(c.images), seeds, generator)
         dims = (self.sight.size, *c.hidden, c.latent)
-        self.net = GeluMLP(dims, (*seeds, HEADS), generator=generator)
+        self.net = MLP(dims, (*seeds, HEADS), generator, "gelu", norm=True)
 
     def forward(self, *parts: Tensor) -> Tensor:
         return self.net(self.sight(*parts).unsqueeze(-3))

@@ -33,8 +33,8 @@ from offrl.data.goals import check_mixture, goal_transitions
 from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adam, descend
 from offrl.nets.goal import GoalActor, held, normal_log_prob
-from offrl.nets.kernels.gelu import GeluMLP
 from offrl.nets.metric import IQE
+from offrl.nets.mlp import MLP
 
 FIELDS = ("obs", "act", "next_obs")
 GOALS = True  # the environment must name goals
@@ -77,7 +77,8 @@ class QRL:
         check_mixture("actor_goals", c.actor_goals)
         self.config, self.generator, self.cycle = c, generator, 1
         self.metric = IQE(o, c.hidden, c.latent, seeds, generator, c.images)
-        self.model = GeluMLP((c.latent + a, *c.hidden, c.latent), seeds, generator=generator)
+        dims = (c.latent + a, *c.hidden, c.latent)
+        self.model = MLP(dims, seeds, generator, "gelu", norm=True)
         self.actor = GoalActor(o, o, a, c.hidden, seeds, generator, 2 * c.images)
         self.multiplier = Multiplier(seeds, generator.device)
         nets = (self.metric, self.model, self.actor, self.multiplier)

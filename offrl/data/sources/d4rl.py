@@ -123,10 +123,11 @@ def load(env: str, dataset: str = "", download: bool = True, episodes: bool = Fa
 
     Fields: obs, act, reward (raw), next_obs, terminal, and timeout, which is 0 in every row of the
     Q-learning view, since it drops the others. `starts` and `returns` belong to the same episodes;
-    returns are sums over all rows, also dropped ones. The last episode is unfinished where info["unfinished"] is
-    not 0. In AntMaze episodes go through terminals and end at timeouts, which is where the test
-    |obs[i + 1] - next_obs[i]| > 1e-6 finds a jump in this view. info also holds file, url, sha256,
-    reference (the random and the expert return of the environment), rows, episodes and notes.
+    returns are sums over all rows, also dropped ones. The last episode is unfinished where
+    info["unfinished"] is not 0. In AntMaze episodes go through terminals and end at timeouts, which
+    is where the test |obs[i + 1] - next_obs[i]| > 1e-6 finds a jump in this view. info also holds
+    file, url, sha256, reference (the random and the expert return of the environment), rows,
+    episodes and notes.
 
     Args:
         env: `hopper`, or with `d4rl-` the mazes, hands and the kitchen (`d4rl-antmaze-large`,
