@@ -13,14 +13,12 @@ Shapes: B batch, L steps, E inner channels, N states per channel.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from offrl.nets.kernels.fused_backbone import STATES
-from offrl.nets.kernels.scan import selective_scan, selective_step
+from offrl.nets.kernels.scan import STATES, selective_scan, selective_step
 
 Memory = tuple[Tensor, Tensor]  # the last inputs of the convolution (B, conv - 1, E), h (B, E, N)
 
@@ -139,12 +137,6 @@ class Mixer(nn.Module):
         y, memory = self.time.step(u, memory)
         return (y * functional.silu(z)) @ self.weight_out, memory
 
-    def compiled(self) -> list[Tensor]:
-        """The weights in the order of `fused_backbone.c`'s Mixer."""
-        t = self.time
-        step = t.weight_delta, t.delta_bias, t.A_log.mT.contiguous().exp(), t.D
-        return [self.weight_in, t.conv, t.conv_bias, t.weight_x, *step, self.weight_out]
-
 
 def uniform(*shape: int, fan_in: int, generator: Generator | None) -> nn.Parameter:
     """A parameter drawn in +-1/sqrt(fan_in), on the device of the generator."""
@@ -152,19 +144,3 @@ def uniform(*shape: int, fan_in: int, generator: Generator | None) -> nn.Paramet
     bound = fan_in**-0.5
     value = torch.empty(*shape, device=device).uniform_(-bound, bound, generator=generator)
     return nn.Parameter(value)
-
-
-def decayed(net: nn.Module, decay: float, everything: bool) -> list[tuple[list[Tensor], float]]:
-    """Parameters with their weight decay: none for biases, norms, A_log and D.
-
-    Args:
-        everything: exempt only biases and LayerNorms, as the authors of Decision Mamba do.
-    """
-    norms: Any = nn.LayerNorm if everything else (nn.LayerNorm, nn.RMSNorm)
-    exempt = () if everything else ("A_log", "D")
-    groups: dict[bool, list[Tensor]] = {True: [], False: []}
-    for module in net.modules():
-        for name, value in module.named_parameters(recurse=False):
-            free = name.endswith("bias") or isinstance(module, norms) or name in exempt
-            groups[not free].append(value)
-    return [(groups[True], decay), (groups[False], 0.0)]
