@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offrl.config import Resolved
 from offrl.engine.evaluate import evaluator_of
-from offrl.engine.method import Algorithm, Policy
+from offrl.engine.method import Algorithm, Now, Policy
 from offrl.nets.goal import normalized
 from offrl.runs.task import make_env
 
@@ -129,13 +129,13 @@ def examine(
     make = make_env(resolved)
     world = make()
     routes = Routes(world.unwrapped)
-    player = evaluator_of(algo, make, (), (episodes,), seed)
+    player = evaluator_of((), make, (), (episodes,), seed)
     reach = steps * SPEED
     found: dict[str, Any] = {"reach": reach, "episodes": episodes}
     policies: dict[str, Policy] = {"success": algo, "led": Led(algo, routes, reach)}
     for name, policy in policies.items():
-        played = player(policy, episodes).scenarios.values()
-        found[name] = [float(task.returns.mean()) for task in played]
+        played = player(policy, episodes)
+        found[name] = [float(v.mean()) for k, v in played.items() if k.startswith("return/")]
     named = [gains(algo, routes, path[::steps], goal, 2 * reach) for path, goal in paths]
     found["nearer"] = [float((gain > 0).mean()) for gain in named]
     found["gain"] = [float(gain.mean()) for gain in named]

@@ -171,7 +171,7 @@ def evaluate(
     weights = [(torch.from_numpy(w), torch.from_numpy(b)) for w, b in arrays]
     policy: Any = Behavior(weights, {})  # Any: it acts, but does not train
     player = Evaluator(factory(env), width=min(10, episodes), seed=seed)
-    return player(policy, episodes, explore=explore).returns.double().numpy()
+    return player(policy, episodes, explore=explore)["return"].double().numpy()
 
 
 if __name__ == "__main__":
