@@ -1,9 +1,11 @@
 """Decision Mamba's blocks on a CPU where no gradient is wanted, compiled as one pass over a window.
 
-`offrl.nets.sequence.multigrained.Backbone` is the definition. Float32, causal groups only.
+`offrl.nets.sequence.multigrained.Backbone` is the definition. Float32, causal groups, separate
+gates only.
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,9 +13,9 @@ from torch import Tensor
 
 from offrl.nets.kernels.fused_scan import compiled, pointer
 from offrl.nets.kernels.opaque import opaque
+from offrl.nets.kernels.scan import STATES
 
 SOURCE = Path(__file__).with_suffix(".c")
-STATES = 16  # of a channel
 WIDTH = 16  # widths are multiples of it: of a vector
 WEIGHTS = 23  # pointers in the C file's Block
 
@@ -40,25 +42,23 @@ def serves(x: Tensor) -> bool:
 
 @torch.compiler.disable
 def forward(
-    blocks: list[list[Tensor]], norm: Tensor, x: Tensor, mask: Tensor | None, kept: int
+    x: Tensor, mask: Tensor | None, blocks: Sequence[Sequence[Tensor]], norm: Tensor, kept: int
 ) -> Tensor:
-    """What the backbone gives for x (B, 3K, width) at the last `kept` steps.
+    """What the blocks and the last norm give for x (B, 3K, width) at the last `kept` steps.
 
     Args:
-        blocks: weights of each in the order of the C file's Block; of the fine path all or none.
-        norm: of the last RMSNorm.
-        mask: (B, K), or None where every step is real.
+        mask: (B, K) or None.
+        blocks: weights of each, in the order of the C file, where those of the fine path come last.
+        norm: weight of the norm behind the blocks.
     """
     loops = library()
     if loops is None:
-        raise RuntimeError("the compiled blocks are not to be had here; call Backbone instead")
+        raise RuntimeError("the compiled blocks are not available; call Backbone instead")
     batch, tokens, width = x.shape
-    _, _, conv, _, _, weight_delta, *_ = blocks[0]
-    (reach, channels), rank = conv.shape, len(weight_delta)
-    sizes, layers = Sizes(width, channels, rank, reach), len(blocks)
+    layers, each = len(blocks), len(blocks[0])
+    reach, channels = blocks[0][2].shape  # of the convolution
+    sizes = Sizes(width, channels, len(blocks[0][5]), reach)
     mask = x.new_ones(batch, tokens // 3) if mask is None else mask.float().contiguous()
-    parts = [part for block in blocks for part in block]
-    each = len(blocks[0])
 
     def run(x: Tensor, mask: Tensor, norm: Tensor, *parts: Tensor) -> tuple[Tensor]:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -79,4 +79,4 @@ def forward(
             raise MemoryError(f"no memory for one window of {tokens} tokens of width {width}")
         return (y,)
 
-    return opaque(run, x, mask, norm, *parts)[0]
+    return opaque(run, x, mask, norm, *(part for block in blocks for part in block))[0]

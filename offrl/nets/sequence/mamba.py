@@ -18,8 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from offrl.nets.kernels.fused_backbone import STATES
-from offrl.nets.kernels.scan import selective_scan, selective_step
+from offrl.nets.kernels.scan import STATES, selective_scan, selective_step
 
 Memory = tuple[Tensor, Tensor]  # the last inputs of the convolution (B, conv - 1, E), h (B, E, N)
 
@@ -137,12 +136,6 @@ class Mixer(nn.Module):
         u, z = (x @ self.weight_in).chunk(2, -1)  # (B, E)
         y, memory = self.time.step(u, memory)
         return (y * functional.silu(z)) @ self.weight_out, memory
-
-    def compiled(self) -> list[Tensor]:
-        """The weights in the order of `fused_backbone.c`'s Mixer."""
-        t = self.time
-        step = t.weight_delta, t.delta_bias, t.A_log.mT.contiguous().exp(), t.D
-        return [self.weight_in, t.conv, t.conv_bias, t.weight_x, *step, self.weight_out]
 
 
 def uniform(*shape: int, fan_in: int, generator: Generator | None) -> nn.Parameter:
