@@ -83,7 +83,7 @@ class Vector:
                 obs, goal = self.restart(i)
                 if (
                     self.goal is not None and goal is not None
-                ):  # what was handed out stays as it was
+                ):  # handed out stays
                     self.goal = self.goal.clone()
                     self.goal[i] = goal
             now.append(obs)

@@ -13,6 +13,7 @@ Shapes: B batch, L steps, E inner channels, N states per channel.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -144,3 +145,19 @@ def uniform(*shape: int, fan_in: int, generator: Generator | None) -> nn.Paramet
     bound = fan_in**-0.5
     value = torch.empty(*shape, device=device).uniform_(-bound, bound, generator=generator)
     return nn.Parameter(value)
+
+
+def decayed(net: nn.Module, decay: float, everything: bool) -> list[tuple[list[Tensor], float]]:
+    """Parameters with their weight decay: none for biases, norms, A_log and D.
+
+    Args:
+        everything: exempt only biases and LayerNorms, as the authors of Decision Mamba do.
+    """
+    norms: Any = nn.LayerNorm if everything else (nn.LayerNorm, nn.RMSNorm)
+    exempt = () if everything else ("A_log", "D")
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for module in net.modules():
+        for name, value in module.named_parameters(recurse=False):
+            free = name.endswith("bias") or isinstance(module, norms) or name in exempt
+            groups[not free].append(value)
+    return [(groups[True], decay), (groups[False], 0.0)]
