@@ -31,7 +31,7 @@ from offrl.data.goals import STATES, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
 from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob, sampled
-from offrl.nets.kernels.gelu import GeluMLP
+from offrl.nets.mlp import MLP
 
 HEADS = 2
 FLOOR = 1e-6  # of exp(Q) in the actor's loss, as in OGBench: no gradient below
@@ -60,7 +60,7 @@ class Latents(nn.Module):
         super().__init__()
         self.sight = Sight(sizes, int(c.images), seeds, generator)
         dims = (self.sight.size, *c.hidden, c.latent)
-        self.net = GeluMLP(dims, (*seeds, HEADS), generator=generator)
+        self.net = MLP(dims, (*seeds, HEADS), generator, "gelu", norm=True)
 
     def forward(self, *parts: Tensor) -> Tensor:
         return self.net(self.sight(*parts).unsqueeze(-3))

@@ -32,8 +32,8 @@ from offrl.data.goals import STATES, Trajectories, goal_stages, two_goals
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
 from offrl.nets.goal import GoalActor, held, normal_log_prob, sampled
-from offrl.nets.kernels.gelu import GeluMLP
 from offrl.nets.metric import IQE
+from offrl.nets.mlp import MLP
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class QRL:
         c, o, a = config, spec.obs_dim, spec.act_dim
         self.config, self.generator = c, generator
         self.metric = IQE(o, c.hidden, c.latent, seeds, generator, c.images)
-        self.model = GeluMLP((c.latent + a, *c.hidden, c.latent), seeds, generator=generator)
+        dims = (c.latent + a, *c.hidden, c.latent)
+        self.model = MLP(dims, seeds, generator, "gelu", norm=True)
         self.actor = GoalActor(o, o, a, c.hidden, seeds, generator, 2 * c.images)
         self.multiplier = Multiplier(seeds, generator.device)
         self.opt = adam(nn.ModuleList([self.metric, self.model, self.actor, self.multiplier]), c.lr)

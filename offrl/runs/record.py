@@ -111,12 +111,11 @@ def scores_of(
         "curve": {"steps": steps, "mean_return": points.mean(-1).tolist()},
     }
     if names := scenario_names(curves):
-        alone = curves[0].points[0][f"{headline}/{names[0]}"].shape[-1]
-        together = curves[0].points[0][headline].shape[-1] > alone
+        wishes = configuration.method(resolved.algo).scenarios(resolved.config())
         found["headline"] = (
-            "the episodes of all tasks"
-            if together
-            else "per seed, the scenario of the highest mean in that evaluation"
+            "per seed, the scenario of the highest mean in that evaluation"
+            if wishes
+            else "the episodes of all tasks"
         )
         found["scenarios"] = {name: scenario(resolved, curves, name) for name in names}
     return found

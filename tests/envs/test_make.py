@@ -117,7 +117,8 @@ def test_an_environment_without_a_snapshot_starts_its_episode_anew():
     one, two = Vector([Plain], [3]), Vector([Plain], [9])
     one.reset()
     *_, obs = one.step(torch.tensor([0]))
-    found = two.load(one.state(), obs)
+    found, anew = two.load(one.state(), obs)
+    assert anew.tolist() == [1]
     assert float(found) == pytest.approx(float(one.envs[0].reset()[0][0]))
     assert not torch.equal(found, obs)
 

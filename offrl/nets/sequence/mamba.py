@@ -19,9 +19,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
-from offrl.nets.kernels.scan import selective_scan, selective_step
+from offrl.nets.kernels.scan import STATES, selective_scan, selective_step
 
-STATES = 16  # N, of every channel
 Memory = tuple[Tensor, Tensor]  # the last inputs of the convolution (B, conv - 1, E), h (B, E, N)
 
 

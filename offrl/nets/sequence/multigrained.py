@@ -163,7 +163,10 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
         if self.fusible and fused_backbone.serves(x):
-            return fused_backbone.forward(self, x, mask, kept or x.shape[1] // 3)
+            blocks = [weights(block) for block in self.blocks]
+            return fused_backbone.forward(
+                x, mask, blocks, self.norm.weight, kept or x.shape[1] // 3
+            )
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, mask)
@@ -190,3 +193,18 @@ class Backbone(nn.Module):
             token, own = block.decide(token, own)
             after.append(own)
         return after
+
+
+def weights(block: Block) -> list[Tensor]:
+    """Of a block, as `fused_backbone.forward` takes them."""
+    found = [block.norm.weight, *mixer(block.coarse)]
+    if block.has_fine:
+        found += [*mixer(block.fine), block.group.weight, block.group.bias]
+        found += [block.fine_norm.weight, block.fine_norm.bias]
+    return found
+
+
+def mixer(m: Mixer) -> list[Tensor]:
+    time = m.time
+    step = time.weight_delta, time.delta_bias, time.A_log.mT.contiguous().exp(), time.D
+    return [m.weight_in, time.conv, time.conv_bias, time.weight_x, *step, m.weight_out]

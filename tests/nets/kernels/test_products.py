@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offrl.nets.kernels import products
-from offrl.nets.linear import chain
+from offrl.nets.kernels.chain import chain
 
 MACHINE = "a machine"
 

@@ -7,7 +7,7 @@ import torch
 
 from offrl.nets.kernels import fused_backbone
 from offrl.nets.kernels.fused_scan import compiled
-from offrl.nets.sequence.mamba import STATES
+from offrl.nets.kernels.scan import STATES
 from offrl.nets.sequence.multigrained import Backbone
 from tests.nets.gcc import needs_gcc
 
