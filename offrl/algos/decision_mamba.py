@@ -34,8 +34,8 @@ Differences from the authors' code (`grouping="release"`, `mask_pads=false`, `de
 - They drop the episode of the highest return by mistake.
 - Actions are clipped to [-1, 1], in the history too; theirs are not, but their environments clip.
 - The convolutions inside the mixers begin with a bias of 0, theirs with torch's uniform one.
-- Figure 1 shares the gate and the last map between coarse and fine (`fusion="shared_gate"`); their
-  code has two whole mixers, and so has the default.
+- Figure 1 shares the gate and the last map between coarse and fine; their code has two whole
+  mixers, and so has this one.
 """
 
 from copy import deepcopy
@@ -51,7 +51,7 @@ from offrl.data.windows import per_step, windows
 from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
 from offrl.engine.optim import adamw, descend, frozen, warm_up
 from offrl.nets import Linear, Standardize
-from offrl.nets.sequence.multigrained import Backbone, Fusion, Grouping
+from offrl.nets.sequence.multigrained import Backbone, Grouping
 from offrl.regularizers import ProgressiveTarget, RegInputs
 from offrl.regularizers.reductions import masked_reduce
 
@@ -72,7 +72,6 @@ class Config:
     self_evolution: bool = True  # blend labels with an earlier policy
     inverse: bool = True  # predict the next state and return too
     grouping: Grouping = "causal"  # release: the authors' groups, which leak labels
-    fusion: Fusion = "parallel"  # shared_gate: the paper's Figure 1 taken literally
     mask_pads: bool = True  # pads of a window enter no state
     eval_mode: Literal["window", "recurrent"] = "window"  # recurrent: from the episode's start
     mlp_embedding: bool = True  # tokens through a residual MLP; else one linear map
@@ -120,7 +119,7 @@ class Net(nn.Module):
         steps = torch.empty(c.max_step, width, device=generator.device)
         self.embed_step = nn.Parameter(steps.normal_(generator=generator))
         self.norm = nn.LayerNorm(width, device=generator.device)
-        self.backbone = Backbone(layers, width, c.fine, c.grouping, c.fusion, generator)
+        self.backbone = Backbone(layers, width, c.fine, c.grouping, generator)
         self.head_hidden = Linear(width, width, generator=generator) if c.mlp_head else None
         self.head_act = Linear(width, spec.act_dim, generator=generator)
         self.head_obs = Linear(width, spec.obs_dim, generator=generator)
@@ -171,8 +170,6 @@ class DecisionMamba:
                 "eval_mode=recurrent needs grouping=causal and mask_pads=true: with others the "
                 "network has no form that goes step by step"
             )
-        if c.fusion == "shared_gate" and (c.grouping, c.fine) != ("causal", True):
-            raise ValueError("fusion=shared_gate needs grouping=causal and fine=true")
         self.config, self.generator, self.cycle = c, generator, 1
         self.act_dim = spec.act_dim
         self.scenarios = tuple(f"target-{target:g}" for target in c.targets)
