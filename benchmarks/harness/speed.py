@@ -31,7 +31,7 @@ from offrl.data.replay import Replay
 from offrl.engine.capture.recording import NotRecordable, Recorder, Recording, tensors
 from offrl.engine.capture.updates import Speed, Updates
 from offrl.engine.method import Run, Sampler, Spec, Stage
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.results.plots import scores
 from offrl.runs.task import pick_device
 from offrl.seeding import generator
@@ -99,7 +99,7 @@ def measure_speed(options: Options) -> dict[str, Any]:
     system.prepare(options.threads, keep_memory=True)
     device = pick_device(options.device)
     if device.type == "cpu":
-        print(products.choose(home(), cpu_name()))
+        print(matmul.select_backend(home(), cpu_name()))
     data = sources.load(options.source, options.env, options.dataset, options.rows)
     with held_to(options.threads if device.type == "cpu" else None):
         ours = [
@@ -375,7 +375,7 @@ def one_of(options: Options, place: int, start: Any, rates: Any) -> None:
         os.sched_setaffinity(0, {place})
     system.prepare(1, keep_memory=True)
     device = torch.device("cpu")
-    products.choose(home(), cpu_name())
+    matmul.select_backend(home(), cpu_name())
     data = sources.load(options.source, options.env, options.dataset, options.rows)
     method = Method.make(options.algos[0], options.speeds[0], 1, options, data, device)
     found = []

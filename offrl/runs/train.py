@@ -37,7 +37,7 @@ from offrl.envs.make import engines, env_id
 from offrl.envs.workers import environments
 from offrl.runs.evaluate import player
 from offrl.system import cores, cpu_name
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.runs.record import finish, provenance, resuming, write_json
 from offrl.runs.workers import Display, Failed, Group, at_once, prepare, spread
 from offrl.seeding import derive, generator
@@ -78,7 +78,7 @@ def train(
         else:
             if device.type == "cpu":
                 system.prepare(resolved.settings.threads, resolved.settings.keep_memory)
-                say(products.choose(home(), cpu_name()))
+                say(matmul.select_backend(home(), cpu_name()))
             write_json(folder / "run.json", provenance(resolved, data, *played, device))
             (folder / "config.yaml").write_text(resolved.to_yaml())  # last: makes it resumable
         groups = layout(resolved, device)

@@ -15,7 +15,7 @@ PATIENCE = 60  # seconds without a byte before a server counts as gone
 
 
 class DownloadError(OSError):
-    """A file that could not be had; the message names the URL, the reason and the alternatives."""
+    """A file that is not available; the message names the URL, the reason and the alternatives."""
 
 
 def fetch(url: str, path: Path, check: Callable[[Path], None] | None = None) -> None:
