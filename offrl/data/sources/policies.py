@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Generator, Tensor
+from torch import Tensor
 
 from offrl.data.dataset import DataError
+from offrl.engine.method import Now
 
 FOLDER = Path(__file__).parent / "behavior"
 Weights = list[tuple[Tensor, Tensor]]  # (in, out) and (1, out) of every layer
@@ -34,22 +35,16 @@ class Behavior:
     layers: Weights
     about: dict[str, Any]
 
-    def act(
-        self,
-        now: dict[str, Tensor],
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        """Actions (B, a) in [-1, 1] for now["obs"] (B, o): sampled, or the tanh of the mean."""
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        """Actions (B, a) in [-1, 1]: sampled with now["explore"], or the tanh of the mean."""
         x = now["obs"]
         for weight, bias in self.layers[:-1]:
             x = torch.addmm(bias, x, weight).relu_()
         weight, bias = self.layers[-1]
         mean, log_std = torch.addmm(bias, x, weight).chunk(2, -1)
-        if not explore:
+        if not now.get("explore"):
             return mean.tanh(), memory
-        noise = torch.empty_like(mean).normal_(generator=generator)
+        noise = torch.empty_like(mean).normal_(generator=now["generator"])
         return (mean + log_std.clamp(-20, 2).exp() * noise).tanh(), memory
 
     @property

@@ -22,11 +22,11 @@ from typing import Any, BinaryIO, TypeVar
 import gymnasium
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from tqdm import tqdm
 
 from offrl.data.dataset import FIELDS, DataError, bounds, episode_sums, store
-from offrl.engine.method import Policy
+from offrl.engine.method import Now, Policy
 from offrl.seeding import derive, generator
 from offrl.system import cores
 
@@ -40,14 +40,8 @@ class Uniform:
     def __init__(self, act_dim: int):
         self.act_dim = act_dim
 
-    def act(
-        self,
-        now: dict[str, Tensor],
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        return torch.rand(len(now["obs"]), self.act_dim, generator=generator) * 2 - 1, memory
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        return torch.rand(len(now["obs"]), self.act_dim, generator=now["generator"]) * 2 - 1, memory
 
 
 @dataclass(frozen=True)
@@ -144,10 +138,10 @@ def play(packed: bytes, rows: int, seed: int) -> tuple[dict[str, np.ndarray], bo
     widths = {"obs": (obs_dim,), "act": (act_dim,), "next_obs": (obs_dim,)}
     out = {name: np.zeros((rows, *widths.get(name, ())), np.float32) for name in FIELDS}
     begin, later = torch.ones(1), torch.zeros(1)
-    memory, start = None, begin
+    memory, start, reward = None, begin, 0.0
     for row in range(rows):
-        now = {"obs": obs, "start": start}
-        act, memory = policy.act(now, memory, explore=explore, generator=stream)
+        now = {"obs": obs, "start": start, "reward": torch.full((1,), float(reward))}
+        act, memory = policy.act(now | {"explore": explore, "generator": stream}, memory)
         action = act.view(-1).numpy()
         raw, reward, terminated, truncated, _ = env.step(action.reshape(env.action_space.shape))
         next_obs = torch.as_tensor(raw, dtype=torch.float32).view(1, -1)
@@ -157,7 +151,7 @@ def play(packed: bytes, rows: int, seed: int) -> tuple[dict[str, np.ndarray], bo
         obs, start = next_obs, later
         if terminated or truncated:
             obs = torch.as_tensor(env.reset()[0], dtype=torch.float32).view(1, -1)
-            start = begin
+            start, reward = begin, 0.0
     env.close()
     cut = start is later
     if cut:
