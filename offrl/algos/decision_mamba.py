@@ -34,8 +34,8 @@ Differences from the authors' code (`grouping="release"`, `mask_pads=false`, `de
 - They drop the episode of the highest return by mistake.
 - Actions are clipped to [-1, 1], in the history too; theirs are not, but their environments clip.
 - The convolutions inside the mixers begin with a bias of 0, theirs with torch's uniform one.
-- Figure 1 shares the gate and the last map between coarse and fine (`fusion="shared_gate"`); their
-  code has two whole mixers, and so has the default.
+- Figure 1 shares the gate and the last map between coarse and fine; their code has two whole
+  mixers, and so has this one.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,6 @@ class Config:
     self_evolution: bool = True  # blend labels with an earlier policy
     inverse: bool = True  # predict the next state and return too
     grouping: Grouping = "causal"  # release: the authors' groups, which leak labels
-    fusion: Fusion = "parallel"  # shared_gate: the paper's Figure 1 taken literally
     mask_pads: bool = True  # pads of a window enter no state
     eval_mode: Literal["window", "recurrent"] = "window"  # recurrent: from the episode's start
     mlp_embedding: bool = True  # tokens through a residual MLP; else one linear map

@@ -81,7 +81,7 @@ def train(
         else:
             if device.type == "cpu":
                 system.prepare(resolved.settings.threads, resolved.settings.keep_memory)
-                say(products.choose(home(), cpu_name()))
+                say(matmul.select_backend(home(), cpu_name()))
             write_json(folder / "run.json", provenance(resolved, data, *played, device))
             (folder / "config.yaml").write_text(resolved.to_yaml())  # last: makes it resumable
         groups = layout(resolved, device)
