@@ -25,7 +25,7 @@ from offrl.engine import checkpoint
 from offrl.engine.loop import Curve, Progress
 from offrl.envs import make
 from offrl.errors import ConfigError, Failed
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.runs import record as outcome
 from offrl.runs import task
 from offrl.runs import train as experiment

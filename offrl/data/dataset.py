@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from offrl.errors import DataError
+from offrl.system import locked
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from offrl.engine.loop import Progress, Schedule, fit
 from offrl.engine.method import Run
 from offrl.envs.make import engines, env_id
 from offrl.errors import Diverged, Failed, Interrupted
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.runs.evaluate import player
 from offrl.runs.record import finish, provenance, resuming, write_json
 from offrl.runs.task import (
