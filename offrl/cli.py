@@ -20,13 +20,7 @@ OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
 
 def main() -> None:
     """The console command: offrl train|evaluate|collect|report key=value ..."""
-    commands = {
-        "train": train,
-        "evaluate": evaluate,
-        "collect": collect,
-        "report": report,
-        "speed": speed,
-    }
+    commands = {"train": train, "evaluate": evaluate, "collect": collect, "report": report}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
         sys.exit(2)
@@ -58,7 +52,8 @@ def explain(overrides: dict[str, list[Any]]) -> None:
     presets = ", ".join(["full", *configuration.shipped(algo).get("presets", {})])
     print(
         f"{inspect.getdoc(train)}\n\n{configuration.configured(algo, first).help()}\n"
-        f"methods: {', '.join(configuration.algorithms())}, and files of your own: algo=mine.py\npresets: {presets}\n"
+        f"methods: {', '.join(configuration.algorithms())}; files of your own: algo=mine.py\n"
+        f"presets: {presets}\n"
         "resume=DIR continues a run; -m sweeps over comma-separated values; --hydra-help is Hydra's"
     )
 

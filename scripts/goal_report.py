@@ -1,10 +1,11 @@
-"""See `tools.goal_report.Options`."""
+"""See `tools.goal_report`."""
 
 import sys
+from pathlib import Path
 
-from offrl.cli import options, readable_errors
-from tools.goal_report import Options, make_goal_report
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.goal_report import main
 
 if __name__ == "__main__":
-    with readable_errors():
-        make_goal_report(options(Options, sys.argv[1:]))
+    main()

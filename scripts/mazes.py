@@ -1,10 +1,11 @@
-"""See `tools.mazes.Options`."""
+"""See `tools.mazes`."""
 
 import sys
+from pathlib import Path
 
-from offrl.cli import options, readable_errors
-from tools.mazes import Options, look
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tools.mazes import main
 
 if __name__ == "__main__":
-    with readable_errors():
-        look(options(Options, sys.argv[1:]))
+    main()

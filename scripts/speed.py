@@ -1,6 +1,11 @@
-"""See `offrl.cli.speed`."""
+"""See `benchmarks.harness.speed`."""
 
-from offrl.cli import speed
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.harness.speed import main
 
 if __name__ == "__main__":
-    speed()
+    main()

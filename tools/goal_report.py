@@ -5,6 +5,7 @@ Of runs in pointmazes that still have their checkpoint the order-consistency rat
 """
 
 import json
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy as np
 import yaml
 from scipy.stats import binomtest
 
+from offrl import cli
 from offrl import config as configuration
+from offrl.cli import readable_errors
 from offrl.config import Resolved
 from offrl.envs import ogbench
 from offrl.errors import ConfigError
@@ -38,6 +41,11 @@ class Options:
 
     runs: tuple[str, ...]
     out: str
+
+
+def main() -> None:
+    with readable_errors():
+        make_goal_report(cli.options(Options, sys.argv[1:]))
 
 
 def make_goal_report(options: Options) -> dict[str, Any]:

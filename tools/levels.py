@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from offrl.config import Resolved
-from offrl.engine.evaluate import evaluator_of
-from offrl.engine.method import Algorithm, Policy
+from offrl.engine.method import Algorithm, Now, Policy
 from offrl.nets.goal import normalized
-from offrl.runs.task import make_env
+from offrl.runs.task import make_env, make_evaluator
 
 SPEED = 0.16  # of the data along their paths, per step: 0.2 E[min(1 + N(0, 0.5^2), 1)]
 SIDE = 3  # points along the side of a cell that a subgoal is read as
@@ -126,16 +125,15 @@ def examine(
         steps: of a subgoal.
         episodes: per task.
     """
-    make = make_env(resolved)
-    world = make()
+    world = make_env(resolved)()
     routes = Routes(world.unwrapped)
-    player = evaluator_of(algo, make, (), (episodes,), seed)
+    player = make_evaluator(resolved, (), (episodes,), seed)
     reach = steps * SPEED
     found: dict[str, Any] = {"reach": reach, "episodes": episodes}
     policies: dict[str, Policy] = {"success": algo, "led": Led(algo, routes, reach)}
     for name, policy in policies.items():
-        played = player(policy, episodes).scenarios.values()
-        found[name] = [float(task.returns.mean()) for task in played]
+        played = player(policy, episodes)
+        found[name] = [float(played[key].mean()) for key in played if key.startswith("return/")]
     named = [gains(algo, routes, path[::steps], goal, 2 * reach) for path, goal in paths]
     found["nearer"] = [float((gain > 0).mean()) for gain in named]
     found["gain"] = [float(gain.mean()) for gain in named]

@@ -9,6 +9,7 @@ for cubes. Of a hierarchy both levels are examined apart, see `tools.levels`.
 
 import functools
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offrl import cli
 from offrl import config as configuration
+from offrl.cli import readable_errors
 from offrl.config import Resolved
 from offrl.engine.method import Algorithm
 from offrl.envs.make import factory, tasks
@@ -49,6 +52,11 @@ class Options:
     task: int = 1
     episodes: int = 4
     seed: int = 0
+
+
+def main() -> None:
+    with readable_errors():
+        look(cli.options(Options, sys.argv[1:]))
 
 
 def look(options: Options) -> list[dict[str, Any]]:

@@ -169,9 +169,8 @@ def evaluate(
 ) -> np.ndarray:
     """Body of a process of `measure`; arrays, since tensors would travel as open files."""
     weights = [(torch.from_numpy(w), torch.from_numpy(b)) for w, b in arrays]
-    policy: Any = Behavior(weights, {})  # Any: it acts, but does not train
     player = Evaluator(factory(env), width=min(10, episodes), seed=seed)
-    return player(policy, episodes, explore=explore).returns.double().numpy()
+    return player(Behavior(weights, {}), episodes, explore)["return"].double().numpy()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,11 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -20,18 +23,19 @@ import torch
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-from benchmarks.harness.certificate import by_share, certified
-from benchmarks.harness.peers.start import FIELDS, packages, rival
+from benchmarks.harness.peers.start import packages, rival
 from benchmarks.harness.timing import held_to, product_rate, seconds
+from offrl import cli, system
 from offrl import config as configuration
-from offrl import system
 from offrl.data import Dataset, sources
 from offrl.data.dataset import home
 from offrl.data.replay import Replay
-from offrl.engine.capture.recording import NotRecordable, Recorder, Recording, tensors
+from offrl.engine.capture.recording import Call, NotRecordable, Recorder, Recording
 from offrl.engine.capture.updates import Speed, Updates
-from offrl.engine.method import Run, Sampler, Spec, Stage
-from offrl.nets.kernels import products
+from offrl.engine.method import TRANSITION, Run, Sampler, Spec, Stage, Task, turns_of
+from offrl.engine.state import state_of, tensors
+from offrl.errors import ConfigError
+from offrl.nets.kernels import matmul
 from offrl.results.plots import scores
 from offrl.runs.task import pick_device
 from offrl.seeding import generator
@@ -46,9 +50,9 @@ class Options:
 
     env=halfcheetah dataset=medium rows=None source=auto     the data that updates draw from
     algos=[td3bc,prdc,bc]   methods; ratios are to the first. td3 and sac draw from a full replay
-    speeds=[graph,eager]    how updates are made, see engine/capture.py; each is a row of its own
+    speeds=[graph,eager]    how updates are made, see offrl/engine/capture; each is a row of its own
     seeds=[1]               stacked seeds, each number a row; a row tells seed-updates per second
-    peers=[plain,jax]       the same work elsewhere (offrl/peers): plain, jax and d3rlpy make
+    peers=[plain,jax]       the same work elsewhere (harness/peers): plain, jax and d3rlpy make
                             updates of td3bc, sb3-td3 and sb3-sac those of td3 and sac. All but
                             plain need the extra `peers`. Batch as the first of algos has it
     peer_python=PATH        a Python that has d3rlpy, which cannot be installed beside the rest
@@ -80,6 +84,11 @@ class Options:
     out: str | None = None
 
 
+def main() -> None:
+    with cli.readable_errors():
+        measure_speed(cli.options(Options, sys.argv[1:]))
+
+
 def measure_speed(options: Options) -> dict[str, Any]:
     """Measure, print a table, and return it.
 
@@ -88,22 +97,18 @@ def measure_speed(options: Options) -> dict[str, Any]:
             updates beside jax, or more processes than cores.
     """
     if wrong := [name for name in options.speeds if name not in get_args(Speed)]:
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"speeds are {', '.join(get_args(Speed))}, got {wrong[0]!r}"
             f"{configuration.nearest(wrong[0], get_args(Speed))}"
         )
     if options.processes > cores():
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"processes={options.processes}, but this process may use {cores()} core(s)"
         )
-    system.prepare(options.threads, keep_memory=True)
-    device = pick_device(options.device)
-    if device.type == "cpu":
-        print(products.choose(home(), cpu_name()))
-    data = sources.load(options.source, options.env, options.dataset, options.rows)
+    device, data = prepared(options)
     with held_to(options.threads if device.type == "cpu" else None):
         ours = [
-            Method.make(name, speed, count, options, data, device)
+            Entry.make(name, speed, count, options, data, device)
             for name in options.algos
             for speed in options.speeds
             for count in options.seeds
@@ -125,11 +130,20 @@ def measure_speed(options: Options) -> dict[str, Any]:
     return found
 
 
+def prepared(options: Options, say: Callable[[str], None] = print) -> tuple[torch.device, Dataset]:
+    """Threads, memory and products as a run has them; the device, and the data."""
+    system.prepare(options.threads, keep_memory=True)
+    device = pick_device(options.device)
+    if device.type == "cpu":
+        say(matmul.select_backend(home(), cpu_name()))
+    return device, sources.load(options.source, options.env, options.dataset, options.rows)
+
+
 def compared(
     options: Options,
     data: Dataset,
     device: torch.device,
-    ours: list["Method"],
+    ours: list["Entry"],
     others: dict[str, Callable[[int], None]],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The rounds: the table made of them, and each row's updates per second."""
@@ -186,13 +200,6 @@ def compared(
             f"{name:<16} {row['updates_per_second']:>9} {rates[0]:>6.0f}-{rates[-1]:<6.0f} "
             f"{row['time_ratio']:>7} {share:>9} {calls:>6} {memory:>6}"
         )
-    for method in ours:
-        if hasattr(method.algo, "neighbors") and method.speed == options.speeds[0]:
-            proved = round(certified(method, device), 4)
-            found["methods"][method.label]["certified"] = proved
-            print(f"{method.label:<16} {proved:.2%} of its rows certified")
-            if device.type == "cpu":  # its noise comes from a generator that no graph knows
-                found["certificate"] = by_share(method, first, options, device)
     shown = {n: t for n, t in times.items() if not n.startswith("products of")}
     return found, {
         n: (counts[n].count if n in counts else 1) / np.array(t) for n, t in shown.items()
@@ -200,12 +207,13 @@ def compared(
 
 
 @dataclass
-class Method:
+class Entry:
     """One of our methods with its sampler, made one way.
 
     Attributes:
         count: stacked seeds.
         run: makes n updates of every seed.
+        turns: pattern of update -> how many of a thousand updates make it.
     """
 
     name: str
@@ -217,6 +225,7 @@ class Method:
     sample: Sampler
     step: int = 0
     run: Callable[[int], None] = field(init=False)
+    turns: Counter[int] = field(init=False)
 
     @classmethod
     def make(
@@ -227,26 +236,23 @@ class Method:
         options: Options,
         data: Dataset,
         device: torch.device,
-    ) -> "Method":
+    ) -> "Entry":
         """The method after its warm-up."""
         given = {"env": options.env, "dataset": options.dataset, "source": options.source}
         values = configuration.configured(name, given | chosen(name, options))
-        method, seeds = configuration.module(name), (count,) if count > 1 else ()
-        algo = method.make(
-            values.config(),
-            Spec(data.obs_dim, data.act_dim, *data.statistics()),
-            generator(0, "speed", values.task, device=device),
-            seeds,
-        )
-        if configuration.online(name):
+        method, seeds = configuration.method(name), (count,) if count > 1 else ()
+        spec = Spec(data.obs_dim, data.act_dim, *data.statistics())
+        stream = generator(0, "speed", values.task, device=device)
+        algo = method.make(values.config(), spec, stream, seeds)
+        if method.online:
             replay = replayed(data, seeds, device)
-            stage = Stage(
-                "train", None, lambda: replay.sampler(algo.config.batch), algo.update, algo.cycle
-            )
+            start = lambda: replay.sampler(algo.config.batch)  # noqa: E731
+            stage = Stage("train", None, start, algo.update, turns_of(algo))
         else:
-            (stage,) = method.stages(algo, data, Run(1, seeds, device, str(home())))
+            run = Run(1, seeds, device, method.fields, str(home()))
+            (stage,) = method.stages(algo, Task(spec, data), run)
         made = cls(name, cast(Speed, speed), count, options, algo, stage, stage.start())
-        made.run = made.runner()
+        made.turns, made.run = Counter(map(stage.turn, range(1000))), made.runner()
         seconds(made.run, options.warmup, device)
         return made
 
@@ -263,7 +269,8 @@ class Method:
 
     def runner(self, speed: Speed | None = None) -> Callable[[int], None]:
         """Updates from here on, made as this row's or as told; captured anew if so."""
-        update = Updates(self.stage, self.sample, self.algo.generator, speed or self.speed)
+        stage = self.stage
+        update = Updates(stage.update, self.sample, stage.turn, self.algo, speed or self.speed)
 
         def run(count: int) -> None:
             for _ in range(count):
@@ -272,27 +279,30 @@ class Method:
 
         return run
 
-    def recorded(self) -> Recorder:
-        """The operators of one cycle as written."""
-        with Recorder() as recorder:
-            for _ in range(self.algo.cycle):
-                self.once()
-        return recorder
+    def recorded(self) -> dict[int, list[Call]]:
+        """Pattern of update -> the operators that one calls as written."""
+        found = {}
+        for turn in self.turns:
+            with Recorder() as recorder:
+                self.once(turn)
+            found[turn] = recorder.calls
+        return found
 
     def products(self) -> Callable[[int], None]:
-        """The matrix products of a cycle and nothing else."""
-        calls = self.recorded().calls
-        parts = [
-            tree_map(detached, (c.run, c.args, c.kwargs))
-            for c in calls
-            if str(c.run).split(".")[1] in PRODUCTS
-        ]
-        share = self.algo.cycle
+        """The matrix products of updates and nothing else."""
+        parts = {
+            turn: [
+                tree_map(detached, (c.run, c.args, c.kwargs))
+                for c in calls
+                if str(c.run).split(".")[1] in PRODUCTS
+            ]
+            for turn, calls in self.recorded().items()
+        }
 
         def run(count: int) -> None:
             with torch.inference_mode():
-                for _ in range(count // share):
-                    for product, args, kwargs in parts:
+                for step in range(count):
+                    for product, args, kwargs in parts[self.stage.turn(step)]:
                         product(*args, **kwargs)
 
         return run
@@ -300,49 +310,50 @@ class Method:
     def about(self, device: torch.device) -> dict[str, Any]:
         """Its options, what an update as written calls, and what it keeps in memory."""
         on_gpu = device.type == "cuda"
-        calls = self.launches() if on_gpu else len(self.recorded().calls) / self.algo.cycle
-        held = sum(x.nbytes for x in tensors(self.algo.state()))
+        calls = self.launches() if on_gpu else {t: len(c) for t, c in self.recorded().items()}
+        held = sum(x.nbytes for _, x in tensors(state_of(self.algo)))
         working = self.peak() if on_gpu else self.planned()  # None: it cannot be recorded
         return {
             "options": chosen(self.name, self.options),
-            "calls": calls,
+            "calls": sum(calls[t] * n for t, n in self.turns.items()) / self.turns.total(),
             "state_mb": round(held / 1e6, 3),
             "working_mb": None if working is None else round(working / 1e6, 3),
         }
 
-    def once(self) -> dict[str, torch.Tensor]:
-        self.step += 1
-        return self.stage.update(self.sample(self.algo.generator), self.step - 1)
+    def once(self, turn: int) -> dict[str, torch.Tensor]:
+        """An update as written that makes a pattern."""
+        return self.stage.update(self.sample(self.algo.generator), turn)
 
     def planned(self) -> int | None:
         """Bytes of intermediate results on a CPU.
 
-        Those of the largest update of a cycle; of all together where each is captured apart.
+        Those of the largest pattern; of all together where each is captured apart.
         """
         try:
-            found = [Recording(self.once).memory for _ in range(self.algo.cycle)]
+            found = [Recording(partial(self.once, turn)).memory for turn in self.turns]
         except NotRecordable:
             return None
         return max(found) if self.speed in ("eager", "compile") else sum(found)
 
     def peak(self) -> int:
-        """Bytes that a cycle of updates as written takes above what lies on the GPU."""
+        """Bytes that an update of any pattern takes as written above what lies on the GPU."""
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        for _ in range(self.algo.cycle):
-            self.once()
+        for turn in self.turns:
+            self.once(turn)
         return torch.cuda.max_memory_allocated() - before
 
-    def launches(self) -> float:
-        """Kernels and copies on the GPU per update as written."""
+    def launches(self) -> dict[int, int]:
+        """Pattern of update -> kernels and copies on the GPU of one as written."""
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as found:
-            for _ in range(self.algo.cycle):
-                self.once()
-            torch.cuda.synchronize()
-        cuda = torch.autograd.DeviceType.CUDA
-        work = [e for e in found.events() if e.device_type == cuda and not e.is_user_annotation]
-        return len(work) / self.algo.cycle
+        cuda, found = torch.autograd.DeviceType.CUDA, {}
+        for turn in self.turns:
+            with torch.profiler.profile(activities=activities) as profile:
+                self.once(turn)
+                torch.cuda.synchronize()
+            work = profile.events()
+            found[turn] = sum(e.device_type == cuda and not e.is_user_annotation for e in work)
+        return found
 
 
 def together(options: Options) -> dict[str, float]:
@@ -373,11 +384,8 @@ def one_of(options: Options, place: int, start: Any, rates: Any) -> None:
     """Body of one of the processes: its updates per second of every round."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {place})
-    system.prepare(1, keep_memory=True)
-    device = torch.device("cpu")
-    products.choose(home(), cpu_name())
-    data = sources.load(options.source, options.env, options.dataset, options.rows)
-    method = Method.make(options.algos[0], options.speeds[0], 1, options, data, device)
+    device, data = prepared(replace(options, threads=1, device="cpu"), say=lambda line: None)
+    method = Entry.make(options.algos[0], options.speeds[0], 1, options, data, device)
     found = []
     for _ in range(options.rounds):
         start.wait()
@@ -392,9 +400,9 @@ def detached(x: Any) -> Any:
 
 def replayed(data: Dataset, seeds: tuple[int, ...], device: torch.device) -> Replay:
     """A replay that holds the whole data set, for every seed."""
-    fields = {name: (tuple(data[name].shape[1:]), torch.float32) for name in FIELDS}
+    fields = {name: (tuple(data[name].shape[1:]), torch.float32) for name in TRANSITION}
     replay = Replay(len(data), fields, seeds, device)
-    rows = {name: data[name].to(device) for name in FIELDS}
+    rows = {name: data[name].to(device) for name in TRANSITION}
     replay.add({name: value.expand(*seeds, *value.shape) for name, value in rows.items()})
     return replay
 
@@ -407,9 +415,7 @@ def chosen(name: str, options: Options) -> dict[str, Any]:
     """
     for key in options.set:
         if key.split(".")[0] not in options.algos:
-            raise configuration.ConfigError(
-                f"set takes method.option: value with a method of algos, got {key!r}"
-            )
+            raise ConfigError(f"set takes method.option: value with a method of algos, got {key!r}")
     own = f"{name}."
     return {
         f"algo.{key.removeprefix(own)}": value

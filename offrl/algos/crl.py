@@ -27,15 +27,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from offrl.data import Dataset
-from offrl.data.goals import check_mixture, goal_transitions
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.data.goals import STATES, goal_stages
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
-from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob
-from offrl.nets.kernels.gelu import GeluMLP
+from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob, sampled
+from offrl.nets.mlp import MLP
 
-FIELDS = ("obs", "act", "next_obs")
-GOALS = True  # the environment must name goals
 HEADS = 2
 FLOOR = 1e-6  # of exp(Q) in the actor's loss, as in OGBench: no gradient below
 
@@ -59,37 +56,28 @@ class Config:
 class Latents(nn.Module):
     """phi or psi of every head: parts (*S, B, n) -> (*S, E, B, d); heads share image encoders."""
 
-    def __init__(
-        self, sizes: tuple[int, ...], c: Config, seeds: tuple[int, ...], generator: Generator
-    ):
+    def __init__(self, sizes: tuple[int, ...], c: Config, seeds: Seeds, generator: Generator):
         super().__init__()
         self.sight = Sight(sizes, int(c.images), seeds, generator)
         dims = (self.sight.size, *c.hidden, c.latent)
-        self.net = GeluMLP(dims, (*seeds, HEADS), generator=generator)
+        self.net = MLP(dims, (*seeds, HEADS), generator, "gelu", norm=True)
 
     def forward(self, *parts: Tensor) -> Tensor:
         return self.net(self.sight(*parts).unsqueeze(-3))
 
 
 class CRL:
-    NAMES = ("phi", "psi", "actor", "opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c, o, a = config, spec.obs_dim, spec.act_dim
-        check_mixture("value_goals", c.value_goals)
-        check_mixture("actor_goals", c.actor_goals)
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
         g = self.goal.size
         self.phi = Latents((o, a), c, seeds, generator)
         self.psi = Latents((g,), c, seeds, generator)
         self.actor = GoalActor(o, g, a, c.hidden, seeds, generator, 2 * c.images)
-        nets = (self.phi, self.psi, self.actor)
-        self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
+        self.opt = adam(nn.ModuleList([self.phi, self.psi, self.actor]), c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         critic, metrics = self.critic_loss(batch)
         actor, more = self.actor_loss(batch)
         return descend(self.opt, critic + actor, metrics | more)
@@ -116,40 +104,10 @@ class CRL:
         loss = climb + self.config.alpha * imitation
         return loss, {"actor/loss": loss, "actor/imitation": imitation}
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        act = self.actor.act(now["obs"], self.goal(now["goal"]), explore, generator)
-        return act, memory
-
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
-
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        return sampled(self.actor(now["obs"], self.goal(now["goal"])), now).clamp(-1, 1), memory
 
 
-make = CRL
-
-
-def stages(algo: CRL, data: Dataset, run: Run) -> list[Stage]:
-    c = algo.config
-
-    def start():
-        return goal_transitions(
-            data,
-            c.batch,
-            c.value_goals,
-            c.actor_goals,
-            c.discount,
-            c.images * c.crop_share,
-            run.seeds,
-            run.device,
-        )
-
-    return [Stage("train", run.steps, start, algo.update, algo.cycle)]
+METHOD = Method(
+    CRL, Config, stages=goal_stages(), fields=STATES, goals=True, stacks=lambda c: not c.images
+)

@@ -34,11 +34,10 @@ Differences from the authors' code (`grouping="release"`, `mask_pads=false`, `de
 - They drop the episode of the highest return by mistake.
 - Actions are clipped to [-1, 1], in the history too; theirs are not, but their environments clip.
 - The convolutions inside the mixers begin with a bias of 0, theirs with torch's uniform one.
-- Figure 1 shares the gate and the last map between coarse and fine (`fusion="shared_gate"`); their
-  code has two whole mixers, and so has the default.
+- Figure 1 shares the gate and the last map between coarse and fine; their code has two whole
+  mixers, and so has this one.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,17 +45,16 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from offrl.data import Dataset, prepare
-from offrl.data.windows import per_step, windows
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
-from offrl.engine.optim import adamw, descend, frozen, warm_up
+from offrl.data.windows import asked_returns, renewed, scenarios, window_stages
+from offrl.engine.method import Batch, Method, Metrics, Now, Run, Seeds, Spec, Stage, Task
+from offrl.engine.optim import adamw, descend, target_copy, warm_up
 from offrl.nets import Linear, Standardize
-from offrl.nets.sequence.multigrained import Backbone, Fusion, Grouping
+from offrl.nets.sequence.mamba import decayed
+from offrl.nets.sequence.multigrained import Backbone, Grouping
+from offrl.nets.sequence.tokens import StepTokens
 from offrl.regularizers import ProgressiveTarget, RegInputs
 from offrl.regularizers.reductions import masked_reduce
 
-FIELDS = ("obs", "act", "reward")
-STACKS = False  # no seed axis: one process per seed on every device
 SIZES = {"tiny": (3, 64), "small": (3, 128), "base": (3, 256), "release": (24, 768)}  # layers, d
 STAGES = 40  # of self-evolution; the authors evaluate and count one every 2,500 updates
 
@@ -72,7 +70,6 @@ class Config:
     self_evolution: bool = True  # blend labels with an earlier policy
     inverse: bool = True  # predict the next state and return too
     grouping: Grouping = "causal"  # release: the authors' groups, which leak labels
-    fusion: Fusion = "parallel"  # shared_gate: the paper's Figure 1 taken literally
     mask_pads: bool = True  # pads of a window enter no state
     eval_mode: Literal["window", "recurrent"] = "window"  # recurrent: from the episode's start
     mlp_embedding: bool = True  # tokens through a residual MLP; else one linear map
@@ -94,19 +91,6 @@ class Config:
     max_step: int = 1000  # rows of the embedding of steps; later steps share the last one
 
 
-class Embedding(nn.Module):
-    """(..., n) -> (..., width): affine, with `mlp` plus an affine map of its GELU."""
-
-    def __init__(self, fan_in: int, width: int, mlp: bool, generator: Generator | None):
-        super().__init__()
-        self.first = Linear(fan_in, width, generator=generator)
-        self.second = Linear(width, width, generator=generator) if mlp else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        return x if self.second is None else x + self.second(F.gelu(x))
-
-
 class Net(nn.Module):
     """A window of K steps -> what its tokens say."""
 
@@ -114,36 +98,18 @@ class Net(nn.Module):
         super().__init__()
         c, (layers, width) = config, SIZES[config.size]
         self.mask_pads = c.mask_pads
-        self.embed_return = Embedding(1, width, c.mlp_embedding, generator)
-        self.embed_obs = Embedding(spec.obs_dim, width, c.mlp_embedding, generator)
-        self.embed_act = Embedding(spec.act_dim, width, c.mlp_embedding, generator)
-        steps = torch.empty(c.max_step, width, device=generator.device)
-        self.embed_step = nn.Parameter(steps.normal_(generator=generator))
-        self.norm = nn.LayerNorm(width, device=generator.device)
-        self.backbone = Backbone(layers, width, c.fine, c.grouping, c.fusion, generator)
+        o, a = spec.obs_dim, spec.act_dim
+        self.tokens = StepTokens(o, a, width, c.max_step, c.mlp_embedding, True, generator)
+        self.backbone = Backbone(layers, width, c.fine, c.grouping, generator)
         self.head_hidden = Linear(width, width, generator=generator) if c.mlp_head else None
-        self.head_act = Linear(width, spec.act_dim, generator=generator)
-        self.head_obs = Linear(width, spec.obs_dim, generator=generator)
+        self.head_act = Linear(width, a, generator=generator)
+        self.head_obs = Linear(width, o, generator=generator)
         self.head_return = Linear(width, 1, generator=generator)
 
     def forward(self, window: Batch) -> Tensor:
         """Outputs (B, K, 3, d) at the tokens R, s, a of every step."""
         mask = window["mask"] if self.mask_pads else None
         return self.backbone(self.tokens(window).flatten(1, 2), mask).unflatten(1, (-1, 3))
-
-    def tokens(self, window: Batch) -> Tensor:
-        """The embedded window (B, K, 3, d): tokens R, s, a of every step."""
-        parts = [
-            self.embed_return(window["return_to_go"].unsqueeze(-1)),
-            self.embed_obs(window["obs"]),
-            self.embed_act(window["act"]),
-        ]
-        return self.placed(torch.stack(parts, 2), window["step_in_episode"])
-
-    def placed(self, content: Tensor, step: Tensor) -> Tensor:
-        """Embedded tokens (*L, n, d) of the step in the episode `step` (*L)."""
-        last = len(self.embed_step) - 1
-        return self.norm(content) + self.embed_step[step.clamp(max=last)].unsqueeze(-2)
 
     def action(self, hidden: Tensor) -> Tensor:
         """The action (*L, a) from outputs (*L, d) at s-tokens."""
@@ -153,43 +119,27 @@ class Net(nn.Module):
 
 
 class DecisionMamba:
-    NAMES = ("standardize", "net", "teacher", "evolution", "opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c = config
-        if seeds:
-            raise ValueError("decision_mamba carries no seed axis: make one per seed")
-        if not c.targets:
-            raise ValueError(
-                "decision_mamba has no target returns for this task; give the returns to ask for, "
-                "such as algo.targets=[3600]"
-            )
         if c.eval_mode == "recurrent" and (c.grouping, c.mask_pads) != ("causal", True):
             raise ValueError(
                 "eval_mode=recurrent needs grouping=causal and mask_pads=true: with others the "
                 "network has no form that goes step by step"
             )
-        if c.fusion == "shared_gate" and (c.grouping, c.fine) != ("causal", True):
-            raise ValueError("fusion=shared_gate needs grouping=causal and fine=true")
-        self.config, self.generator, self.cycle = c, generator, 1
-        self.act_dim = spec.act_dim
-        self.scenarios = tuple(f"target-{target:g}" for target in c.targets)
-        self.targets = torch.tensor(c.targets, device=generator.device) / c.scale
+        self.config, self.generator, self.act_dim = c, generator, spec.act_dim
+        self.targets = asked_returns("decision_mamba", c, seeds, generator.device)
         self.standardize = Standardize(spec.obs_dim, spec.obs_mean, spec.obs_std, generator.device)
         self.net = Net(c, spec, generator)
-        self.teacher = frozen(deepcopy(self.net))
-        self.stage_steps = max(1, c.steps // STAGES)
+        self.teacher = target_copy(self.net)
         self.evolution = ProgressiveTarget(
             final=c.final_blend if c.self_evolution else 0.0,
             cap=c.blend_cap,
             stages=STAGES,
-            stage_steps=self.stage_steps,
+            stage_steps=max(1, c.steps // STAGES),
         ).to(generator.device)
         self.opt = adamw(decayed(self.net, c.weight_decay, c.decay_all), eps=1e-6)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         c = self.config
         warm_up(self.opt, c.lr, c.lr_warmup)
         metrics = descend(self.opt, *self.loss(batch), clip=c.clip)
@@ -226,19 +176,11 @@ class DecisionMamba:
             return window["act"]
         return self.teacher.action(self.teacher(window)[:, :, 1])
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """The policy becomes the earlier one; done at the end of every stage."""
         self.teacher.load_state_dict(self.net.state_dict())
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         """The action given the last `context` steps, whose embedded tokens are remembered.
 
         `eval_mode=recurrent` is the same policy on the whole episode so far, at a cost that does
@@ -253,14 +195,14 @@ class DecisionMamba:
             memory = {"past": past, "rest": goal, "step": torch.zeros_like(goal).long()}
         rest = torch.where(start, goal, memory["rest"] - now["reward"] / c.scale)
         step = torch.where(start, 0, memory["step"] + 1)
-        content = [net.embed_return(rest.unsqueeze(-1)), net.embed_obs(obs)]
-        pair = net.placed(torch.stack(content, 1), step)  # (B, 2, d)
+        content = [net.tokens.embed_return(rest.unsqueeze(-1)), net.tokens.embed_obs(obs)]
+        pair = net.tokens.placed(torch.stack(content, 1), step)  # (B, 2, d)
         if window:
             hidden, past = self.observe(pair, memory["past"], start)
         else:
             hidden, past = net.backbone.observe(pair, renewed(memory["past"], start))
         act = net.action(hidden).clamp(-1, 1)
-        token = net.placed(net.embed_act(act).unsqueeze(1), step).squeeze(1)
+        token = net.tokens.placed(net.tokens.embed_act(act).unsqueeze(1), step).squeeze(1)
         if window:
             past["tokens"][:, -1] = token
         else:
@@ -294,49 +236,19 @@ class DecisionMamba:
         hidden = self.net.backbone(tokens, mask if self.config.mask_pads else None, kept=1)
         return hidden[:, 1], window | {"tokens": tokens, "mask": mask}
 
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
 
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
-
-
-def renewed(memory: Any, start: Tensor) -> Any:
-    """Memory of tensors in dicts, tuples and lists, with zeros in the rows where start (B,) is."""
-    if isinstance(memory, Tensor):
-        return torch.where(per_step(start, memory), 0, memory)
-    if isinstance(memory, dict):
-        return {name: renewed(part, start) for name, part in memory.items()}
-    return type(memory)(renewed(part, start) for part in memory)
+def stages(algo: DecisionMamba, task: Task, run: Run) -> list[Stage]:
+    """As usual, with a new teacher at every stage of self-evolution."""
+    renewal = (algo.evolution.stage_steps, algo.refresh)
+    return window_stages(algo, task, run, [renewal] if algo.config.self_evolution else [])
 
 
-def decayed(net: nn.Module, decay: float, everything: bool) -> list[tuple[list[Tensor], float]]:
-    """Parameters with their weight decay: none for biases, norms, A_log and D.
-
-    Args:
-        everything: exempt only biases and LayerNorms, as the authors do.
-    """
-    norms: Any = nn.LayerNorm if everything else (nn.LayerNorm, nn.RMSNorm)
-    exempt = () if everything else ("A_log", "D")
-    groups: dict[bool, list[Tensor]] = {True: [], False: []}
-    for module in net.modules():
-        for name, value in module.named_parameters(recurse=False):
-            free = name.endswith("bias") or isinstance(module, norms) or name in exempt
-            groups[not free].append(value)
-    return [(groups[True], decay), (groups[False], 0.0)]
-
-
-make = DecisionMamba
-
-
-def stages(algo: DecisionMamba, data: Dataset, run: Run) -> list[Stage]:
-    c = algo.config
-    # the authors add 1e-6 to the std, where the engine's statistics have 1e-3
-    algo.standardize = Standardize(data.obs_dim, *data.statistics(eps=1e-6), run.device)
-
-    def start():
-        ready = prepare(algo.standardize)
-        return windows(data, c.batch, c.context, c.scale, run.seeds, run.device, ready)
-
-    between = [(algo.stage_steps, algo.refresh)] if c.self_evolution else []
-    return [Stage("train", run.steps, start, algo.update, algo.cycle, between)]
+METHOD = Method(
+    DecisionMamba,
+    Config,
+    stages=stages,
+    fields=("obs", "act", "reward"),
+    episodes=True,
+    stacks=lambda c: False,
+    scenarios=scenarios,
+)

@@ -29,16 +29,14 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.data import Dataset, prepare
-from offrl.data.windows import act_taken, extend, windows
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.data.windows import act_taken, asked_returns, extend, scenarios, window_stages
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adamw, descend, warm_up
 from offrl.nets import Linear, Standardize
+from offrl.nets.sequence.tokens import StepTokens
 from offrl.nets.sequence.transformer import Transformer
 from offrl.regularizers.reductions import masked_reduce
 
-FIELDS = ("obs", "act", "reward")
-STACKS = False  # no seed axis: one process per seed on every device
 WIDTHS = {"tiny": 80, "small": 152, "base": 296, "release": 128}
 
 
@@ -66,90 +64,59 @@ class Net(nn.Module):
     def __init__(self, config: Config, spec: Spec, generator: Generator):
         super().__init__()
         c, width = config, WIDTHS[config.size]
-        self.embed_return = Linear(1, width, generator=generator)
-        self.embed_obs = Linear(spec.obs_dim, width, generator=generator)
-        self.embed_act = Linear(spec.act_dim, width, generator=generator)
-        steps = torch.empty(c.max_step, width, device=generator.device)
-        self.embed_step = nn.Parameter(steps.normal_(generator=generator))
-        self.norm = nn.LayerNorm(width, device=generator.device)
+        o, a = spec.obs_dim, spec.act_dim
+        self.tokens = StepTokens(o, a, width, c.max_step, False, False, generator)
         self.transformer = Transformer(width, c.layers, dropout=c.dropout, generator=generator)
         self.head = Linear(width, spec.act_dim, generator=generator)
 
     def forward(self, window: Batch) -> Tensor:
-        step = self.embed_step[window["step_in_episode"].clamp(max=len(self.embed_step) - 1)]
-        parts = [
-            self.embed_return(window["return_to_go"].unsqueeze(-1)),
-            self.embed_obs(window["obs"]),
-            self.embed_act(window["act"]),
-        ]
-        tokens = self.norm(torch.stack(parts, 2) + step.unsqueeze(2)).flatten(1, 2)  # (B, 3K, d)
+        tokens = self.tokens(window).flatten(1, 2)  # (B, 3K, d)
         hidden = self.transformer(tokens, window["mask"].repeat_interleave(3, 1))
         return self.head(hidden[:, 1::3]).tanh()
 
+    @torch.no_grad()
+    def predict(self, window: Batch) -> Tensor:
+        """The same without dropout; the network is in training mode before and after."""
+        self.eval()
+        act = self(window)
+        self.train()
+        return act
+
 
 class DecisionTransformer:
-    NAMES = ("standardize", "net", "opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
-        if seeds:
-            raise ValueError("decision_transformer carries no seed axis: make one per seed")
-        if not config.targets:
-            raise ValueError(
-                "decision_transformer has no target returns for this task; give the returns to ask "
-                "for, such as algo.targets=[3600,1800]"
-            )
-        self.config, self.generator, self.cycle = config, generator, 1
-        self.act_dim = spec.act_dim
-        self.scenarios = tuple(f"target-{target:g}" for target in config.targets)
-        self.targets = torch.tensor(config.targets, device=generator.device) / config.scale
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
+        c = config
+        self.config, self.generator, self.act_dim = c, generator, spec.act_dim
+        self.targets = asked_returns("decision_transformer", c, seeds, generator.device)
         self.standardize = Standardize(spec.obs_dim, spec.obs_mean, spec.obs_std, generator.device)
-        self.net = Net(config, spec, generator)
-        self.opt = adamw([(self.net.parameters(), config.weight_decay)])
+        self.net = Net(c, spec, generator)
+        self.opt = adamw([(self.net.parameters(), c.weight_decay)])
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         c = self.config
         warm_up(self.opt, c.lr, c.lr_warmup)
         return descend(self.opt, *self.loss(batch), clip=c.clip)
 
     def loss(self, window: Batch) -> tuple[Tensor, Metrics]:
-        act = self.net.train()(window)  # (B, K, a)
+        act = self.net(window)  # (B, K, a)
         error = (act - window["act"]).square().mean(-1)
         loss = masked_reduce(error, window["mask"])
         return loss, {"actor/loss": loss}
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         c, goal = self.config, self.targets[now["scenario"]]
-        now = now | {"obs": self.standardize(now["obs"])}
-        window = extend(memory, now, goal, c.scale, c.context, self.act_dim)
-        act = self.net.eval()(window)[:, -1].clamp(-1, 1)
+        seen = now | {"obs": self.standardize(now["obs"])}
+        window = extend(memory, seen, goal, c.scale, c.context, self.act_dim)
+        act = self.net.predict(window)[:, -1].clamp(-1, 1)
         return act, act_taken(window, act)
 
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
 
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
-
-
-make = DecisionTransformer
-
-
-def stages(algo: DecisionTransformer, data: Dataset, run: Run) -> list[Stage]:
-    c = algo.config
-    # the authors add 1e-6 to the std, where the engine's statistics have 1e-3
-    algo.standardize = Standardize(data.obs_dim, *data.statistics(eps=1e-6), run.device)
-
-    def start():
-        ready = prepare(algo.standardize)
-        return windows(data, c.batch, c.context, c.scale, run.seeds, run.device, ready)
-
-    return [Stage("train", run.steps, start, algo.update, algo.cycle)]
+METHOD = Method(
+    DecisionTransformer,
+    Config,
+    stages=window_stages,
+    fields=("obs", "act", "reward"),
+    episodes=True,
+    stacks=lambda c: False,
+    scenarios=scenarios,
+)

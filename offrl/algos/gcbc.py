@@ -17,18 +17,12 @@ Differences from the authors' code: none known against OGBench's.
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 
-from offrl.data import Dataset
-from offrl.data.goals import check_mixture, trajectories
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.data.goals import STATES, Trajectories, goal_stages
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
-from offrl.nets.encoders import cropped
-from offrl.nets.goal import GoalActor, GoalColumns
-
-FIELDS = ("obs", "act", "next_obs")
-GOALS = True  # the environment must name goals
+from offrl.nets.goal import GoalActor, GoalColumns, sampled
 
 
 @dataclass(frozen=True)
@@ -44,21 +38,15 @@ class Config:
 
 
 class GCBC:
-    NAMES = ("actor", "opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c, o = config, spec.obs_dim
-        check_mixture("actor_goals", c.actor_goals)
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
-        self.actor = GoalActor(
-            o, self.goal.size, spec.act_dim, c.hidden, seeds, generator, 2 * c.images
-        )
+        g = self.goal.size
+        self.actor = GoalActor(o, g, spec.act_dim, c.hidden, seeds, generator, 2 * c.images)
         self.opt = adam(self.actor, c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         return descend(self.opt, *self.loss(batch))
 
     def loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -66,39 +54,15 @@ class GCBC:
         loss = -self.actor.log_prob(batch["obs"], goal, batch["act"]).mean(-1)  # (*S,)
         return loss, {"actor/loss": loss}
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        act = self.actor.act(now["obs"], self.goal(now["goal"]), explore, generator)
-        return act, memory
-
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
-
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        return sampled(self.actor(now["obs"], self.goal(now["goal"])), now).clamp(-1, 1), memory
 
 
-make = GCBC
+def draw(c: Config, states: Trajectories, i: Tensor, generator: Generator) -> tuple[Batch, Batch]:
+    """Goals ahead on the trajectory."""
+    return {"goal": states.goals(i, c.actor_goals, generator)}, {}
 
 
-def stages(algo: GCBC, data: Dataset, run: Run) -> list[Stage]:
-    c = algo.config
-
-    def start():
-        states = trajectories(data, run.device)
-
-        def sample(generator: Generator) -> Batch:
-            i = states.anchors((*run.seeds, c.batch), generator)
-            found, act = states.gather(i, states.goals(i, c.actor_goals, generator))
-            obs, goal = cropped(found, c.images * c.crop_share, generator)
-            return {"obs": obs, "act": act, "goal": goal}
-
-        return sample
-
-    return [Stage("train", run.steps, start, algo.update, algo.cycle)]
+METHOD = Method(
+    GCBC, Config, stages=goal_stages(draw), fields=STATES, goals=True, stacks=lambda c: not c.images
+)

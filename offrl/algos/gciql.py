@@ -21,21 +21,17 @@ it sees state and goal together.
 Differences from the authors' code: none known against OGBench's but for the order of sums.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from offrl.data import Dataset
-from offrl.data.goals import check_mixture, goal_transitions
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
-from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.nets.goal import GoalActor, GoalColumns, Values, held, normal_log_prob
+from offrl.data.goals import STATES, goal_stages
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
+from offrl.engine.optim import adam, descend, polyak, target_copy
+from offrl.nets.goal import GoalActor, GoalColumns, Values, held, normal_log_prob, sampled
 
-FIELDS = ("obs", "act", "next_obs")
-GOALS = True  # the environment must name goals
 HEADS = 2
 
 
@@ -57,25 +53,18 @@ class Config:
 
 
 class GCIQL:
-    NAMES = ("values", "critics", "critics_target", "actor", "opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c, o, a = config, spec.obs_dim, spec.act_dim
-        check_mixture("value_goals", c.value_goals)
-        check_mixture("actor_goals", c.actor_goals)
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
         g = self.goal.size
         self.values = Values((o, g), c.hidden, None, seeds, generator, 2 * c.images)
         self.critics = Values((o, g, a), c.hidden, HEADS, seeds, generator, 2 * c.images)
-        self.critics_target = frozen(deepcopy(self.critics))
+        self.critics_target = target_copy(self.critics)
         self.actor = GoalActor(o, g, a, c.hidden, seeds, generator, 2 * c.images)
-        nets = (self.values, self.critics, self.actor)
-        self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
+        self.opt = adam(nn.ModuleList([self.values, self.critics, self.actor]), c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         value, metrics = self.value_loss(batch)
         critic, more = self.critic_loss(batch)
         actor, most = self.actor_loss(batch)
@@ -114,40 +103,10 @@ class GCIQL:
         """V(s, g) (*S, B) for whole observations as goals."""
         return self.values(obs, self.goal(goal))
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        act = self.actor.act(now["obs"], self.goal(now["goal"]), explore, generator)
-        return act, memory
-
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
-
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        return sampled(self.actor(now["obs"], self.goal(now["goal"])), now).clamp(-1, 1), memory
 
 
-make = GCIQL
-
-
-def stages(algo: GCIQL, data: Dataset, run: Run) -> list[Stage]:
-    c = algo.config
-
-    def start():
-        return goal_transitions(
-            data,
-            c.batch,
-            c.value_goals,
-            c.actor_goals,
-            c.discount,
-            c.images * c.crop_share,
-            run.seeds,
-            run.device,
-        )
-
-    return [Stage("train", run.steps, start, algo.update, algo.cycle)]
+METHOD = Method(
+    GCIQL, Config, stages=goal_stages(), fields=STATES, goals=True, stacks=lambda c: not c.images
+)

@@ -19,21 +19,17 @@ and goal together.
 Differences from the authors' code: none known against OGBench's but for the order of sums.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from offrl.data import Dataset
-from offrl.data.goals import check_mixture, goal_transitions
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
-from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.nets.goal import GoalActor, GoalColumns, Values
+from offrl.data.goals import STATES, goal_stages
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
+from offrl.engine.optim import adam, descend, polyak, target_copy
+from offrl.nets.goal import GoalActor, GoalColumns, Values, sampled
 
-FIELDS = ("obs", "act", "next_obs")
-GOALS = True  # the environment must name goals
 HEADS = 2
 WEIGHT_CAP = 100.0  # largest weight of the regression
 
@@ -56,23 +52,17 @@ class Config:
 
 
 class GCIVL:
-    NAMES = ("values", "values_target", "actor", "opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c, o = config, spec.obs_dim
-        check_mixture("value_goals", c.value_goals)
-        check_mixture("actor_goals", c.actor_goals)
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
         g = self.goal.size
         self.values = Values((o, g), c.hidden, HEADS, seeds, generator, 2 * c.images)
-        self.values_target = frozen(deepcopy(self.values))
+        self.values_target = target_copy(self.values)
         self.actor = GoalActor(o, g, spec.act_dim, c.hidden, seeds, generator, 2 * c.images)
-        self.opt = adam([*self.values.parameters(), *self.actor.parameters()], c.lr)
+        self.opt = adam(nn.ModuleList([self.values, self.actor]), c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         value, metrics = self.value_loss(batch)
         actor, more = self.actor_loss(batch)
         polyak(self.values_target, self.values, self.config.tau)  # the weights before the step
@@ -109,40 +99,10 @@ class GCIVL:
         """V(s, g) (*S, B), the mean of the online heads, for whole observations as goals."""
         return self.heads(self.values, self.goal(goal), obs)[0].mean(-2)
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        act = self.actor.act(now["obs"], self.goal(now["goal"]), explore, generator)
-        return act, memory
-
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
-
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        return sampled(self.actor(now["obs"], self.goal(now["goal"])), now).clamp(-1, 1), memory
 
 
-make = GCIVL
-
-
-def stages(algo: GCIVL, data: Dataset, run: Run) -> list[Stage]:
-    c = algo.config
-
-    def start():
-        return goal_transitions(
-            data,
-            c.batch,
-            c.value_goals,
-            c.actor_goals,
-            c.discount,
-            c.images * c.crop_share,
-            run.seeds,
-            run.device,
-        )
-
-    return [Stage("train", run.steps, start, algo.update, algo.cycle)]
+METHOD = Method(
+    GCIVL, Config, stages=goal_stages(), fields=STATES, goals=True, stacks=lambda c: not c.images
+)

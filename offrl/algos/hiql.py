@@ -28,22 +28,17 @@ weight and residual; both codes use the target networks in the weight, as here. 
 policies' passes are joined into one product per network, which changes rounding only.
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from offrl.data import Dataset
-from offrl.data.goals import check_mixture, trajectories
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
-from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.nets.encoders import cropped
-from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized
+from offrl.data.goals import STATES, Trajectories, goal_stages
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
+from offrl.engine.optim import adam, descend, polyak, target_copy
+from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized, sampled
 
-FIELDS = ("obs", "act", "next_obs")
-GOALS = True  # the environment must name goals
 HEADS = 2
 WEIGHT_CAP = 100.0  # largest weight of a regression
 
@@ -70,27 +65,19 @@ class Config:
 
 
 class HIQL:
-    NAMES = ("rep", "values", "values_target", "high", "low", "opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c, o = config, spec.obs_dim
-        check_mixture("value_goals", c.value_goals)
-        check_mixture("actor_goals", c.actor_goals)
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
-        self.rep = GoalRep(o, self.goal.size, c.rep_dim, c.hidden, seeds, generator, c.images)
+        g = self.goal.size
+        self.rep = GoalRep(o, g, c.rep_dim, c.hidden, seeds, generator, c.images)
         self.values = RepValues(o, c.rep_dim, c.hidden, 1, HEADS, seeds, generator, c.images)
-        self.values_target = frozen(deepcopy(self.values))
-        self.high = GoalActor(
-            o, self.goal.size, c.rep_dim, c.hidden, seeds, generator, 2 * c.images
-        )
+        self.values_target = target_copy(self.values)
+        self.high = GoalActor(o, g, c.rep_dim, c.hidden, seeds, generator, 2 * c.images)
         self.low = GoalActor(o, c.rep_dim, spec.act_dim, c.hidden, seeds, generator, int(c.images))
-        nets = (self.rep, self.values, self.high, self.low)
-        self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
+        self.opt = adam(nn.ModuleList([self.rep, self.values, self.high, self.low]), c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         loss, metrics = self.loss(batch)
         polyak(self.values_target, self.values, self.config.tau)  # the weights before the step
         return descend(self.opt, loss, metrics)
@@ -148,24 +135,9 @@ class HIQL:
         (heads,) = self.values(((obs, self.rep(obs, goal)),))
         return heads.mean(-2)
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        z = self.high(now["obs"], self.goal(now["goal"]))
-        if explore:
-            z = z + torch.empty_like(z).normal_(generator=generator)
-        return self.low.act(now["obs"], normalized(z), explore, generator), memory
-
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
-
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        z = sampled(self.high(now["obs"], self.goal(now["goal"])), now)
+        return sampled(self.low(now["obs"], normalized(z)), now).clamp(-1, 1), memory
 
 
 def advantage_weight(alpha: float, heads: Tensor) -> Tensor:
@@ -173,26 +145,14 @@ def advantage_weight(alpha: float, heads: Tensor) -> Tensor:
     return (alpha * heads.mean(-2)).exp().clamp(max=WEIGHT_CAP)
 
 
-make = HIQL
+def draw(c: Config, states: Trajectories, i: Tensor, generator: Generator) -> tuple[Batch, Batch]:
+    value_goal = states.goals(i, c.value_goals, generator, c.discount)
+    goal, ahead = states.subgoals(i, c.subgoal_steps, c.actor_goals, generator)
+    places = {"next_obs": i + 1, "value_goal": value_goal, "goal": goal, "ahead": ahead}
+    places |= {"waypoint": states.ahead(i, c.subgoal_steps)}
+    return places, {"success": (value_goal == i).float()}
 
 
-def stages(algo: HIQL, data: Dataset, run: Run) -> list[Stage]:
-    c = algo.config
-
-    def start():
-        states = trajectories(data, run.device)
-
-        def sample(generator: Generator) -> Batch:
-            i = states.anchors((*run.seeds, c.batch), generator)
-            value_goal = states.goals(i, c.value_goals, generator, c.discount)
-            goal, ahead = states.subgoals(i, c.subgoal_steps, c.actor_goals, generator)
-            waypoint = states.ahead(i, c.subgoal_steps)
-            names = ("obs", "next_obs", "value_goal", "waypoint", "goal", "ahead")
-            found, act = states.gather(i, i + 1, value_goal, waypoint, goal, ahead)
-            found = cropped(found, c.images * c.crop_share, generator)
-            batch = dict(zip(names, found, strict=True))
-            return batch | {"act": act, "success": (value_goal == i).float()}
-
-        return sample
-
-    return [Stage("train", run.steps, start, algo.update, algo.cycle)]
+METHOD = Method(
+    HIQL, Config, stages=goal_stages(draw), fields=STATES, goals=True, stacks=lambda c: not c.images
+)

@@ -34,22 +34,17 @@ cropped; here all images of a row are. Their option lengths per data set are not
 antmaze-large-navigate (5); here n = k / 5 (configs/algo/ota.yaml).
 """
 
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-from offrl.data import Dataset
-from offrl.data.goals import check_mixture, trajectories
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
-from offrl.engine.optim import adam, descend, frozen, polyak
-from offrl.nets.encoders import cropped
-from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized
+from offrl.data.goals import STATES, Trajectories, goal_stages
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
+from offrl.engine.optim import adam, descend, polyak, target_copy
+from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized, sampled
 
-FIELDS = ("obs", "act", "next_obs")
-GOALS = True  # the environment must name goals
 LEVELS, HEADS = 2, 2
 WEIGHT_CAP = 100.0  # largest weight of a regression
 
@@ -77,27 +72,19 @@ class Config:
 
 
 class OTA:
-    NAMES = ("rep", "values", "values_target", "high", "low", "opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c, o = config, spec.obs_dim
-        check_mixture("value_goals", c.value_goals)
-        check_mixture("actor_goals", c.actor_goals)
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
-        self.rep = GoalRep(o, self.goal.size, c.rep_dim, c.hidden, seeds, generator, c.images)
+        g = self.goal.size
+        self.rep = GoalRep(o, g, c.rep_dim, c.hidden, seeds, generator, c.images)
         self.values = RepValues(o, c.rep_dim, c.hidden, LEVELS, HEADS, seeds, generator, c.images)
-        self.values_target = frozen(deepcopy(self.values))
-        self.high = GoalActor(
-            o, self.goal.size, c.rep_dim, c.hidden, seeds, generator, 2 * c.images
-        )
+        self.values_target = target_copy(self.values)
+        self.high = GoalActor(o, g, c.rep_dim, c.hidden, seeds, generator, 2 * c.images)
         self.low = GoalActor(o, c.rep_dim, spec.act_dim, c.hidden, seeds, generator, int(c.images))
-        nets = (self.rep, self.values, self.high, self.low)
-        self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
+        self.opt = adam(nn.ModuleList([self.rep, self.values, self.high, self.low]), c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         loss, metrics = self.loss(batch)
         polyak(self.values_target, self.values, self.config.tau)  # the weights before the step
         return descend(self.opt, loss, metrics)
@@ -174,59 +161,21 @@ class OTA:
         (heads,) = self.values((pair,), (pair,))
         return heads.select(-3, 1).mean(-2)
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        z = self.high(now["obs"], self.goal(now["goal"]))
-        if explore:
-            z = z + torch.empty_like(z).normal_(generator=generator)
-        return self.low.act(now["obs"], normalized(z), explore, generator), memory
-
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
-
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        z = sampled(self.high(now["obs"], self.goal(now["goal"])), now)
+        return sampled(self.low(now["obs"], normalized(z)), now).clamp(-1, 1), memory
 
 
-make = OTA
+def draw(c: Config, states: Trajectories, i: Tensor, generator: Generator) -> tuple[Batch, Batch]:
+    low_goal = states.goals(i, c.value_goals, generator, c.discount)
+    end, high_goal = states.options(i, c.option_steps, c.value_goals, c.discount, generator)
+    goal, ahead = states.subgoals(i, c.subgoal_steps, c.actor_goals, generator)
+    places = {"next_obs": i + 1, "option_end": end, "low_goal": low_goal, "high_goal": high_goal}
+    places |= {"waypoint": states.ahead(i, c.subgoal_steps), "goal": goal, "ahead": ahead}
+    success = {"low_success": (low_goal == i).float(), "high_success": (high_goal == end).float()}
+    return places, success
 
 
-def stages(algo: OTA, data: Dataset, run: Run) -> list[Stage]:
-    c = algo.config
-
-    def start():
-        states = trajectories(data, run.device)
-
-        def sample(generator: Generator) -> Batch:
-            i = states.anchors((*run.seeds, c.batch), generator)
-            low_goal = states.goals(i, c.value_goals, generator, c.discount)
-            end, high_goal = states.options(i, c.option_steps, c.value_goals, c.discount, generator)
-            goal, ahead = states.subgoals(i, c.subgoal_steps, c.actor_goals, generator)
-            waypoint = states.ahead(i, c.subgoal_steps)
-            names = (
-                "obs",
-                "next_obs",
-                "option_end",
-                "low_goal",
-                "high_goal",
-                "waypoint",
-                "goal",
-                "ahead",
-            )
-            found, act = states.gather(i, i + 1, end, low_goal, high_goal, waypoint, goal, ahead)
-            successes = {
-                "low_success": (low_goal == i).float(),
-                "high_success": (high_goal == end).float(),
-            }
-            found = cropped(found, c.images * c.crop_share, generator)
-            return dict(zip(names, found, strict=True)) | {"act": act} | successes
-
-        return sample
-
-    return [Stage("train", run.steps, start, algo.update, algo.cycle)]
+METHOD = Method(
+    OTA, Config, stages=goal_stages(draw), fields=STATES, goals=True, stacks=lambda c: not c.images
+)

@@ -34,7 +34,8 @@ from offrl.data.collector import Collector
 from offrl.data.table import columns, pack, unpack
 from offrl.engine.method import Batch, Method, Metrics, Now, Run, Sampler, Seeds, Spec, Stage, Task
 from offrl.engine.optim import adamw, descend
-from offrl.nets.on_policy import Categorical, Gaussian, Running, TanhMLP
+from offrl.nets.actors import Categorical, Gaussian
+from offrl.nets.mlp import MLP, Running
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class PPO:
         self.config, self.generator = c, generator
         head = Categorical if spec.discrete else Gaussian
         self.actor = head(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
-        self.critic = TanhMLP((spec.obs_dim, *c.hidden, 1), 1.0, seeds, generator)
+        self.critic = MLP((spec.obs_dim, *c.hidden, 1), seeds, generator, "tanh")
         both = [*self.actor.parameters(), *self.critic.parameters()]
         self.opt = adamw([(both, 0.0)], c.lr, eps=1e-5)
         self.observations = Running(spec.obs_dim, seeds, generator.device)
@@ -219,7 +220,7 @@ class Rollouts:
 
         return sample
 
-    def save(self, place: Path) -> dict[str, Any]:
+    def save(self, place: Path, spare: bool = False) -> dict[str, Any]:
         names = ("table", "order", "place", "running", "iteration")
         return {name: getattr(self, name) for name in names}
 

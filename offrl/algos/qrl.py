@@ -28,16 +28,12 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from offrl.data import Dataset
-from offrl.data.goals import check_mixture, goal_transitions
-from offrl.engine.method import Batch, Metrics, Run, Spec, Stage, load_modules, modules_state
+from offrl.data.goals import STATES, Trajectories, goal_stages, two_goals
+from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
-from offrl.nets.goal import GoalActor, held, normal_log_prob
-from offrl.nets.kernels.gelu import GeluMLP
+from offrl.nets.goal import GoalActor, held, normal_log_prob, sampled
 from offrl.nets.metric import IQE
-
-FIELDS = ("obs", "act", "next_obs")
-GOALS = True  # the environment must name goals
+from offrl.nets.mlp import MLP
 
 
 @dataclass(frozen=True)
@@ -67,23 +63,17 @@ class Multiplier(nn.Module):
 
 
 class QRL:
-    NAMES = ("metric", "model", "actor", "multiplier", "opt")
-
-    def __init__(
-        self, config: Config, spec: Spec, generator: Generator, seeds: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c, o, a = config, spec.obs_dim, spec.act_dim
-        check_mixture("value_goals", c.value_goals)
-        check_mixture("actor_goals", c.actor_goals)
-        self.config, self.generator, self.cycle = c, generator, 1
+        self.config, self.generator = c, generator
         self.metric = IQE(o, c.hidden, c.latent, seeds, generator, c.images)
-        self.model = GeluMLP((c.latent + a, *c.hidden, c.latent), seeds, generator=generator)
+        dims = (c.latent + a, *c.hidden, c.latent)
+        self.model = MLP(dims, seeds, generator, "gelu", norm=True)
         self.actor = GoalActor(o, o, a, c.hidden, seeds, generator, 2 * c.images)
         self.multiplier = Multiplier(seeds, generator.device)
-        nets = (self.metric, self.model, self.actor, self.multiplier)
-        self.opt = adam([p for net in nets for p in net.parameters()], c.lr)
+        self.opt = adam(nn.ModuleList([self.metric, self.model, self.actor, self.multiplier]), c.lr)
 
-    def update(self, batch: Batch, step: int) -> Metrics:
+    def update(self, batch: Batch, turn: int) -> Metrics:
         value, metrics = self.value_loss(batch)
         actor, more = self.actor_loss(batch)
         return descend(self.opt, value + actor, metrics | more)
@@ -126,40 +116,15 @@ class QRL:
         """-d(s, g) (*S, B)."""
         return -self.metric.distance(self.metric(obs), self.metric(goal))
 
-    @torch.no_grad()
-    def act(
-        self,
-        now: Batch,
-        memory: Any = None,
-        explore: bool = False,
-        generator: Generator | None = None,
-    ) -> tuple[Tensor, Any]:
-        return self.actor.act(now["obs"], now["goal"], explore, generator), memory
-
-    def state(self) -> dict[str, Any]:
-        return modules_state(self, self.NAMES)
-
-    def load(self, state: dict[str, Any]) -> None:
-        load_modules(self, self.NAMES, state)
+    def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
+        return sampled(self.actor(now["obs"], now["goal"]), now).clamp(-1, 1), memory
 
 
-make = QRL
+def draw(c: Config, states: Trajectories, i: Tensor, generator: Generator) -> tuple[Batch, Batch]:
+    # the metric's goals are random, so the discount of trajectory goals plays no part
+    return two_goals(c, states, i, generator, discount=0.99)
 
 
-def stages(algo: QRL, data: Dataset, run: Run) -> list[Stage]:
-    c = algo.config
-
-    def start():
-        # the metric's goals are random, so the discount of trajectory goals plays no part
-        return goal_transitions(
-            data,
-            c.batch,
-            c.value_goals,
-            c.actor_goals,
-            0.99,
-            c.images * c.crop_share,
-            run.seeds,
-            run.device,
-        )
-
-    return [Stage("train", run.steps, start, algo.update, algo.cycle)]
+METHOD = Method(
+    QRL, Config, stages=goal_stages(draw), fields=STATES, goals=True, stacks=lambda c: not c.images
+)

@@ -1,13 +1,16 @@
 """Environment steps into a replay, for online methods."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from offrl.data.replay import Replay
-from offrl.engine.method import Algorithm, Metrics, Run, Stage
+from offrl.engine.method import Algorithm, Run, Task
+
+Choose = Callable[[int], dict[str, Any] | None]  # number of an environment -> options of its reset
 
 
 class Environments(Protocol):
@@ -17,6 +20,9 @@ class Environments(Protocol):
     obs_dim: int
     act_dim: int
     discrete: bool
+    players: tuple[int, ...]
+    goal: Tensor | None
+    on_episode: Choose
 
     def reset(self) -> Tensor: ...
 
@@ -24,7 +30,7 @@ class Environments(Protocol):
 
     def state(self) -> dict[str, Any]: ...
 
-    def load(self, state: dict[str, Any], obs: Tensor) -> Tensor: ...
+    def load(self, state: dict[str, Any], obs: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Collector:
@@ -34,6 +40,8 @@ class Collector:
         envs: len(seeds) * n environments; each stacked seed owns a group of n.
         seeds: stacked seed axes.
         device: of the replay and the policy.
+        on_episode: chooses the options of a reset, asked whenever an episode begins, the first one
+            too, in the order of the environments. What it draws from is the caller's to save.
 
     Attributes:
         replay: fields obs, act, reward, next_obs, terminal and timeout, once `keep` has made it.
@@ -42,12 +50,36 @@ class Collector:
     replay: Replay
 
     def __init__(
-        self, envs: Environments, seeds: tuple[int, ...] = (), device: torch.device | str = "cpu"
+        self,
+        envs: Environments,
+        seeds: tuple[int, ...] = (),
+        device: torch.device | str = "cpu",
+        on_episode: Choose | None = None,
     ):
         self.envs, self.seeds, self.device = envs, seeds, torch.device(device)
+        if on_episode is not None:
+            envs.on_episode = on_episode
         groups = int(torch.Size(seeds).numel())
         self.group = envs.count // groups  # environments per seed
         self.obs: Tensor | None = None  # (*S, n, o) on the device
+        self.begin_memory()
+
+    @classmethod
+    def of(cls, task: Task, run: Run, on_episode: Choose | None = None) -> "Collector":
+        """On the environments of a task.
+
+        Raises:
+            ValueError: if it has none.
+        """
+        if task.envs is None:
+            raise ValueError("the task has no environments, and the method collects its own data")
+        return cls(task.envs(), run.seeds, run.device, on_episode)
+
+    def begin_memory(self) -> None:
+        """What the policy is told next is the beginning of what it has seen."""
+        self.memory: Any = None
+        self.start = torch.ones(*self.seeds, self.group, device=self.device)
+        self.reward = torch.zeros_like(self.start)  # of the action before
 
     def keep(self, capacity: int) -> None:
         """Store the newest `capacity` rows of each seed."""
@@ -65,7 +97,11 @@ class Collector:
         self.replay = Replay(capacity, fields, self.seeds, self.device)
 
     def random(self, steps: int, generator: Generator) -> None:
-        """Take `steps` uniformly random steps per seed."""
+        """Take `steps` uniformly random steps per seed.
+
+        A policy with memory has not seen them: its next step is told `start` 1 in every row, in the
+        middle of an episode too.
+        """
         for _ in range(0, steps, self.group):
             shape, to = (*self.seeds, self.group), self.device
             if self.envs.discrete:
@@ -74,10 +110,16 @@ class Collector:
                 shape = (*shape, self.envs.act_dim)
                 act = torch.rand(shape, generator=generator, device=to) * 2 - 1
             self.step(act)
+        self.begin_memory()
 
-    def follow(self, algo: Algorithm) -> None:
+    @torch.no_grad()
+    def step_policy(self, algo: Algorithm) -> None:
         """One exploring step of the policy in every environment."""
-        act, _ = algo.act({"obs": self.observe()}, explore=True, generator=algo.generator)
+        now = {"obs": self.observe(), "start": self.start, "reward": self.reward}
+        if self.envs.goal is not None:
+            now["goal"] = self.grouped(self.envs.goal)
+        how = {"explore": True, "generator": algo.generator}
+        act, self.memory = algo.act(now | how, self.memory)
         self.step(act)
 
     def observe(self) -> Tensor:
@@ -90,65 +132,51 @@ class Collector:
         """Apply actions (*S, n, a) in [-1, 1], or int64 (*S, n), and store the transitions."""
         obs = self.observe()
         flat = act.detach().flatten(0, len(self.seeds)).to("cpu")
-        next_obs, reward, terminal, timeout, start_obs = self.envs.step(flat)
+        *found, now = map(self.grouped, self.envs.step(flat))
+        next_obs, reward, terminal, timeout = found
         self.replay.add(
             {
                 "obs": obs,
                 "act": act.detach(),
-                "reward": self.grouped(reward),
-                "next_obs": self.grouped(next_obs),
-                "terminal": self.grouped(terminal),
-                "timeout": self.grouped(timeout),
+                "reward": reward,
+                "next_obs": next_obs,
+                "terminal": terminal,
+                "timeout": timeout,
             }
         )
-        self.obs = self.grouped(start_obs)
+        self.obs, self.start = now, terminal + timeout
+        self.reward = reward * (1 - self.start)
 
     def grouped(self, value: Tensor) -> Tensor:
         return value.view(*self.seeds, self.group, *value.shape[1:]).to(self.device)
 
-    def state(self) -> dict[str, Any]:
-        return {"replay": self.replay.state(), "envs": self.envs.state(), "obs": self.observe()}
+    def save(self, place: Path, spare: bool = False) -> dict[str, Any]:
+        """The environments, what the policy is told next, and what the replay's `save` returns."""
+        return {
+            "replay": self.replay.save(place, spare),
+            "envs": None if self.obs is None else self.envs.state(),
+            "obs": self.obs,
+            "start": self.start,
+            "reward": self.reward,
+            "memory": self.memory,
+        }
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.replay.load(state["replay"])
+    def load(self, state: dict[str, Any], place: Path) -> None:
+        """Inverse of `save`; where an environment cannot be restored, an episode begins."""
+        self.replay.load(state["replay"], place)
+        if state["obs"] is None:  # saved before the first step
+            return
         obs = state["obs"].cpu().reshape(self.envs.count, -1)
-        self.obs = self.grouped(self.envs.load(state["envs"], obs))
+        self.obs, anew = map(self.grouped, self.envs.load(state["envs"], obs))
+        self.start = state["start"].to(self.device).maximum(anew)
+        self.reward = state["reward"].to(self.device) * (1 - anew)
+        self.memory = moved(state["memory"], self.device)
 
 
-def watched(algo: Any, data: Collector, rows: int = 2048) -> Callable[[], Metrics]:
-    """What `algo.measure` says of rows of the replay, always drawn by the same numbers.
-
-    Args:
-        rows: at least four times the width of a representation whose rank is measured.
-    """
-
-    def measure() -> Metrics:
-        generator = Generator(data.device).manual_seed(0)
-        return algo.measure(data.replay.sampler(rows)(generator))
-
-    return measure
-
-
-def off_policy(algo: Any, data: Collector, run: Run) -> list[Stage]:
-    """The stage of a method that learns from its own replay: one update per environment step.
-
-    Args:
-        algo: with `config.warmup` random environment steps, counted in `run.steps`,
-            `config.batch` and `config.capacity`.
-    """
-    warmup = algo.config.warmup
-    data.keep(min(algo.config.capacity, run.steps))
-    return [
-        Stage(
-            "train",
-            run.steps - warmup,
-            start=lambda: data.replay.sampler(algo.config.batch),
-            update=algo.update,
-            cycle=algo.cycle,
-            before=lambda: data.random(warmup, algo.generator),
-            between=[(data.group, lambda: data.follow(algo))],
-            offset=warmup,
-            measure=watched(algo, data),
-            parts={"collector": data},
-        )
-    ]
+def moved(memory: Any, device: torch.device) -> Any:
+    """A policy's memory on another device."""
+    if isinstance(memory, dict):
+        return {key: moved(part, device) for key, part in memory.items()}
+    if isinstance(memory, (list, tuple)):
+        return type(memory)(moved(part, device) for part in memory)
+    return memory.to(device) if isinstance(memory, Tensor) else memory

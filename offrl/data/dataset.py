@@ -1,6 +1,5 @@
 """Immutable logged transitions with episode bounds, a digest and checks on entry."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -10,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from offrl.errors import DataError
+from offrl.system import locked
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,17 @@ class Dataset:
     def act_dim(self) -> int:
         act = self.fields["act"]
         return int(act.max()) + 1 if self.discrete else act.shape[-1]
+
+    def with_fields(self, **fields: Tensor) -> "Dataset":
+        """The same rows with further fields, such as next_act; they count in the digest.
+
+        Raises:
+            ValueError: for a field of another length.
+        """
+        for name, value in fields.items():
+            if len(value) != len(self):
+                raise ValueError(f"{name} has {len(value)} rows, {self.name} has {len(self)}")
+        return replace(self, fields=self.fields | fields)
 
     @cached_property
     def digest(self) -> str:
@@ -256,32 +267,33 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     """Hold an entry's lock: runs that start together make a data set once, the others wait."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
     except OSError as error:
         raise OSError(
             f"cannot write the data cache {folder.parent}: {error.strerror or error}; "
             "set OFFRL_HOME to a folder that is writable"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process is making %s; waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def busy() -> None:
+        logger.warning("another process is making %s; waiting for it", folder)
+
+    remedy = "set OFFRL_HOME to a writable folder of a local disk"
+    with locked(folder.parent / f".{folder.name}.lock", busy, remedy):
         yield
 
 
 def allocate(path: Path, kind: type | np.dtype, shape: tuple[int, ...]) -> np.memmap:
     """A new .npy file, mapped for writing, whose blocks on the disk are already its own.
 
-    Without them a disk that fills up while the rows are written kills the process by SIGBUS.
+    Without them a disk that fills up while the rows are written kills the process by SIGBUS. macOS
+    cannot be asked for them; on Windows a file has its blocks as soon as it has its size.
 
     Raises:
         OSError: if the disk has no room for it.
     """
     array = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 

@@ -17,16 +17,18 @@ one before ours, so a state may be its own trajectory goal at a trajectory's end
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from offrl.data.dataset import Dataset
 from offrl.data.samplers import BUDGET, gatherer
-from offrl.engine.method import Batch, Sampler
+from offrl.engine.method import Batch, Run, Sampler, Stage, Task
 from offrl.errors import DataError
 from offrl.nets.encoders import cropped
 
+STATES = ("obs", "act", "next_obs")  # fields of a data set that its trajectories are made of
 BLOCK = 16_384  # rows that are checked at once
 Mixture = tuple[float, ...]  # probabilities of the state itself, a trajectory goal, a random goal
 
@@ -133,6 +135,9 @@ class Trajectories:
         return list(found["obs"].unbind(0)), found["act"][0]
 
 
+Draw = Callable[[Any, Trajectories, Tensor, Generator], tuple[Batch, Batch]]  # see `goal_stages`
+
+
 def chance(like: Tensor, probability: float, generator: Generator) -> Tensor:
     """Independent flags of the shape of `like`."""
     draw = torch.rand(like.shape, dtype=torch.float64, generator=generator, device=like.device)
@@ -189,36 +194,53 @@ def trajectories(
     return Trajectories(gather, valid.to(device), last.to(device))
 
 
-def goal_transitions(
-    data: Dataset,
-    batch: int,
-    value_goals: Mixture,
-    actor_goals: Mixture,
-    discount: float,
-    crop_share: float = 0.0,
-    seeds: tuple[int, ...] = (),
-    device: torch.device | str = "cpu",
-) -> Sampler:
-    """Transitions with a goal for the value and one for the policy.
+def two_goals(
+    c: Any, states: Trajectories, i: Tensor, generator: Generator, discount: float | None = None
+) -> tuple[Batch, Batch]:
+    """The next state, a goal for the value and, drawn apart from it, one for the policy.
 
     Args:
-        value_goals: mixture with geometric trajectory goals of this `discount`.
-        actor_goals: mixture with uniform trajectory goals.
-        crop_share: of batches of images that are moved; see `offrl.nets.encoders.cropped`.
+        c: with `value_goals`, a mixture with geometric trajectory goals of `c.discount`, unless
+            another is given, and `actor_goals`, one with uniform ones.
 
     Returns:
-        generator -> obs, act, next_obs, value_goal, goal (*S, batch, ...), all goals as whole
-        observations, and success (*S, batch), 1 where value_goal is the state itself.
+        indices next_obs, value_goal and goal; success, 1 where value_goal is the state itself.
     """
-    states = trajectories(data, device)
+    discount = c.discount if discount is None else discount
+    value_goal = states.goals(i, c.value_goals, generator, discount)
+    goal = states.goals(i, c.actor_goals, generator)
+    success = {"success": (value_goal == i).float()}
+    return {"next_obs": i + 1, "value_goal": value_goal, "goal": goal}, success
 
-    def sample(generator: Generator) -> Batch:
-        i = states.anchors((*seeds, batch), generator)
-        value_goal = states.goals(i, value_goals, generator, discount)
-        goal = states.goals(i, actor_goals, generator)
-        found, act = states.gather(i, i + 1, value_goal, goal)
-        found = cropped(found, crop_share, generator)
-        fields = dict(zip(("obs", "next_obs", "value_goal", "goal"), found, strict=True))
-        return fields | {"act": act, "success": (value_goal == i).float()}
 
-    return sample
+def goal_stages(draw: Draw = two_goals) -> Callable[[Any, Task, Run], list[Stage]]:
+    """The `stages` of a goal-conditioned method: one, on states of the data and what `draw` adds.
+
+    Batches hold obs, act, the states that are drawn, all as whole observations (*S, batch, o), and
+    the flags (*S, batch). The method's config has `batch`, `images`, `crop_share` (see
+    `offrl.nets.encoders.cropped`) and mixtures of goals.
+
+    Args:
+        draw: (config, states, anchors (*S, batch), generator) -> indices of further states, flags.
+    """
+
+    def stages(algo: Any, task: Task, run: Run) -> list[Stage]:
+        c = algo.config
+        for name in ("value_goals", "actor_goals"):
+            check_mixture(name, getattr(c, name, (0.0, 1.0, 0.0)))
+
+        def start() -> Sampler:
+            states = trajectories(task.data, run.device)
+
+            def sample(generator: Generator) -> Batch:
+                i = states.anchors((*run.seeds, c.batch), generator)
+                places, flags = draw(c, states, i, generator)
+                found, act = states.gather(i, *places.values())
+                found = cropped(found, c.images * c.crop_share, generator)
+                return dict(zip(("obs", *places), found, strict=True)) | {"act": act} | flags
+
+            return sample
+
+        return [Stage("train", run.steps, start, algo.update)]
+
+    return stages

@@ -1,16 +1,28 @@
 """A ring of transitions on the training device, one per stacked seed."""
 
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from offrl.data.table import columns, pack, unpack
 from offrl.engine.method import Batch, Sampler
 
+FILES = 16  # that a full ring is spread over,
+LEAST = 2**20  # bytes of a file, so that small rings have one
+
 
 class Replay:
-    """Ring buffer whose `size` and `head` are tensors (*S,), so captured updates see them move.
+    """Ring buffer whose `size` is a tensor (*S,), so that captured updates see it grow.
+
+    Rows are numbered from 0 in the order of `add`. A checkpoint holds numbers only: `save` appends
+    new rows to files `<place>.replay-000000` and so on, raw float32 (rows, *S, width), and deletes
+    files when all of their rows are too old to be needed.
 
     Args:
         capacity: rows per seed; the oldest are overwritten beyond it.
@@ -28,28 +40,29 @@ class Replay:
     ):
         self.columns, width = columns(fields)
         self.capacity, self.seeds = capacity, seeds
+        self.row = [*seeds, width]  # shape of a row of all seeds
         self.table = torch.zeros(*seeds, capacity, width, device=device)
         self.size = torch.zeros(seeds, dtype=torch.int64, device=device)
-        self.head = torch.zeros(seeds, dtype=torch.int64, device=device)
-        stacks = self.head.numel()
+        stacks = self.size.numel()
         self.first = (torch.arange(stacks, device=device) * capacity).view(seeds)  # row 0 per seed
+        self.total = 0  # rows that were added, per seed
+        self.written = 0  # rows below are in files, or too old to be needed
+        self.needed = 0  # first row that the last checkpoint needs
+        self.per_file = max(-(-capacity // FILES), LEAST // self.row_bytes, 1)
 
     def add(self, rows: Batch) -> None:
         """Append n rows to every seed's ring: each field (*S, n, ...), n at most the capacity."""
-        lead = len(self.seeds) + 1
-        packed = pack(rows, self.columns, lead)  # (*S, n, width)
+        packed = pack(rows, self.columns, len(self.seeds) + 1)  # (*S, n, width)
         count = packed.shape[-2]
         if count > self.capacity:
             raise ValueError(f"{count} rows do not fit a replay of {self.capacity}")
-        offset = torch.arange(count, device=packed.device)
-        index = self.first.unsqueeze(-1) + (self.head.unsqueeze(-1) + offset) % self.capacity
-        self.flat.index_copy_(0, index.flatten(), packed.flatten(0, -2))
-        self.head.add_(count).remainder_(self.capacity)
-        self.size.add_(count).clamp_(max=self.capacity)
+        self.table.index_copy_(-2, self.slots(self.total, self.total + count), packed)
+        self.total += count
+        self.size.fill_(min(self.total, self.capacity))
 
-    @property
-    def flat(self) -> Tensor:
-        return self.table.view(-1, self.table.shape[-1])
+    def slots(self, start: int, stop: int) -> Tensor:
+        """Where rows lie in the table."""
+        return torch.arange(start, stop, device=self.table.device) % self.capacity
 
     def sampler(self, batch: int) -> Sampler:
         """Uniform rows with replacement: generator -> fields (*S, batch, ...).
@@ -68,28 +81,87 @@ class Replay:
             )
             row = (uniform * self.size.unsqueeze(-1)).long()  # (*S, B)
             index = row + self.first.unsqueeze(-1)
-            rows = self.flat.index_select(0, index.flatten()).view(*index.shape, -1)
+            flat = self.table.view(-1, self.row[-1])
+            rows = flat.index_select(0, index.flatten()).view(*index.shape, -1)
             return unpack(rows, self.columns) | {"index": row}
 
         return sample
 
-    def state(self) -> dict[str, Any]:
-        """The filled part of the ring; rows not written yet are not saved."""
-        filled = int(self.size.max())
-        return {"rows": self.table[..., :filled, :].clone(), "size": self.size, "head": self.head}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Inverse of `state`.
+    def save(self, place: Path, spare: bool = False) -> dict[str, Any]:
+        """Bring the rows since the last save to the disk; see `offrl.engine.method.Part`.
 
         Raises:
-            ValueError: if the saved rows do not fit this replay.
+            OSError: if the disk is full or not writable; the last checkpoint stays complete.
         """
-        rows = state["rows"]
-        if rows.shape[-1] != self.table.shape[-1] or rows.shape[-2] > self.capacity:
+        oldest = max(0, self.total - self.capacity)
+        for path, start, stop in self.pieces(place, max(oldest, self.written), self.total):
+            rows = self.table.index_select(-2, self.slots(start, stop)).movedim(-2, 0)
+            write(path, self.offset(start), rows.cpu().numpy().tobytes())
+        self.written = self.total
+        if not spare:
+            for path in place.parent.glob(f"{place.name}.replay-*"):
+                number = path.name.rpartition("-")[2]
+                if number.isdigit() and int(number) < self.needed // self.per_file:
+                    path.unlink()
+            self.needed = oldest
+        return {name: getattr(self, name) for name in ("total", "capacity", "row", "per_file")}
+
+    def load(self, state: dict[str, Any], place: Path) -> None:
+        """Continue from what `save` returned and from its files, which may hold more rows.
+
+        Raises:
+            ValueError: if the saved rows do not fit this replay, or a file lacks some of them.
+        """
+        total, capacity = state["total"], state["capacity"]
+        resized = capacity != self.capacity and total > min(capacity, self.capacity)
+        if state["row"] != self.row or resized:
             raise ValueError(
-                f"saved replay has rows {tuple(rows.shape)}, "
-                f"this one holds {tuple(self.table.shape)}"
+                f"the saved replay has rows {state['row']} in a ring of {capacity}, "
+                f"this one rows {self.row} in a ring of {self.capacity}"
             )
-        self.table[..., : rows.shape[-2], :] = rows.to(self.table.device)
-        self.size.copy_(state["size"])
-        self.head.copy_(state["head"])
+        self.per_file = state["per_file"]
+        self.needed = max(0, total - capacity)
+        for path, start, stop in self.pieces(place, self.needed, total):
+            rows = read(path, self.offset(start), (stop - start, *self.row))
+            rows = rows.movedim(0, -2).to(self.table.device)
+            self.table.index_copy_(-2, self.slots(start, stop), rows)
+        self.total = self.written = total
+        self.size.fill_(min(total, self.capacity))
+
+    def pieces(self, place: Path, start: int, stop: int) -> Iterator[tuple[Path, int, int]]:
+        """Files of rows start to stop, each with the first of them and the one after the last."""
+        for number in range(start // self.per_file, -(-stop // self.per_file)):
+            first = number * self.per_file
+            path = place.with_name(f"{place.name}.replay-{number:06d}")
+            yield path, max(start, first), min(stop, first + self.per_file)
+
+    @property
+    def row_bytes(self) -> int:
+        return 4 * math.prod(self.row)
+
+    def offset(self, row: int) -> int:
+        """Bytes before a row in its file."""
+        return row % self.per_file * self.row_bytes
+
+
+def write(path: Path, offset: int, content: bytes) -> None:
+    try:
+        with open(path, "r+b" if path.exists() else "xb") as file:
+            file.seek(offset)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}; the last checkpoint is intact") from error
+
+
+def read(path: Path, offset: int, shape: tuple[int, ...]) -> Tensor:
+    """Raises ValueError if the file is missing or too short."""
+    count = math.prod(shape)
+    found = path.stat().st_size if path.exists() else 0
+    if found < offset + 4 * count:
+        raise ValueError(
+            f"{path} has {found} bytes, the checkpoint needs {offset + 4 * count}: the replay is "
+            "not whole; copy the run's folder again with all of its files, or start a new run"
+        )
+    return torch.from_numpy(np.fromfile(path, np.float32, count, offset=offset)).view(shape)

@@ -80,6 +80,32 @@ def gatherer(
     return select
 
 
+def mixed(
+    real: Callable[[int], Sampler], model: Callable[[int], Sampler], batch: int, share: float
+) -> Sampler:
+    """Batches whose first `share` comes from one place and the rest from another.
+
+    Args:
+        real, model: make a sampler of so many rows, such as `Replay.sampler`; with the same seed
+            axes.
+        batch: rows in all.
+        share: of rows from `real`, rounded to whole rows.
+
+    Returns:
+        generator -> the fields that both have, but for `index`.
+    """
+    first = round(share * batch)
+    both = [make(count) for make, count in ((real, first), (model, batch - first)) if count]
+
+    def sample(generator: Generator) -> Batch:
+        batches = [draw(generator) for draw in both]
+        axis = batches[0]["index"].dim() - 1
+        names = [n for n in batches[0] if n != "index" and all(n in b for b in batches)]
+        return {name: torch.cat([b[name] for b in batches], axis) for name in names}
+
+    return sample
+
+
 def prepare(
     standardize: Callable[[Tensor], Tensor], scale: float = 1.0, shift: float = 0.0
 ) -> Callable[[Batch], Batch]:

@@ -5,14 +5,16 @@ return_to_go (*S, B, K), step_in_episode (*S, B, K) int64, and mask (*S, B, K), 
 Short windows are padded on the left.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from offrl.data.dataset import Dataset
-from offrl.data.samplers import BUDGET, gatherer
-from offrl.engine.method import Batch, Sampler
+from offrl.data.samplers import BUDGET, gatherer, prepare
+from offrl.engine.method import Batch, Run, Sampler, Seeds, Stage, Task
+from offrl.nets import Standardize
 
 ACT_PAD = -10.0  # what the released code of Decision Transformer puts there
 
@@ -139,3 +141,54 @@ def act_taken(window: Batch, act: Tensor) -> Batch:
 def per_step(flags: Tensor, like: Tensor) -> Tensor:
     """`flags` with trailing axes of one, to broadcast against `like`."""
     return flags.view(*flags.shape, *[1] * (like.dim() - flags.dim()))
+
+
+def renewed(memory: Any, start: Tensor) -> Any:
+    """Memory of tensors in dicts, tuples and lists, with zeros in the rows where start (B,) is."""
+    if isinstance(memory, Tensor):
+        return torch.where(per_step(start, memory), 0, memory)
+    if isinstance(memory, dict):
+        return {name: renewed(part, start) for name, part in memory.items()}
+    return type(memory)(renewed(part, start) for part in memory)
+
+
+def asked_returns(name: str, config: Any, seeds: Seeds, device: torch.device) -> Tensor:
+    """The returns that a policy is asked for, divided by the config's scale: (n,).
+
+    Raises:
+        ValueError: if there are none, or if the method, which has no seed axes, shall have some.
+    """
+    if seeds:
+        raise ValueError(f"{name} carries no seed axis: make one per seed")
+    if not config.targets:
+        raise ValueError(
+            f"{name} has no target returns for this task; give the returns to ask for, such as "
+            "algo.targets=[3600,1800]"
+        )
+    return torch.tensor(config.targets, device=device) / config.scale
+
+
+def scenarios(config: Any) -> tuple[str, ...]:
+    """The names of the returns that a policy is asked for."""
+    return tuple(f"target-{target:g}" for target in config.targets)
+
+
+def window_stages(
+    algo: Any, task: Task, run: Run, between: Sequence[tuple[int, Callable[[], None]]] = ()
+) -> list[Stage]:
+    """One stage on windows of the data, with standardized observations.
+
+    Args:
+        algo: with `config.batch`, `config.context` and `config.scale`. Its `standardize` is made
+            here: the authors of these methods add 1e-6 to the std, the engine's statistics 1e-3.
+        between: see `Stage`.
+    """
+    c, data = algo.config, task.data
+    mean, std = data.statistics(eps=1e-6)
+    algo.standardize = Standardize(data.obs_dim, mean, std, run.device)
+
+    def start() -> Sampler:
+        ready = prepare(algo.standardize)
+        return windows(data, c.batch, c.context, c.scale, run.seeds, run.device, ready)
+
+    return [Stage("train", run.steps, start, algo.update, between=between)]

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+FORMAT = 2  # 1 listed networks by method and held the whole replay
+
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Write to a temporary file beside `path`, flush it to the disk, then rename.
@@ -17,7 +19,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            torch.save(content | {"format": FORMAT}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -42,8 +44,13 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             f"{path} is not a checkpoint of this library: damaged, cut short, or holding objects "
             f"other than tensors and plain values, which are never loaded ({first_line(error)})"
         ) from error
-    if not isinstance(content, dict) or content.get("format") != 1:
+    if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{path} is not a checkpoint of this library (format missing)")
+    if content["format"] != FORMAT:
+        raise ValueError(
+            f"{path} is of checkpoint format {content['format']}, this version reads {FORMAT}: "
+            "use the version of offrl that wrote it (run.json beside it names its commit)"
+        )
     return content
 
 

@@ -2,46 +2,35 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
 
 import gymnasium
 import torch
 from scipy.signal import lfilter
 from torch import Generator, Tensor
 
-from offrl.engine.method import Algorithm, Batch, Policy, scenarios
+from offrl.engine.method import Now, Policy, Seeds
 from offrl.envs.make import tasks
 from offrl.envs.vector import Vector
 from offrl.seeding import derive
 
 
 @dataclass(frozen=True)
-class Episodes:
-    """Undiscounted returns and lengths, (*S, episodes) each.
-
-    With several scenarios these are of the headline: per seed, the scenario with the highest mean
-    return of this very evaluation, as methods with several targets are published. Where the
-    scenarios are an environment's tasks, it is all episodes of all of them.
+class Scenario:
+    """A situation in which a policy is scored: a wish of its method, a task, a changed world.
 
     Attributes:
-        scenarios: name -> the episodes of that scenario; empty where there is one without a name.
-        bias: (*S, episodes), of a method that estimates its returns; see `Bias`.
+        name: its values are called `return/<name>` and so on; "" to report the headline only.
+        options: of every reset. OGBench's tasks are `{"task_id": 1}` and so on.
+        settings: of the environment, keywords of its maker such as `{"mass": 1.2}`; what there is
+            says `offrl.envs.make.factory`.
     """
 
-    returns: Tensor
-    lengths: Tensor
-    scenarios: "dict[str, Episodes]" = field(default_factory=dict)
-    bias: Tensor | None = None
-
-    def named(self) -> dict[str, Tensor]:
-        """Raw values for the learning curve: return, length, bias, and return/<scenario>, ..."""
-        values = {"return": self.returns, "length": self.lengths}
-        if self.bias is not None:
-            values["bias"] = self.bias
-        for name, episodes in self.scenarios.items():
-            values |= {f"{key}/{name}": value for key, value in episodes.named().items()}
-        return values
+    name: str = ""
+    options: dict[str, Any] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 class Bias:
@@ -51,7 +40,7 @@ class Bias:
     weighs by a hundredth or less; nan if there are none.
 
     Args:
-        algo: with `estimate`; see `engine.stage.Policy`.
+        algo: with `estimate` and `config.discount`; see `engine.method.Policy`.
         count: of environments.
         each: episodes of each.
 
@@ -69,7 +58,7 @@ class Bias:
 
     def add(
         self,
-        now: Batch,
+        now: Now,
         act: Tensor,
         reward: Tensor,
         terminal: Tensor,
@@ -89,49 +78,62 @@ class Bias:
 
 
 class Evaluator:
-    """Runs the same number of episodes in each of a fixed set of environments.
+    """Scores a policy by roll-outs; a `Task.evaluate`.
 
-    All scenarios are played in lock-step: the policy sees one batch (*S, scenarios * width, ...).
-    Every scenario and every stacked seed meets the same start states.
+    Runs the same number of episodes in each of a fixed set of environments. All scenarios are
+    played in lock-step: the policy sees one batch (*S, scenarios * width, ...). Every scenario and
+    every stacked seed meets the same random numbers, and every call begins with the same states.
 
     Args:
-        make: maker of one environment.
+        make: maker of one environment; takes the settings of the scenarios.
         seeds: stacked seed axes of the algorithm, () or (S,).
         width: environments per seed and scenario; each runs episodes / width episodes. The batch
             that the policy sees is therefore always the same size, finished environments included.
-        seed: of the environments; every call starts from the same states.
+        seed: of the environments.
         device: of the policy.
-        scenarios: names, as `stage.scenarios` tells them; the policy learns the index of its own.
-        tasks: reset options of each scenario, where these are tasks of the environment and not
-            wishes of the method.
+        scenarios: at least one; the policy is told the index of its own.
+        headline: which episodes are the score: "all" of all scenarios; those of the "first", such
+            as the nominal one of a robustness sweep; or, per seed, those of the "best", which has
+            the highest mean return of this very evaluation, as methods with several targets are
+            published.
     """
 
     def __init__(
         self,
-        make: Callable[[], gymnasium.Env],
-        seeds: tuple[int, ...] = (),
+        make: Callable[..., gymnasium.Env],
+        seeds: Seeds = (),
         width: int = 10,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        scenarios: tuple[str, ...] = (),
-        tasks: Sequence[dict[str, Any]] = (),
+        scenarios: Sequence[Scenario] = (Scenario(),),
+        headline: Literal["all", "first", "best"] = "all",
     ):
         self.seeds, self.width, self.device = seeds, width, torch.device(device)
-        self.seed, self.scenarios, self.tasks = seed, scenarios, tasks
-        self.parts = max(1, len(scenarios))
-        groups = int(torch.Size(seeds).numel()) * self.parts
-        starts = [derive(seed, "evaluation", i) for i in range(width)] * groups
-        options = [task for task in tasks for _ in range(width)] * (groups // self.parts)
-        self.envs = Vector([make] * (groups * width), starts, options or None)
+        self.seed, self.scenarios, self.headline = seed, scenarios, headline
+        groups = int(torch.Size(seeds).numel())
+        each = [scenario for scenario in scenarios for _ in range(width)] * groups
+        starts = [derive(seed, "evaluation", i) for i in range(width)] * groups * len(scenarios)
+        makers = [partial(make, **scenario.settings) for scenario in each]
+        self.envs = Vector(makers, starts, [scenario.options for scenario in each])
 
     @torch.no_grad()
     def __call__(
-        self, algo: Policy, episodes: int, tick: Callable[[int], None] | None = None
-    ) -> Episodes:
-        """Play `episodes` per seed and scenario with the deterministic policy.
+        self,
+        algo: Policy,
+        episodes: int,
+        explore: bool = False,
+        tick: Callable[[int], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Play `episodes` per seed and scenario.
 
         Args:
+            explore: act as in training.
             tick: told the number of finished episodes, for a progress bar.
+
+        Returns:
+            Of the headline `return` (undiscounted), `length` and, where the method estimates its
+            returns, `bias` (see `Bias`), (*S, episodes), or (*S, scenarios * episodes) of "all";
+            then (*S, episodes) of every scenario with a name, `return/<name>` and so on.
 
         Raises:
             ValueError: if `episodes` is not a multiple of the width.
@@ -144,19 +146,21 @@ class Evaluator:
         finished = torch.zeros(count, dtype=torch.long)
         rows = torch.arange(count)
         memory, start, reward = None, torch.ones(count), torch.zeros(count)
-        scenario = self.grouped(rows // self.width % self.parts)
+        scenario = self.grouped(rows // self.width % len(self.scenarios))
         obs = self.envs.reset()
-        bias = Bias(algo, count, each) if self.parts == 1 and hasattr(algo, "estimate") else None
+        bias = Bias(algo, count, each) if hasattr(algo, "estimate") else None
         while bool((finished < each).any()):
-            now = {
+            now: Now = {
                 "obs": self.grouped(obs),
                 "start": self.grouped(start),
                 "reward": self.grouped(reward),
                 "scenario": scenario,
+                "explore": explore,
+                "generator": generator,
             }
             if self.envs.goal is not None:
                 now["goal"] = self.grouped(self.envs.goal)
-            act, memory = algo.act(now, memory, explore=False, generator=generator)
+            act, memory = algo.act(now, memory)
             step = self.envs.step(act.flatten(0, len(self.seeds)).cpu())
             _, reward, terminal, timeout, obs = step
             if bias is not None:
@@ -170,23 +174,29 @@ class Evaluator:
             finished += done
             if tick is not None and bool(done.any()):
                 tick(int(done.sum()))
-        shape = (*self.seeds, self.parts, episodes)
-        found = self.summed_up(returns.view(shape), lengths.view(shape))
-        if bias is None:
-            return found
-        return replace(found, bias=bias.values.view(*self.seeds, episodes))
+        played = {"return": returns, "length": lengths}
+        return self.named(played if bias is None else played | {"bias": bias.values})
 
-    def summed_up(self, returns: Tensor, lengths: Tensor) -> Episodes:
-        """Episodes from values (*S, scenarios, episodes)."""
-        pairs = zip(returns.unbind(-2), lengths.unbind(-2), strict=True)
-        apart = {name: Episodes(*pair) for name, pair in zip(self.scenarios, pairs, strict=False)}
-        if self.tasks:
-            return Episodes(returns.flatten(-2), lengths.flatten(-2), apart)
-        best = (
-            returns.mean(-1).argmax(-1)[..., None, None].expand(*self.seeds, 1, returns.shape[-1])
-        )
-        headline = returns.gather(-2, best).squeeze(-2), lengths.gather(-2, best).squeeze(-2)
-        return Episodes(*headline, apart)
+    def named(self, played: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The headline and the scenarios of values (environments, episodes of each)."""
+        shape = (*self.seeds, len(self.scenarios), -1)
+        values = {key: value.view(shape) for key, value in played.items()}
+        if self.headline == "all":
+            found = {key: value.flatten(-2) for key, value in values.items()}
+        else:
+            best = values["return"].mean(-1).argmax(-1)[..., None, None]
+            chosen = best if self.headline == "best" else torch.zeros_like(best)
+            found = {
+                key: value.take_along_dim(chosen, -2).squeeze(-2) for key, value in values.items()
+            }
+        for i, scenario in enumerate(self.scenarios):
+            if scenario.name:
+                found |= {f"{k}/{scenario.name}": v.select(-2, i) for k, v in values.items()}
+        return found
+
+    def total(self, episodes: int) -> int:
+        """Episodes that a call plays, of all seeds and scenarios."""
+        return self.envs.count // self.width * episodes
 
     def grouped(self, value: Tensor) -> Tensor:
         return value.view(*self.seeds, -1, *value.shape[1:]).to(self.device)
@@ -196,9 +206,9 @@ class Evaluator:
 
 
 def evaluator_of(
-    algo: Algorithm,
-    make: Callable[[], Any],
-    axes: tuple[int, ...],
+    names: Sequence[str],
+    make: Callable[..., Any],
+    seeds: Seeds,
     episodes: Sequence[int],
     seed: int,
     device: torch.device | str = "cpu",
@@ -206,16 +216,23 @@ def evaluator_of(
     """The evaluator of a method's scenarios, or of the environment's tasks where it has none.
 
     Args:
+        names: as `METHOD.scenarios(config)` tells them; the best is the headline.
         episodes: the numbers of episodes per scenario that it will be asked for.
     """
-    names = scenarios(algo)
+    scenarios, seed = scenarios_of(names, make), derive(seed, "evaluator")
+    headline: Literal["best", "all"] = "best" if names else "all"
+    return Evaluator(make, seeds, width(*episodes), seed, device, scenarios, headline)
+
+
+def scenarios_of(names: Sequence[str], make: Callable[..., Any]) -> list[Scenario]:
+    """A method's, by name; else the environment's tasks; else a single one without a name."""
+    if names:
+        return [Scenario(name) for name in names]
     env = make()
-    options = () if names else tasks(env)
+    options = tasks(env)
     env.close()
-    names = names or tuple(f"task-{option['task_id']}" for option in options)
-    return Evaluator(
-        make, axes, width(*episodes), derive(seed, "evaluator"), device, names, options
-    )
+    found = [Scenario(f"task-{option['task_id']}", option) for option in options]
+    return found or [Scenario()]
 
 
 def width(*episodes: int) -> int:

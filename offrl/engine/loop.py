@@ -291,7 +291,9 @@ class Loop:
             "base": self.base,
             "begun": self.begun,
             "global_step": self.global_step,
-            "parts": {name: part.save(self.place(name)) for name, part in self.parts.items()},
+            "parts": {
+                name: part.save(self.place(name), copied) for name, part in self.parts.items()
+            },
             "meter": self.meter.state(),
             "curve": self.curve.state(),
             "pending": self.points.pending,

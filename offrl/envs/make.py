@@ -2,15 +2,17 @@
 
 import difflib
 import functools
+import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 
 from offrl.envs import dm_control, grid, ogbench
 
@@ -30,6 +32,7 @@ ROBOTS = {
     "inverted-double-pendulum": "InvertedDoublePendulum",
 }
 VERSIONS = ("v5", "v4")
+PHYSICS = ("mass", "friction", "force")  # settings of what MuJoCo simulates; see `changed`
 OURS = ("gymnasium", "offrl")  # packages whose versions every run keeps
 
 
@@ -66,6 +69,22 @@ class RepeatAction(gymnasium.Wrapper):
             if terminated or truncated:
                 break
         return obs, total, terminated, truncated, info
+
+
+class Push(gymnasium.Wrapper):
+    """A steady force (x, y, z) in newtons on the first body that moves, a robot's torso."""
+
+    def __init__(self, env: gymnasium.Env, force: Sequence[float]):
+        super().__init__(env)
+        if np.shape(force) != (3,):
+            raise ValueError(f"force is three numbers, got {force}")
+        self.force = force
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        found = self.env.reset(seed=seed, options=options)
+        model, data = cast(tuple[Any, Any], simulator(self.env))
+        data.xfrc_applied[(model.body_dofnum > 0).argmax(), :3] = self.force
+        return found
 
 
 def env_id(name: str, version: str | None = None) -> str:
@@ -115,8 +134,12 @@ def factory(
     legacy_mass: bool = False,
     render: bool = False,
     action_repeat: int = 1,
-) -> Callable[[], gymnasium.Env]:
+) -> Callable[..., gymnasium.Env]:
     """A picklable maker of the environment, with actions in [-1, 1] or discrete ones.
+
+    The maker takes settings of the environment as keywords: what its constructor names, such as
+    Gymnasium's `reset_noise_scale` or LunarLander's `wind_power`, and `mass`, `friction` and
+    `force` of a MuJoCo model (see `changed`). It raises ValueError for any other.
 
     Args:
         name: a robot such as `halfcheetah`, `dmc-<domain>-<task>`, or a Gymnasium id.
@@ -138,7 +161,9 @@ def simulator_warning(message: str) -> None:
         logger.warning("mujoco: %s", message)
 
 
-def build(id: str, legacy_mass: bool, render: bool, action_repeat: int) -> gymnasium.Env:
+def build(
+    id: str, legacy_mass: bool, render: bool, action_repeat: int, **settings: Any
+) -> gymnasium.Env:
     import mujoco
 
     mujoco.set_mju_user_warning(simulator_warning)
@@ -147,12 +172,13 @@ def build(id: str, legacy_mass: bool, render: bool, action_repeat: int) -> gymna
         ogbench.register()  # in a process of its own nobody has done it
     if id.startswith(dm_control.PREFIX) and id not in gymnasium.registry:
         dm_control.register(id.removesuffix(f"-{dm_control.VERSION}"))
+    mode = "rgb_array" if render else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*out of date.*")  # v4, chosen on purpose
         try:
-            env = gymnasium.make(
-                id, disable_env_checker=True, render_mode="rgb_array" if render else None
-            )
+            named = constructor_settings(id) if settings else []
+            own = {name: settings.pop(name) for name in named if name in settings}
+            env = gymnasium.make(id, disable_env_checker=True, render_mode=mode, **own)
         except gymnasium.error.DependencyNotInstalled as error:
             raise ValueError(
                 f"{id} needs a package that is not installed ({error}); LunarLander and "
@@ -161,8 +187,12 @@ def build(id: str, legacy_mass: bool, render: bool, action_repeat: int) -> gymna
     if legacy_mass:
         lighten(env)
     if render:
-        follow(env)
+        track_camera(env)
     env = ogbench.OwnRandomness(env) if from_ogbench else env
+    if settings:
+        if from_ogbench:
+            env.reset(seed=0)  # its arms have no model before
+        env = changed(env, settings, named)
     env = RepeatAction(env, action_repeat) if action_repeat > 1 else env
     discrete = isinstance(env.action_space, gymnasium.spaces.Discrete)
     return env if discrete else ScaleAction(env)
@@ -170,14 +200,12 @@ def build(id: str, legacy_mass: bool, render: bool, action_repeat: int) -> gymna
 
 def engines(env: gymnasium.Env) -> dict[str, str]:
     """Packages besides Gymnasium on which an environment's dynamics rest -> their versions."""
-    import mujoco
-
     core = env.unwrapped
     root = type(core).__module__.partition(".")[0]
     names = metadata.packages_distributions().get(root, []) if root not in OURS else []
     if isinstance(core, dm_control.DMControl) or ".manipspace." in type(core).__module__:
         names = [*names, "dm_control"]
-    if "dm_control" in names or isinstance(getattr(core, "model", None), mujoco.MjModel):
+    if "dm_control" in names or simulator(env):
         names = [*names, "mujoco"]
     if ".box2d." in type(core).__module__:
         names = metadata.packages_distributions().get("Box2D", [])
@@ -193,12 +221,67 @@ def tasks(env: gymnasium.Env) -> tuple[dict[str, Any], ...]:
     return tuple({"task_id": i + 1} for i in range(getattr(env.unwrapped, "num_tasks", 0)))
 
 
-def follow(env: gymnasium.Env) -> None:
+def constructor_settings(id: str) -> list[str]:
+    """Arguments that the constructor of a registered environment names."""
+    point = gymnasium.spec(id).entry_point
+    creator: Any = load_env_creator(point) if isinstance(point, str) else point
+    names = inspect.signature(creator).parameters
+    return [name for name in names if name not in ("render_mode", "args", "kwargs")]
+
+
+def simulator(env: gymnasium.Env) -> tuple[Any, Any] | None:
+    """MuJoCo's model and data of an environment; None for one that has none."""
+    import mujoco
+
+    core: Any = env.unwrapped
+    if isinstance(core, dm_control.DMControl):
+        return core.env.physics.model.ptr, core.env.physics.data.ptr
+    model = getattr(core, "model", None)
+    return (model, core.data) if isinstance(model, mujoco.MjModel) else None
+
+
+def changed(
+    env: gymnasium.Env, settings: dict[str, Any], also: Sequence[str] = ()
+) -> gymnasium.Env:
+    """A MuJoCo environment with other physics from its next reset on.
+
+    Args:
+        settings: `mass`, a factor of all bodies' masses and inertias, while motors, springs and
+            dampers stay; `friction`, a factor of the sliding friction of all geoms and explicit
+            pairs, and so of every contact, while torsional and rolling friction and that in joints
+            stay; `force`, see `Push`.
+        also: other settings that the environment has, for the message.
+
+    Raises:
+        ValueError: for another name, an environment without a MuJoCo model, a factor that is not
+            positive, or a force that is not three numbers.
+    """
+    import mujoco
+
+    found = simulator(env)
+    known = PHYSICS if found else ()
+    if unknown := [name for name in settings if name not in known]:
+        names = ", ".join((*known, *also)) or "none"
+        raise ValueError(f"{env} has no setting {unknown[0]!r}; known: {names}")
+    assert found is not None
+    model, data = found
+    mass, friction = settings.get("mass", 1.0), settings.get("friction", 1.0)
+    if not (mass > 0 and friction > 0):
+        raise ValueError(f"mass and friction are positive factors, got {mass} and {friction}")
+    model.body_mass[:] *= mass
+    model.body_inertia[:] *= mass
+    model.geom_friction[:, 0] *= friction
+    model.pair_friction[:, :2] *= friction
+    mujoco.mj_setConst(model, data)  # inverse weights and subtree masses follow from the masses
+    return Push(env, settings["force"]) if "force" in settings else env
+
+
+def track_camera(env: gymnasium.Env) -> None:
     """Film with the model's camera `track`, where there is one: Gymnasium's own stands still."""
     import mujoco
 
     core: Any = env.unwrapped
-    if isinstance(getattr(core, "model", None), mujoco.MjModel):
+    if hasattr(core, "mujoco_renderer"):
         camera = mujoco.mj_name2id(core.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
         core.mujoco_renderer.camera_id = camera  # -1 if there is none, which is the default
 
@@ -214,9 +297,10 @@ def lighten(env: gymnasium.Env) -> None:
     """
     import mujoco
 
-    model = getattr(env.unwrapped, "model", None)
-    if not isinstance(model, mujoco.MjModel):
+    found = simulator(env)
+    if found is None:
         raise ValueError(f"legacy_mass needs a MuJoCo environment, not {env}")
+    model, data = found
     capsule = int(mujoco.mjtGeom.mjGEOM_CAPSULE)
     sphere = int(mujoco.mjtGeom.mjGEOM_SPHERE)
     total = model.body_mass.sum()
@@ -239,6 +323,4 @@ def lighten(env: gymnasium.Env) -> None:
         model.body_inertia[body] *= old / new
     if "HalfCheetah" in str(env.spec.id if env.spec else ""):
         mujoco.mj_setTotalmass(model, total)
-    # inverse weights and subtree masses follow from the masses; the reset comes after this
-    core: Any = env.unwrapped
-    mujoco.mj_setConst(model, core.data)
+    mujoco.mj_setConst(model, data)

@@ -25,9 +25,13 @@ class Vector:
         options: of every reset, one per environment.
 
     Attributes:
-        obs_dim, act_dim, discrete: as in `engine.stage.Spec`.
+        obs_dim, act_dim, discrete: as in `engine.method.Spec`.
+        players: widths of the players' parts of an action, if the innermost environment has such an
+            attribute; else ().
         goal: (n, g) goals of the running episodes, where the environments name them in the info of
             a reset; else None.
+        on_episode: number of an environment -> options of its reset, asked whenever an episode
+            begins; gives `options` unless another is set.
     """
 
     def __init__(
@@ -38,25 +42,27 @@ class Vector:
     ):
         self.envs = [make() for make in factories]
         self.seeds, self.count = list(seeds), len(self.envs)
-        self.options = [None] * self.count if options is None else list(options)
+        own = [None] * self.count if options is None else list(options)
+        self.on_episode: Callable[[int], dict[str, Any] | None] = own.__getitem__
         self.goal: Tensor | None = None
         self.obs_dim, self.act_dim, self.discrete = sizes(self.envs[0])
+        self.players = tuple(getattr(self.envs[0].unwrapped, "players", ()))
         self.act_shape = self.envs[0].action_space.shape or ()
         if len(self.seeds) != self.count:
             raise ValueError(f"{self.count} environments need as many seeds, got {self.seeds}")
 
     def reset(self) -> Tensor:
         """First observations (n, o) of episodes started from the seeds."""
-        rows, infos = zip(
+        rows, goals = zip(
             *[self.restart(i, seed) for i, seed in enumerate(self.seeds)], strict=True
         )
-        if "goal" in infos[0]:
-            self.goal = flat([info["goal"] for info in infos])
+        self.goal = joined(goals)
         return flat(rows)
 
-    def restart(self, i: int, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode in environment i: its observation and info."""
-        return self.envs[i].reset(seed=seed, options=self.options[i])
+    def restart(self, i: int, seed: int | None = None) -> tuple[Any, Tensor]:
+        """Begin an episode in environment i: its observation and its goal (g,), g 0 if none."""
+        obs, info = self.envs[i].reset(seed=seed, options=self.on_episode(i))
+        return obs, flat([info.get("goal", ())])[0]
 
     def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Apply actions (n, a), or (n,) if discrete.
@@ -74,34 +80,43 @@ class Vector:
             scalars[:, i] = reward, terminated, truncated and not terminated
             rows.append(obs)
             if terminated or truncated:
-                obs, info = self.restart(i)
+                obs, goal = self.restart(i)
                 if self.goal is not None:  # what was handed out stays as it was
                     self.goal = self.goal.clone()
-                    self.goal[i] = torch.as_tensor(info["goal"]).flatten()
+                    self.goal[i] = goal
             now.append(obs)
         next_obs, start = flat(rows), flat(now)
         reward_, terminal, timeout = torch.from_numpy(scalars)
         return next_obs, reward_, terminal, timeout, start
 
     def state(self) -> dict[str, Any]:
-        """Exact snapshot of every environment."""
-        return {str(i): snapshot(env) for i, env in enumerate(self.envs)}
+        """Exact snapshot of every environment, with its goal."""
+        goals = torch.zeros(self.count, 0) if self.goal is None else self.goal
+        return {
+            str(i): snapshot(env) | {"goal": goal}
+            for i, (env, goal) in enumerate(zip(self.envs, goals, strict=True))
+        }
 
-    def load(self, state: dict[str, Any], obs: Tensor) -> Tensor:
-        """Continue from a `state`.
+    def load(self, state: dict[str, Any], obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Continue from a `state`. Options of the episodes that go on are not asked for again.
 
         Args:
             obs: (n, o) the observations to act on next that belong to it.
 
         Returns:
-            obs, except in rows whose environment cannot be restored: there an episode starts anew.
+            obs, except in rows whose environment cannot be restored: there an episode starts anew;
+            and (n,), 1 in these rows, else 0.
         """
-        rows = obs.clone()
+        rows, anew, goals = obs.clone(), torch.zeros(self.count), []
         for i, (env, seed) in enumerate(zip(self.envs, self.seeds, strict=True)):
             env.reset(seed=seed)
+            goal = state[str(i)]["goal"]
             if not restore(env, state[str(i)]):
-                rows[i] = torch.as_tensor(env.reset()[0], dtype=torch.float32)
-        return rows
+                first, goal = self.restart(i)
+                rows[i], anew[i] = flat([first])[0], 1.0
+            goals.append(goal)
+        self.goal = joined(goals)
+        return rows, anew
 
     def close(self) -> None:
         for env in self.envs:
@@ -118,6 +133,10 @@ def sizes(env: gymnasium.Env) -> tuple[int, int, bool]:
     if isinstance(space, gymnasium.spaces.Discrete):
         return obs_dim, int(space.n), True
     return obs_dim, int(np.prod(space.shape or ())), False
+
+
+def joined(goals: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack(list(goals)) if len(goals[0]) else None
 
 
 def flat(rows: Sequence[Any]) -> Tensor:

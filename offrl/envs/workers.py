@@ -72,7 +72,10 @@ class Workers:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
-        self.obs_dim, self.act_dim, self.discrete = self.ask([("sizes",)] * len(self.pipes))[0]
+        self.goal: Tensor | None = None
+        self.on_episode: Callable[[int], dict[str, Any] | None] = lambda i: None
+        found = self.ask([("sizes",)] * len(self.pipes))[0]
+        self.obs_dim, self.act_dim, self.discrete, self.players = found
 
     def reset(self) -> Tensor:
         return self.joined(self.ask([("reset",)] * len(self.pipes)))[0]
@@ -88,12 +91,13 @@ class Workers:
         pairs = zip(self.places, parts, strict=True)
         return {str(i): part[str(k)] for places, part in pairs for k, i in enumerate(places)}
 
-    def load(self, state: dict[str, Any], obs: Tensor) -> Tensor:
+    def load(self, state: dict[str, Any], obs: Tensor) -> tuple[Tensor, Tensor]:
         orders = []
         for places in self.places:
             own = {str(k): state[str(i)] for k, i in enumerate(places)}
             orders.append(("load", pickle.dumps(own), obs.numpy()[places]))
-        return self.joined(self.ask(orders))[0]
+        rows, anew = self.joined(self.ask(orders))
+        return rows, anew
 
     def close(self) -> None:
         for process in self.processes:
@@ -105,13 +109,24 @@ class Workers:
         try:
             for pipe, order in zip(self.pipes, orders, strict=True):
                 pipe.send(order)
-            return [pipe.recv() for pipe in self.pipes]
+            return [self.answer(*pair) for pair in zip(self.pipes, self.places, strict=True)]
         except (EOFError, OSError) as error:
             raise OSError("a process that steps environments died; resume the run") from error
 
-    @staticmethod
-    def joined(answers: list[list[np.ndarray]]) -> list[Tensor]:
-        return [torch.from_numpy(np.concatenate(parts)) for parts in zip(*answers, strict=True)]
+    def answer(self, pipe: Any, places: np.ndarray) -> Any:
+        """What a worker sends, once its questions are answered: options of episodes that begin.
+
+        Questions wait until the workers before have answered, so they come in `Vector`'s order.
+        """
+        while isinstance(found := pipe.recv(), int):
+            pipe.send(self.on_episode(int(places[found])))
+        return found
+
+    def joined(self, answers: list[tuple[Any, list[np.ndarray]]]) -> list[Tensor]:
+        """The rows of all workers; keeps their goals."""
+        goals, parts = zip(*answers, strict=True)
+        self.goal = None if goals[0] is None else torch.from_numpy(np.concatenate(goals))
+        return [torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)]
 
 
 def serve(share: bytes, orders: Any) -> None:
@@ -120,6 +135,16 @@ def serve(share: bytes, orders: Any) -> None:
     torch.set_num_threads(1)
     makers, seeds = zip(*pickle.loads(share), strict=True)
     envs = Vector(makers, seeds)
+
+    def ask(i: int) -> dict[str, Any] | None:
+        orders.send(i)
+        return orders.recv()
+
+    def rows(*found: Tensor) -> tuple[Any, list[np.ndarray]]:
+        goal = None if envs.goal is None else envs.goal.numpy()
+        return goal, [x.numpy() for x in found]
+
+    envs.on_episode = ask
     while True:
         try:
             name, *given = orders.recv()
@@ -127,13 +152,13 @@ def serve(share: bytes, orders: Any) -> None:
             return
         answer: Any
         if name == "step":
-            answer = [x.numpy() for x in envs.step(torch.from_numpy(given[0]))]
+            answer = rows(*envs.step(torch.from_numpy(given[0])))
         elif name == "reset":
-            answer = [envs.reset().numpy()]
+            answer = rows(envs.reset())
         elif name == "state":
             answer = pickle.dumps(envs.state())
         elif name == "load":
-            answer = [envs.load(pickle.loads(given[0]), torch.from_numpy(given[1])).numpy()]
+            answer = rows(*envs.load(pickle.loads(given[0]), torch.from_numpy(given[1])))
         else:
-            answer = envs.obs_dim, envs.act_dim, envs.discrete
+            answer = envs.obs_dim, envs.act_dim, envs.discrete, envs.players
         orders.send(answer)

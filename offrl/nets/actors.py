@@ -1,4 +1,4 @@
-"""Policies over actions in [-1, 1]: deterministic and squashed Gaussian."""
+"""Policies: deterministic and squashed Gaussian over [-1, 1], plain Gaussian and categorical."""
 
 import math
 
@@ -55,6 +55,71 @@ class GaussianActor(nn.Module):
         noise = torch.empty_like(mean).normal_(generator=generator)
         raw = mean + log_std.exp() * noise
         return raw.tanh(), squashed_log_prob(raw, noise, log_std)
+
+
+class Gaussian(nn.Module):
+    """Diagonal Gaussian whose log std, 0 at first, does not depend on obs; not squashed.
+
+    Actions beyond [-1, 1] are clipped by the environment, and judged as they were drawn.
+    """
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: tuple[int, ...],
+        seeds: tuple[int, ...] = (),
+        generator: Generator | None = None,
+    ):
+        super().__init__()
+        self.net = MLP((obs_dim, *hidden, act_dim), seeds, generator, "tanh", last=0.01)
+        device = None if generator is None else generator.device
+        self.log_std = nn.Parameter(torch.zeros(*seeds, 1, act_dim, device=device))
+
+    def best(self, obs: Tensor) -> Tensor:
+        return self.net(obs)
+
+    def sample(self, obs: Tensor, generator: Generator) -> Tensor:
+        mean = self.net(obs)
+        noise = torch.empty_like(mean).normal_(generator=generator)
+        return mean + self.log_std.exp() * noise
+
+    def judge(self, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of act (*S, B, a), and the entropy, (*S, B) both."""
+        noise = (act - self.net(obs)) * (-self.log_std).exp()
+        half = 0.5 * math.log(2 * math.pi)
+        entropy = (self.log_std + 0.5 + half).sum(-1)
+        log_prob = (-0.5 * noise.square() - self.log_std - half).sum(-1)
+        return log_prob, entropy.expand_as(log_prob)
+
+
+class Categorical(nn.Module):
+    """Distribution over discrete actions by logits."""
+
+    def __init__(
+        self,
+        obs_dim: int,
+        act_dim: int,
+        hidden: tuple[int, ...],
+        seeds: tuple[int, ...] = (),
+        generator: Generator | None = None,
+    ):
+        super().__init__()
+        self.net = MLP((obs_dim, *hidden, act_dim), seeds, generator, "tanh", last=0.01)
+
+    def best(self, obs: Tensor) -> Tensor:
+        return self.net(obs).argmax(-1)
+
+    def sample(self, obs: Tensor, generator: Generator) -> Tensor:
+        logits = self.net(obs)
+        waiting = torch.empty_like(logits).exponential_(generator=generator)
+        return (logits - waiting.log()).argmax(-1)  # Gumbel
+
+    def judge(self, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of act, int64 (*S, B), and the entropy, (*S, B) both."""
+        log_probs = F.log_softmax(self.net(obs), -1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return log_probs.gather(-1, act.unsqueeze(-1)).squeeze(-1), entropy
 
 
 def squashed_log_prob(raw: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:

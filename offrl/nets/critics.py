@@ -3,7 +3,7 @@
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.nets.linear import chain
+from offrl.nets.kernels.chain import chain
 from offrl.nets.mlp import MLP
 
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from offrl.nets.encoders import FEATURES, SIDE, Impala
-from offrl.nets.kernels.gelu import GeluMLP
+from offrl.nets.mlp import MLP
 
 
 class Sight(nn.Module):
@@ -64,7 +65,8 @@ class GoalRep(nn.Module):
     ):
         super().__init__()
         self.sight = Sight((obs_dim, goal_dim), 2 * images, seeds, generator)
-        self.net = GeluMLP((self.sight.size, *hidden, rep_dim), seeds, generator=generator)
+        dims = (self.sight.size, *hidden, rep_dim)
+        self.net = MLP(dims, seeds, generator, "gelu", norm=True)
 
     def forward(self, obs: Tensor, goal: Tensor) -> Tensor:
         return normalized(self.net(self.sight(obs, goal)))
@@ -97,7 +99,7 @@ class Values(nn.Module):
         self.heads = heads
         self.sight = Sight(sizes, images, seeds, generator)
         lead = (*seeds, heads) if heads else seeds
-        self.net = GeluMLP((self.sight.size, *hidden, 1), lead, generator=generator)
+        self.net = MLP((self.sight.size, *hidden, 1), lead, generator, "gelu", norm=True)
 
     def forward(self, *parts: Tensor) -> Tensor:
         x = self.sight(*parts)
@@ -125,7 +127,7 @@ class RepValues(nn.Module):
         sights = [Sight((obs_dim, rep_dim), int(images), seeds, generator) for _ in range(levels)]
         self.sights = nn.ModuleList(sights)
         lead = (*seeds, levels, heads) if levels > 1 else (*seeds, heads)
-        self.net = GeluMLP((sights[0].size, *hidden, 1), lead, generator=generator)
+        self.net = MLP((sights[0].size, *hidden, 1), lead, generator, "gelu", norm=True)
 
     def forward(self, *levels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         """All heads at several (obs, phi), as many for every level, in one call.
@@ -162,21 +164,21 @@ class GoalActor(nn.Module):
         self.sight = Sight((obs_dim, goal_dim), images, seeds, generator)
         dims = (self.sight.size, *hidden, outputs)
         # variance scaling of 1e-2 for the mean's layer
-        self.net = GeluMLP(dims, seeds, norm=False, last_scale=0.1, generator=generator)
+        self.net = MLP(dims, seeds, generator, "gelu", last=0.1)
 
     def forward(self, obs: Tensor, goal: Tensor) -> Tensor:
         return self.net(self.sight(obs, goal))
 
-    def act(self, obs: Tensor, goal: Tensor, explore: bool, generator: Generator | None) -> Tensor:
-        """The mean, or a sample, clipped to [-1, 1]."""
-        mean = self(obs, goal)
-        if explore:
-            mean = mean + torch.empty_like(mean).normal_(generator=generator)
-        return mean.clamp(-1, 1)
-
     def log_prob(self, obs: Tensor, goal: Tensor, value: Tensor) -> Tensor:
         """Log-density of `value` (*S, B, outputs), (*S, B)."""
         return normal_log_prob(value, self(obs, goal))
+
+
+def sampled(mean: Tensor, now: dict[str, Any]) -> Tensor:
+    """The mean, or where now["explore"] is true a draw from the unit Gaussian around it."""
+    if not now.get("explore"):
+        return mean
+    return mean + torch.empty_like(mean).normal_(generator=now["generator"])
 
 
 def normal_log_prob(value: Tensor, mean: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from offrl.nets.goal import Sight
-from offrl.nets.kernels.gelu import GeluMLP
+from offrl.nets.mlp import MLP
 
 COMPONENT = 8  # intervals that are united to one component
 
@@ -33,7 +33,8 @@ class IQE(nn.Module):
         if latent % COMPONENT:
             raise ValueError(f"the latent's size must be a multiple of {COMPONENT}, got {latent}")
         self.sight = Sight((inputs,), int(images), seeds, generator)
-        self.net = GeluMLP((self.sight.size, *hidden, latent), seeds, generator=generator)
+        dims = (self.sight.size, *hidden, latent)
+        self.net = MLP(dims, seeds, generator, "gelu", norm=True)
         self.mix = nn.Parameter(
             torch.zeros(*seeds, 1, device=generator.device if generator else None)
         )

@@ -1,28 +1,27 @@
 """Scoring a finished or running training, and filming it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import torch
 from tqdm import tqdm
 
 from offrl import config as configuration
 from offrl.config import Resolved
-from offrl.errors import ConfigError
 from offrl.engine import checkpoint
-from offrl.engine.evaluate import Episodes
-from offrl.engine.method import Algorithm, Evaluate
+from offrl.engine.evaluate import Evaluator, scenarios_of
+from offrl.engine.method import Algorithm
 from offrl.engine.state import load_state
-from offrl.envs.make import engines, env_id, factory, tasks
-from offrl.envs.vector import flat
+from offrl.envs.make import engines, env_id, factory
+from offrl.errors import ConfigError, Failed
 from offrl.runs.record import UNITS, played_in, rows, scored, summary
+from offrl.runs.task import axes_of, make_env, make_evaluator, spec_of, version
 from offrl.runs.workers import prepare
-from offrl.errors import Failed
 from offrl.seeding import derive, generator
-from offrl.runs.task import axes_of, make_env, make_evaluator, rolled_out, spec_of, version
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     """Score every checkpoint of a run, print and return what was found."""
     folder, files = checkpoints(Path(options.run))
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
-    played: list[Episodes] = []
+    played: list[dict[str, torch.Tensor]] = []
     seeds: list[int] = []
     for file in files:
         algo, group = load_algorithm(resolved, file)
@@ -57,7 +56,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         played.append(player(algo, options.episodes, explore=options.explore))
         seeds += group
         player.close()
-    returns = rows([episodes.returns for episodes in played])
+    returns = rows([values["return"] for values in played])
     unit, values = scored(resolved, returns)
     id, legacy = env_id(resolved.settings.env, version(resolved)), resolved.settings.legacy_mass
     env = make_env(resolved)()
@@ -77,8 +76,8 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         "score": summary(values.mean(-1)),
         "returns": returns.tolist(),
     }
-    for name in played[0].scenarios:
-        apart = rows([episodes.scenarios[name].returns for episodes in played])
+    for key in [key for key in played[0] if key.startswith("return/")]:
+        name, apart = key.removeprefix("return/"), rows([values[key] for values in played])
         score = summary(scored(resolved, apart)[1].mean(-1))
         found.setdefault("scenarios", {})[name] = {"score": score, "returns": apart.tolist()}
         print(f"{name}: {unit} {score['iqm']:.1f}")
@@ -91,7 +90,9 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=1))
     if options.video:
-        frames = film(resolved, load_algorithm(resolved, files[0]), options.seed)
+        names = configuration.method(resolved.algo).scenarios(resolved.config())
+        loaded = load_algorithm(resolved, files[0])
+        frames = film(resolved, loaded, names, options.seed, options.explore)
         write_video(Path(options.video), frames)
         print(f"{len(frames)} frames in {options.video}")
     return found
@@ -143,59 +144,72 @@ def player(folder: Path, device: torch.device) -> Callable[[Path], dict[str, tor
     resolved = configuration.from_yaml((folder / "config.yaml").read_text())
     s = resolved.settings
     prepare(resolved, folder, device)
-    made: dict[tuple[int, ...], Evaluate] = {}
+    made: dict[tuple[int, ...], Evaluator] = {}
 
     def play(path: Path) -> dict[str, torch.Tensor]:
         algo, group = load_algorithm(resolved, path, device)
         axes = axes_of(group)
         if axes not in made:
             episodes = (s.eval_episodes, s.final_episodes)
-            made[axes] = rolled_out(make_evaluator(resolved, axes, episodes, 0, device), 0, False)
+            made[axes] = make_evaluator(resolved, axes, episodes, 0, device)
         return made[axes](algo, s.eval_episodes)
 
     return play
 
 
-@torch.no_grad()
-def film(resolved: Resolved, loaded: tuple[Algorithm, list[int]], seed: int) -> list[Any]:
+class Camera(gymnasium.Wrapper):
+    """Takes a frame before every step of the first episode.
+
+    Raises:
+        Failed: if the machine cannot render.
+    """
+
+    def __init__(self, env: gymnasium.Env, bar: tqdm):
+        super().__init__(env)
+        self.bar, self.frames, self.over = bar, list[Any](), False
+
+    def step(self, action: Any):
+        if not self.over:
+            try:
+                self.frames.append(self.env.render())
+            except Exception as error:  # every GL backend raises its own type
+                raise Failed(
+                    f"cannot render here ({error}); on a machine without a screen set "
+                    "MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+                ) from error
+            self.bar.update()
+        found = self.env.step(action)
+        self.over = self.over or found[2] or found[3]
+        return found
+
+
+def film(
+    resolved: Resolved,
+    loaded: tuple[Algorithm, list[int]],
+    names: Sequence[str],
+    seed: int,
+    explore: bool = False,
+) -> list[Any]:
     """RGB frames of one episode of the first seed, in the first scenario or task.
+
+    Args:
+        names: of the method's scenarios.
 
     Raises:
         Failed: if the machine cannot render.
     """
     algo, group = loaded
     s = resolved.settings
-    env = factory(s.env, version(resolved), s.legacy_mass, True, s.action_repeat)()
-    stream = generator(seed, "film")
-    obs, info = env.reset(seed=derive(seed, "film"), options=next(iter(tasks(env)), None))
-    goal = None if "goal" not in info else flat([info["goal"]])
-    frames: list[Any] = []
-    lead = (len(group), 1) if len(group) > 1 else (1,)
-    memory, over, start, reward = None, False, 1.0, 0.0
+    make = factory(s.env, version(resolved), s.legacy_mass, True, s.action_repeat)
+    first = scenarios_of(names, make)[:1]
+    player = Evaluator(make, axes_of(group), 1, derive(seed, "film"), scenarios=first)
+    env = player.envs.envs[0]
     horizon = env.spec.max_episode_steps if env.spec else None
     with tqdm(total=horizon, desc="filming", unit="frame", leave=False) as bar:
-        while not over:
-            try:
-                frames.append(env.render())
-            except Exception as error:  # every GL backend raises its own type
-                raise Failed(
-                    f"cannot render here ({error}); on a machine without a screen set "
-                    "MUJOCO_GL=egl or MUJOCO_GL=osmesa"
-                ) from error
-            row = flat([obs]).expand(*lead, -1)
-            now = {
-                "obs": row, "start": torch.full(lead, start), "reward": torch.full(lead, reward),
-                "scenario": torch.zeros(lead).long(), "explore": False, "generator": stream,
-            }
-            if goal is not None:
-                now["goal"] = goal.expand(*lead, -1)
-            act, memory = algo.act(now, memory)
-            first = act.flatten(0, len(lead) - 1)[0].numpy()
-            obs, gained, terminal, timeout, _ = env.step(first)
-            over, start, reward = terminal or timeout, 0.0, float(gained)
-            bar.update()
-    env.close()
-    return frames
+        player.envs.envs[0] = camera = Camera(env, bar)
+        player(algo, 1, explore)
+    player.close()
+    return camera.frames
 
 
 def write_video(path: Path, frames: list[Any]) -> None:

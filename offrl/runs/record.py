@@ -22,7 +22,7 @@ from offrl.data.dataset import Dataset
 from offrl.engine.curve import Curve
 from offrl.envs import ogbench, scores
 from offrl.system import cores, cpu_name
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.results import stats
 
 PACKAGES = ("offrl", "torch", "numpy", "scipy", "gymnasium", "mujoco", "minari", "hydra-core")
@@ -111,12 +111,11 @@ def scores_of(
         "curve": {"steps": steps, "mean_return": points.mean(-1).tolist()},
     }
     if names := scenario_names(curves):
-        alone = curves[0].points[0][f"{headline}/{names[0]}"].shape[-1]
-        together = curves[0].points[0][headline].shape[-1] > alone
+        wishes = configuration.method(resolved.algo).scenarios(resolved.config())
         found["headline"] = (
-            "the episodes of all tasks"
-            if together
-            else "per seed, the scenario of the highest mean in that evaluation"
+            "per seed, the scenario of the highest mean in that evaluation"
+            if wishes
+            else "the episodes of all tasks"
         )
         found["scenarios"] = {name: scenario(resolved, curves, name) for name in names}
     return found
@@ -214,7 +213,7 @@ def provenance(
         "device": hardware,
         "device_type": device.type,
         "cores": cores(),
-        "products": sorted(products.chosen),
+        "matmul": sorted(matmul.chosen),
         "env": {"id": env, "legacy_mass": resolved.settings.legacy_mass}
         | ({"action_repeat": repeat} if repeat > 1 else {}),
         "dataset": None

@@ -72,7 +72,7 @@ def make_report(options: Options) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     labels = sorted({label for label, _ in cells})
     tasks = sorted({task for _, task in cells})
-    found = {
+    found: dict[str, Any] = {
         "tasks": tasks,
         "steps_are": counted({cell.steps_are for cell in cells.values()}),
         "methods": {label: row(cells, label, tasks) for label in labels},

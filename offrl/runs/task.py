@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from offrl import config as configuration
 from offrl.config import Resolved
-from offrl.errors import ConfigError
 from offrl.data import sources
 from offrl.data.dataset import Dataset, check, check_fits
 from offrl.engine.evaluate import Evaluator, evaluator_of
@@ -20,7 +19,7 @@ from offrl.envs import ogbench
 from offrl.envs.make import VERSIONS, factory, tasks
 from offrl.envs.vector import sizes
 from offrl.envs.workers import environments
-from offrl.errors import Failed
+from offrl.errors import ConfigError, Failed
 from offrl.seeding import derive
 
 
@@ -134,7 +133,7 @@ def rolled_out(player: Evaluator, usual: int, progress: bool) -> Evaluate:
         with tqdm(
             total=total, desc=label, unit="episode", leave=False, delay=2, disable=not progress
         ) as bar:
-            return player(algo, episodes, tick=bar.update).named()
+            return player(algo, episodes, tick=bar.update)
 
     return evaluate
 

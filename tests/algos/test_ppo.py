@@ -195,7 +195,7 @@ def test_without_normalization_networks_see_plain_observations_and_rewards():
 
 
 def test_statistics_of_parts_are_those_of_the_whole():
-    from offrl.nets.on_policy import Running
+    from offrl.nets.mlp import Running
 
     rows = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)) * 4 + 7
     one = Running(3, (), torch.device("cpu"))

@@ -13,86 +13,83 @@ from pathlib import Path
 
 import pytest
 import torch
-from offrl.engine.async_evaluator import Beside
 
 from offrl.algos import decision_mamba, dqn, ppo, sac, td3bc
-from offrl.data import Dataset
-from offrl.data.collector import Collector
 from offrl.engine import checkpoint
+from offrl.engine.curve import AsyncEvaluator, Schedule
 from offrl.engine.evaluate import Evaluator
-from offrl.engine.loop import Runner, Schedule, fit
-from offrl.engine.method import Run, Spec
+from offrl.engine.loop import Loop, fit
+from offrl.engine.method import Run, Spec, Task
+from offrl.engine.state import load_state
 from offrl.engine.stop import StopRequests
 from offrl.envs.make import factory
 from offrl.envs.vector import Vector
 from offrl.errors import Diverged, Interrupted
+from tests.engine import toys
+from tests.engine.toys import toy_data
 
 SCHEDULE = Schedule(log_every=10, eval_every=40, eval_episodes=2, final_episodes=4)
+SPEC = Spec(11, 3)
 HOPPER, CARTPOLE = factory("hopper"), factory("CartPole-v1")
-
-
-def toy_data():
-    g = torch.Generator().manual_seed(0)
-    normal = lambda *shape: torch.randn(500, *shape, generator=g)  # noqa: E731
-    fields = dict(
-        obs=normal(11),
-        act=normal(3).tanh(),
-        reward=normal(),
-        next_obs=normal(11),
-        terminal=torch.zeros(500),
-    )
-    return Dataset(fields, torch.arange(0, 500, 100), torch.zeros(5), "toy")
 
 
 def offline():
     config = td3bc.Config(batch=16, hidden=(16,))
-    algo = td3bc.make(config, Spec(11, 3), torch.Generator().manual_seed(1))
-    return algo, td3bc.stages(algo, toy_data(), Run(steps=200))
+    algo = td3bc.METHOD.make(config, SPEC, torch.Generator().manual_seed(1))
+    return algo, td3bc.METHOD.stages(algo, Task(SPEC, toy_data()), Run(steps=200))
 
 
 def online():
     config = sac.Config(batch=16, hidden=(16,), warmup=50, capacity=120)  # the ring wraps
     envs = Vector([HOPPER], [5])
-    algo = sac.make(config, Spec(11, 3), torch.Generator().manual_seed(1))
-    return algo, sac.stages(algo, Collector(envs), Run(steps=250))
+    algo = sac.METHOD.make(config, SPEC, torch.Generator().manual_seed(1))
+    return algo, sac.METHOD.stages(algo, Task(SPEC, envs=lambda: envs), Run(steps=250))
 
 
 def sequence():
     """With a teacher that is refreshed every five updates, and two targets."""
     config = decision_mamba.Config(size="tiny", context=3, batch=2, steps=200, targets=(9.0, 5.0))
-    algo = decision_mamba.make(config, Spec(11, 3), torch.Generator().manual_seed(1))
-    return algo, decision_mamba.stages(algo, toy_data(), Run(steps=200))
+    algo = decision_mamba.METHOD.make(config, SPEC, torch.Generator().manual_seed(1))
+    return algo, decision_mamba.METHOD.stages(algo, Task(SPEC, toy_data()), Run(steps=200))
 
 
 def discrete():
     config = dqn.Config(
         batch=16, hidden=(16,), warmup=50, capacity=120, steps=900, update_every=4, target_every=40
     )
-    envs = Vector([CARTPOLE] * 2, [5, 6])
-    algo = dqn.make(config, Spec(4, 2, discrete=True), torch.Generator().manual_seed(1))
-    return algo, dqn.stages(algo, Collector(envs), Run(steps=900))
+    envs, spec = Vector([CARTPOLE] * 2, [5, 6]), Spec(4, 2, discrete=True)
+    algo = dqn.METHOD.make(config, spec, torch.Generator().manual_seed(1))
+    return algo, dqn.METHOD.stages(algo, Task(spec, envs=lambda: envs), Run(steps=900))
 
 
 def on_policy():
     """With a rate that falls, a pass that is under way, and statistics that move."""
     config = ppo.Config(batch=16, hidden=(16,), rollout=32, epochs=3)
     envs = Vector([HOPPER] * 2, [5, 6])
-    algo = ppo.make(config, Spec(11, 3), torch.Generator().manual_seed(1))
-    return algo, ppo.stages(algo, Collector(envs), Run(steps=1100))
+    algo = ppo.METHOD.make(config, SPEC, torch.Generator().manual_seed(1))
+    return algo, ppo.METHOD.stages(algo, Task(SPEC, envs=lambda: envs), Run(steps=1100))
 
 
-KINDS = {
+METHODS = {
     "offline": offline,
     "online": online,
     "sequence": sequence,
     "discrete": discrete,
     "on_policy": on_policy,
 }
+TOYS = {
+    "two_stages": toys.two_stages,
+    "inner_fit": toys.inner_fit,
+    "recurrent": toys.recurrent,
+    "two_players": toys.two_players,
+}
+KINDS = METHODS | TOYS
 
 
 def evaluation(kind=None):
-    player = Evaluator(CARTPOLE if kind == "discrete" else HOPPER, width=2)
-    return lambda algo, episodes: {"return": player(algo, episodes).returns}
+    make = {"discrete": CARTPOLE, "two_players": toys.Tug}.get(kind, HOPPER)
+    player = Evaluator(make, width=2)
+    return lambda algo, episodes: {"return": player(algo, episodes)["return"]}
 
 
 def run(kind, folder, resume=False, pace=0.0, speed="auto"):
@@ -134,9 +131,7 @@ def assert_same(left, right, path=""):
     ("kind", "moment"),
     [
         *itertools.product(["offline", "online"], [0.15, 0.5, 0.85]),
-        ("sequence", 0.5),
-        ("discrete", 0.5),
-        ("on_policy", 0.5),
+        *itertools.product(["sequence", "discrete", "on_policy", *TOYS], [0.5]),
     ],
 )
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, moment):
@@ -166,7 +161,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, m
 def test_captured_runs_write_the_files_of_runs_as_written(tmp_path, monkeypatch, kind):
     """A replay that grows and wraps, and a teacher that is refreshed, are seen by replays."""
     said = []
-    monkeypatch.setattr(Runner, "tell", lambda self, stage: said.extend(self.notes))
+    monkeypatch.setattr(Loop, "tell", lambda self, stage, last=False: said.extend(self.notes))
     for speed in ("eager", "graph"):
         (tmp_path / speed).mkdir()
         run(kind, tmp_path / speed, speed=speed)
@@ -179,7 +174,7 @@ def test_how_updates_are_made_is_told_once_it_is_decided(tmp_path):
     told = []
     fit(algo, [stage], tmp_path, None, SCHEDULE, [0], "toy", report=lambda p: told.extend(p.notes))
     assert len(told) == 1
-    assert "as written" in told[0]
+    assert "eager" in told[0]
     assert "captured" in told[0]
 
 
@@ -188,14 +183,14 @@ def test_interrupted_between_two_rows_of_metrics_and_resumed_equals_uninterrupte
     whole.mkdir(), stopped.mkdir()
     run("offline", whole)
     algo, stages = offline()
-    update = stages[0].update
+    update, steps = stages[0].update, itertools.count()
 
-    def interrupting(batch, step):
-        if step == 77:
+    def interrupting(batch, turn):
+        if next(steps) == 77:
             os.kill(os.getpid(), signal.SIGINT)
-        return update(batch, step)
+        return update(batch, turn)
 
-    object.__setattr__(stages[0], "update", interrupting)
+    stages = [replace(stages[0], update=interrupting)]
     with pytest.raises(Interrupted, match="checkpoint written"):
         fit(algo, stages, stopped, evaluation(), SCHEDULE, [0], "offline", speed="eager")
     saved = checkpoint.load(stopped / "checkpoint.pt")
@@ -226,7 +221,7 @@ def toy_player():
     play = evaluation()
 
     def played(path):
-        algo.load(checkpoint.load(path)["algo"])
+        load_state(algo, checkpoint.load(path)["algo"])
         return play(algo, SCHEDULE.eval_episodes)
 
     return played
@@ -244,7 +239,7 @@ class Killed(Exception):
     pass
 
 
-def beside(folder, player=toy_player, between=()):
+def trained_beside(folder, player=toy_player, between=()):
     folder.mkdir(exist_ok=True)
     algo, (stage,) = offline()
     return fit(
@@ -255,7 +250,7 @@ def beside(folder, player=toy_player, between=()):
         SCHEDULE,
         [0],
         "offline",
-        beside=Beside(player),
+        worker=AsyncEvaluator(player),
     )
 
 
@@ -263,7 +258,7 @@ def test_points_played_beside_the_training_are_those_played_within_it(tmp_path):
     inline = tmp_path / "inline"
     inline.mkdir()
     run("offline", inline)
-    curve = beside(tmp_path / "beside")
+    curve = trained_beside(tmp_path / "beside")
     assert curve.steps == [40, 80, 120, 160, 200]
     assert_same_files(inline, tmp_path / "beside")
 
@@ -288,7 +283,7 @@ def test_training_goes_on_past_rows_of_metrics_while_a_point_is_played(tmp_path)
     run("offline", inline)
     steps = itertools.count()
     signs = lambda: sign.touch() if next(steps) == 60 else None  # noqa: E731
-    beside(tmp_path / "beside", partial(patient_player, sign), between=[(1, signs)])
+    trained_beside(tmp_path / "beside", partial(patient_player, sign), between=[(1, signs)])
     assert_same_files(inline, tmp_path / "beside")
 
 
@@ -304,7 +299,7 @@ def test_a_run_that_dies_while_a_point_is_played_plays_it_again(tmp_path):
             raise Killed
 
     with pytest.raises(Killed):
-        beside(died, between=[(1, dies)])
+        trained_beside(died, between=[(1, dies)])
     saved = checkpoint.load(died / "checkpoint.pt")
     assert (saved["pending"], saved["curve"]["steps"]) == (80, [40])
     run("offline", died, resume=True)
@@ -317,7 +312,7 @@ def test_a_run_that_dies_while_a_point_is_played_plays_it_again(tmp_path):
 )
 def test_a_failure_of_the_process_that_evaluates_ends_the_run(tmp_path, player, error, told):
     with pytest.raises(error, match=told):
-        beside(tmp_path, player)
+        trained_beside(tmp_path, player)
     assert checkpoint.load(tmp_path / "checkpoint.pt")["pending"] == 40
 
 
@@ -331,7 +326,7 @@ def stopped_run(folder):
     os.setsid()
     torch.set_num_threads(1)
     try:
-        beside(folder, slow_player, between=[(1, lambda: time.sleep(0.02))])
+        trained_beside(folder, slow_player, between=[(1, lambda: time.sleep(0.02))])
     except Interrupted:
         os._exit(7)
 
@@ -359,14 +354,14 @@ def test_a_signal_to_the_whole_group_leaves_the_interrupts_checkpoint(tmp_path):
 
 def test_divergence_names_the_first_bad_quantity_and_keeps_the_last_good_checkpoint(tmp_path):
     algo, stages = offline()
-    update = stages[0].update
+    update, steps = stages[0].update, itertools.count()
 
-    def poisoned(batch, step):
-        if step == 95:
+    def poisoned(batch, turn):
+        if next(steps) == 95:
             batch = batch | {"reward": batch["reward"] * float("nan")}
-        return update(batch, step)
+        return update(batch, turn)
 
-    object.__setattr__(stages[0], "update", poisoned)
+    stages = [replace(stages[0], update=poisoned)]
     with pytest.raises(Diverged, match=r"critics/loss .* at update 95"):
         fit(algo, stages, tmp_path, evaluation(), SCHEDULE, [0], "offline", speed="eager")
     kept = checkpoint.load(tmp_path / "checkpoint.pt")
@@ -378,12 +373,12 @@ def test_metrics_are_means_over_the_updates_of_a_row(tmp_path):
     algo, stages = offline()
     seen, update = [], stages[0].update
 
-    def recording(batch, step):
-        metrics = update(batch, step)
+    def recording(batch, turn):
+        metrics = update(batch, turn)
         seen.append(float(metrics["critics/loss"]))
         return metrics
 
-    object.__setattr__(stages[0], "update", recording)
+    stages = [replace(stages[0], update=recording)]
     fit(algo, stages, tmp_path, None, SCHEDULE, [0], "offline", speed="eager")
     with open(tmp_path / "metrics.csv") as file:
         rows = [r for r in csv.DictReader(file) if r["name"] == "critics/loss"]
@@ -407,7 +402,7 @@ def test_a_tampered_checkpoint_is_refused_and_runs_no_code(tmp_path):
     marker = Path("/tmp/offrl-was-here")
     marker.unlink(missing_ok=True)
     path = tmp_path / "checkpoint.pt"
-    torch.save({"format": 1, "algo": Evil()}, path)
+    torch.save({"algo": Evil()}, path)
     with pytest.raises(ValueError, match="never loaded"):
         checkpoint.load(path)
     path.write_bytes(pickle.dumps(Evil()))
@@ -418,7 +413,7 @@ def test_a_tampered_checkpoint_is_refused_and_runs_no_code(tmp_path):
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):
     path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, {"format": 1, "x": torch.zeros(10_000)})
+    checkpoint.save(path, {"x": torch.zeros(10_000)})
     path.write_bytes(path.read_bytes()[:20_000])
     with pytest.raises(ValueError, match=r"checkpoint\.pt"):
         checkpoint.load(path)
@@ -426,7 +421,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, {"format": 1, "x": torch.ones(3)})
+    checkpoint.save(path, {"x": torch.ones(3)})
 
     def full(content, file):
         file.write(b"half")
@@ -434,7 +429,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="previous checkpoint is intact"):
-        checkpoint.save(path, {"format": 1, "x": torch.zeros(3)})
+        checkpoint.save(path, {"x": torch.zeros(3)})
     assert torch.equal(checkpoint.load(path)["x"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
@@ -442,7 +437,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 def test_a_metric_that_explodes_stops_the_run_while_it_is_finite(tmp_path):
     algo, (stage,) = offline()
     huge = {"critics/q": torch.tensor(1e20)}
-    update = lambda batch, step: huge if step == 57 else stage.update(batch, step)  # noqa: E731
+    steps = itertools.count()
+    update = lambda *given: huge if next(steps) == 57 else stage.update(*given)  # noqa: E731
     stages = [replace(stage, update=update)]
     with pytest.raises(Diverged, match=r"critics/q became .* larger than 1e\+15 at update 57"):
         fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", speed="eager")
@@ -451,9 +447,11 @@ def test_a_metric_that_explodes_stops_the_run_while_it_is_finite(tmp_path):
 def test_an_interrupt_after_a_divergence_names_the_metric_that_went_wrong(tmp_path):
     algo, (stage,) = offline()
 
-    def update(batch, step):
-        metrics = stage.update(batch, step)
-        if step == 3:
+    steps = itertools.count()
+
+    def update(batch, turn):
+        metrics = stage.update(batch, turn)
+        if next(steps) == 3:
             for p in algo.actor.parameters():
                 p.data.fill_(torch.nan)
             os.kill(os.getpid(), signal.SIGINT)
@@ -463,17 +461,19 @@ def test_an_interrupt_after_a_divergence_names_the_metric_that_went_wrong(tmp_pa
     stages = [replace(stage, update=update)]
     with pytest.raises(Diverged, match=r"actor/loss became NaN.* at update 3"):
         fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy", speed="eager")
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["step"] == 0  # of the stage's beginning
 
 
 def test_a_resumed_run_tells_where_it_began(tmp_path):
     told = []
     algo, (stage,) = offline()
 
-    def update(batch, step):
-        if step == 79:
+    steps = itertools.count()
+
+    def update(batch, turn):
+        if next(steps) == 79:
             os.kill(os.getpid(), signal.SIGINT)
-        return stage.update(batch, step)
+        return stage.update(batch, turn)
 
     stages = [replace(stage, update=update)]
     with pytest.raises(Interrupted):

@@ -1,3 +1,4 @@
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ def test_workers_give_what_one_process_gives_and_continue_from_its_snapshot():
     plain, apart = Vector(makers, seeds), Workers(makers, seeds, 2)
     try:
         assert (apart.obs_dim, apart.act_dim, apart.discrete) == (11, 3, False)
+        assert apart.players == ()
         assert torch.equal(apart.reset(), plain.reset())
         g, ended = torch.Generator().manual_seed(0), 0.0
         for _ in range(60):
@@ -27,7 +29,9 @@ def test_workers_give_what_one_process_gives_and_continue_from_its_snapshot():
         state, obs = apart.state(), torch.zeros(3, 11)
         other = Vector(makers, [7, 8, 9])
         for envs in (other, apart):
-            assert torch.equal(envs.load(state, obs), obs)
+            found, anew = envs.load(state, obs)
+            assert torch.equal(found, obs)
+            assert not anew.any()
         act = torch.full((3, 3), 0.3)
         for _ in range(3):
             expected = plain.step(act)[0]
@@ -37,6 +41,63 @@ def test_workers_give_what_one_process_gives_and_continue_from_its_snapshot():
         apart.processes[0].join()
         with pytest.raises(OSError, match="resume the run"):
             apart.step(act)
+    finally:
+        apart.close()
+
+
+class Level(gymnasium.Env):
+    """An episode of so many steps as the options of its reset say; its goal is their number."""
+
+    observation_space = gymnasium.spaces.Box(0, 99, (1,))
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
+    players = (1, 1)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = (options or {"steps": 1})["steps"]
+        return np.array([self.left]), {"goal": np.array([self.left])}
+
+    def step(self, action):
+        self.left -= 1
+        return np.array([self.left]), 0.0, False, self.left == 0, {}
+
+    def snapshot(self):
+        return {"left": self.left}
+
+    def restore(self, state):
+        self.left = state["left"]
+
+
+@pytest.mark.slow
+def test_workers_ask_for_the_options_of_an_episode_as_one_process_does():
+    def chooser(asked):
+        def choose(i):
+            asked.append(i)
+            return {"steps": 1 + 7 * len(asked) % 5}
+
+        return choose
+
+    makers, act = [Level] * 5, torch.zeros(5, 2)
+    plain, apart = Vector(makers, range(5)), Workers(makers, range(5), 2)
+    try:
+        lists = ([], [])
+        plain.on_episode, apart.on_episode = map(chooser, lists)
+        assert apart.players == plain.players == (1, 1)
+        assert torch.equal(apart.reset(), plain.reset())
+        assert torch.equal(apart.goal, plain.goal)
+        for _ in range(20):
+            pairs = zip(apart.step(act), plain.step(act), strict=True)
+            assert all(torch.equal(x, y) for x, y in pairs)
+            assert torch.equal(apart.goal, plain.goal)
+        assert lists[0] == lists[1]
+        assert lists[0][:5] == [0, 1, 2, 3, 4]
+        assert len(lists[0]) > 20
+        asked, goal = len(lists[0]), plain.goal
+        other = Vector(makers, range(5))
+        for envs in (apart, other):
+            envs.load(plain.state(), torch.zeros(5, 1))
+            assert torch.equal(envs.goal, goal)
+        assert len(lists[1]) == asked
     finally:
         apart.close()
 

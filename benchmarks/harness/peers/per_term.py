@@ -18,12 +18,13 @@ from offrl.algos.ota import HEADS, OTA, WEIGHT_CAP
 from offrl.engine.method import Batch, Metrics
 from offrl.engine.optim import descend, polyak
 from offrl.nets.goal import normal_log_prob, normalized
-from offrl.nets.kernels.gelu import EPS, GeluMLP
+from offrl.nets.kernels.chain import EPS
+from offrl.nets.mlp import MLP
 
 LOW, HIGH = 0, 1
 
 
-def update(algo: OTA, batch: Batch, step: int, shared: bool = False) -> Metrics:
+def update(algo: OTA, batch: Batch, turn: int, shared: bool = False) -> Metrics:
     """One update of OTA by the terms of its loss; for an algorithm without seed axes."""
     total = loss(algo, batch, shared)
     polyak(algo.values_target, algo.values, algo.config.tau)
@@ -70,9 +71,7 @@ def mean_value(algo: OTA, shared: bool, level: int, s: Tensor, goal: Tensor) -> 
     return torch.stack(heads(algo, shared, algo.values.net, level, s, goal)).mean(0)
 
 
-def heads(
-    algo: OTA, shared: bool, net: GeluMLP, level: int, s: Tensor, goal: Tensor
-) -> list[Tensor]:
+def heads(algo: OTA, shared: bool, net: MLP, level: int, s: Tensor, goal: Tensor) -> list[Tensor]:
     x = torch.cat([s, rep(algo, s, goal)], -1)
     out = []
     for e in range(HEADS):
@@ -86,7 +85,7 @@ def rep(algo: OTA, s: Tensor, goal: Tensor) -> Tensor:
     return normalized(mlp(algo.rep.net, torch.cat([s, algo.goal(goal)], -1)))
 
 
-def mlp(net: GeluMLP, x: Tensor, member: tuple[int, ...] = ()) -> Tensor:
+def mlp(net: MLP, x: Tensor, member: tuple[int, ...] = ()) -> Tensor:
     """One member of a stack of networks, in torch's own operators."""
     layers: Any = net.layers
     norms: Any = net.norms

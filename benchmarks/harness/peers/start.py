@@ -7,9 +7,10 @@ import torch
 
 from offrl import config as configuration
 from offrl.data import Dataset, prepare
+from offrl.engine.method import TRANSITION
+from offrl.errors import ConfigError
 from offrl.nets import Standardize
 
-FIELDS = ("obs", "act", "reward", "next_obs", "terminal")
 # what `peers` may name: the packages behind each
 PEERS = {
     "plain": (),
@@ -38,16 +39,16 @@ def rival(
             beside jax.
     """
     if name not in PEERS:
-        raise configuration.ConfigError(
+        raise ConfigError(
             f"there is no peer {name!r}{configuration.nearest(name, PEERS)}; "
             f"known: {', '.join(PEERS)}"
         )
     for package in packages([name]):
         if importlib.util.find_spec(package.replace("-", "_")) is None:
-            raise configuration.ConfigError(
+            raise ConfigError(
                 f"the peer {name} needs {package}: pip install -c constraints.txt -e '.[peers]'"
             )
-    fields = {key: data[key] for key in FIELDS}
+    fields = {key: data[key] for key in TRANSITION}
     if name.startswith("sb3"):
         from benchmarks.harness.peers import sb3
 
@@ -60,7 +61,7 @@ def rival(
             from benchmarks.harness.peers import in_d3rlpy
 
             if python is None:
-                raise configuration.ConfigError(
+                raise ConfigError(
                     "d3rlpy pins another gymnasium: name a Python that has it, peer_python=PATH"
                 )
             run = in_d3rlpy.td3bc(arrays, batch, str(device), python)
@@ -70,7 +71,7 @@ def rival(
             run = plain.td3bc(fields, batch, device)
         else:
             if updates % 2:
-                raise configuration.ConfigError("jax takes pairs of updates: updates must be even")
+                raise ConfigError("jax takes pairs of updates: updates must be even")
             from benchmarks.harness.peers import in_jax
 
             run = in_jax.td3bc(arrays, batch, updates)

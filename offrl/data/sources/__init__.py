@@ -16,7 +16,14 @@ def settled(source: str, dataset: str) -> str:
     return "files" if Path(dataset).suffix in SUFFIXES else "generated"
 
 
-def load(source: str, env: str, dataset: str, rows: int | None = None, workers: int = 0) -> Dataset:
+def load(
+    source: str,
+    env: str,
+    dataset: str,
+    rows: int | None = None,
+    workers: int = 0,
+    episodes: bool = False,
+) -> Dataset:
     """The data set `dataset` of `env` from a source.
 
     Args:
@@ -25,6 +32,8 @@ def load(source: str, env: str, dataset: str, rows: int | None = None, workers: 
         dataset: name within the source; for "minari" the id, for "files" the path.
         rows: transitions to generate; None takes the recipe's number.
         workers: processes that generate; 0 for one per core.
+        episodes: whole episodes for methods that read them in order; by default files of D4RL's
+            layout lose the rows that its rule for Q-learning drops. Other sources have every row.
 
     Raises:
         DataError: if the data cannot be found or used.
@@ -42,7 +51,7 @@ def load(source: str, env: str, dataset: str, rows: int | None = None, workers: 
     if source == "d4rl":
         from offrl.data.sources import d4rl
 
-        return d4rl.load(env, dataset)
+        return d4rl.load(env, dataset, episodes=episodes)
     if source == "minari":
         from offrl.data.sources import minari
 
@@ -53,4 +62,4 @@ def load(source: str, env: str, dataset: str, rows: int | None = None, workers: 
         return ogbench.load(env, dataset)
     from offrl.data.sources import files
 
-    return files.load(Path(dataset))
+    return files.load(Path(dataset), episodes=episodes)

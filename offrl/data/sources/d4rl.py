@@ -118,15 +118,16 @@ NOTES = {  # pattern of "<environment>-<data set>" -> a defect that a user shoul
 }
 
 
-def load(env: str, dataset: str = "", download: bool = True) -> Dataset:
-    """The Q-learning view of a D4RL data set, in the data cache and memory-mapped.
+def load(env: str, dataset: str = "", download: bool = True, episodes: bool = False) -> Dataset:
+    """The Q-learning view of a D4RL data set, or all its rows, in the cache and memory-mapped.
 
-    Fields: obs, act, reward (raw), next_obs, terminal, and timeout, which is 0 in every row since
-    the view drops the others. `starts` and `returns` belong to the same episodes; returns are sums
-    over all rows, also dropped ones. The last episode is unfinished where info["unfinished"] is
-    not 0. In AntMaze episodes go through terminals and end at timeouts, which is where the test
-    |obs[i + 1] - next_obs[i]| > 1e-6 finds a jump in this view. info also holds file, url, sha256,
-    reference (the random and the expert return of the environment), rows, episodes and notes.
+    Fields: obs, act, reward (raw), next_obs, terminal, and timeout, which is 0 in every row of the
+    Q-learning view, since it drops the others. `starts` and `returns` belong to the same episodes;
+    returns are sums over all rows, also dropped ones. The last episode is unfinished where
+    info["unfinished"] is not 0. In AntMaze episodes go through terminals and end at timeouts, which
+    is where the test |obs[i + 1] - next_obs[i]| > 1e-6 finds a jump in this view. info also holds
+    file, url, sha256, reference (the random and the expert return of the environment), rows,
+    episodes and notes.
 
     Args:
         env: `hopper`, or with `d4rl-` the mazes, hands and the kitchen (`d4rl-antmaze-large`,
@@ -134,6 +135,7 @@ def load(env: str, dataset: str = "", download: bool = True) -> Dataset:
         dataset: such as `medium-replay`, `play`, `human`, `partial`; `sparse` or `dense` for
             Maze2D, `fixed` or `diverse` for `d4rl-antmaze-umaze`.
         download: fetch the file if it is not on this machine.
+        episodes: keep every row; see `offrl.data.sources.files`.
 
     Raises:
         ValueError: unknown name; lists the known ones.
@@ -157,6 +159,7 @@ def load(env: str, dataset: str = "", download: bool = True) -> Dataset:
         source.horizon,
         through_terminals=task.startswith("antmaze"),
         clip=True,
+        episodes=episodes,
         info=info,
     )
     found = data.info["rows"], data.info["episodes"]

@@ -1,9 +1,9 @@
-"""HDF5 and npz files with D4RL's field names, and D4RL's rule that turns rows into transitions.
+"""HDF5 and npz files with D4RL's field names, as transitions by D4RL's rule or as whole episodes.
 
 A file is a log of N consecutive steps: `observations` (N, o), `actions` (N, a) or integers (N,),
 `rewards` (N,), `terminals` (N,), and, where they are known, `timeouts` (N,) and
-`next_observations` (N, o). The rule is that of D4RL's `qlearning_dataset`, which almost every
-paper trains on, without its loop:
+`next_observations` (N, o). The rule for transitions is that of D4RL's `qlearning_dataset`, which
+almost every paper trains on, without its loop:
 
     for i = 0 .. N - 2:  drop row i where timeouts_i,
                          else keep (s_i, a_i, r_i, s_{i+1}, terminals_i)
@@ -12,6 +12,11 @@ so the last transition of every truncated episode and the last row of the file a
 `timeouts`, D4RL counts steps (see `counted`). One thing is added, which changes no target that is
 masked at terminals: there the following row is the next episode's first, so `next_obs` is taken
 from `next_observations` where the file has them.
+
+With `episodes` every row is kept, as methods that read episodes in order need: returns-to-go and
+windows then reach the last reward. `next_obs` is the following row; the last row of an episode has
+its own of `next_observations` or, without them, repeats its observation. The log's last row is a
+timeout where nothing else ended it. Time limits are counted from the first row of an episode.
 
 Reading never runs code: npz files are read without pickle, HDF5 holds arrays only.
 """
@@ -52,12 +57,13 @@ BLOCK = 1 << 16  # rows converted at a time
 DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def load(path: Path, horizon: int | None = None) -> Dataset:
-    """The transitions of an HDF5 (.hdf5, .h5) or npz file, converted once and memory-mapped.
+def load(path: Path, horizon: int | None = None, episodes: bool = False) -> Dataset:
+    """The rows of an HDF5 (.hdf5, .h5) or npz file, converted once and memory-mapped.
 
     Args:
         horizon: time limit of the environment, used where the file has no `timeouts`. Without
             both, episodes end at terminals only.
+        episodes: keep every row; by default D4RL's rule for Q-learning drops some.
 
     Raises:
         DataError: if the file is missing, damaged, holds pickled objects, lacks a field, or its
@@ -65,7 +71,8 @@ def load(path: Path, horizon: int | None = None) -> Dataset:
         OSError: if the cache is not writable.
     """
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    data = cached(path, home() / "files" / f"{path.stem}-{place}", f"files/{path.stem}", horizon)
+    entry = home() / "files" / f"{path.stem}-{place}"
+    data = cached(path, entry, f"files/{path.stem}", horizon, episodes=episodes)
     if strays := data.info["strays"]:
         raise DataError(
             f"{path}: next_observations differs from the following row of observations in "
@@ -84,15 +91,18 @@ def cached(
     horizon: int | None = None,
     through_terminals: bool = False,
     clip: bool = False,
+    episodes: bool = False,
     info: dict[str, Any] | None = None,
 ) -> Dataset:
     """The conversion of a file, made when the cache has none of this file as it is now.
 
     Args:
-        folder: the cache entry.
-        horizon, through_terminals, clip: see `convert`.
+        folder: the cache entry; that of whole episodes stands beside it.
+        horizon, through_terminals, clip, episodes: see `convert`.
         info: provenance to keep with the data.
     """
+    if episodes:
+        folder, name = folder.with_name(f"{folder.name}-episodes"), f"{name} (episodes)"
     if not path.is_file():
         raise DataError(
             f"there is no data file {path.absolute()}; dataset= takes the path of an HDF5 or npz "
@@ -103,7 +113,7 @@ def cached(
         "path": str(path.resolve()),
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
-        "rules": [RULES, horizon, through_terminals, clip],
+        "rules": [RULES, horizon, through_terminals, clip, episodes],
     }
 
     def current() -> bool:
@@ -111,7 +121,7 @@ def cached(
 
     def fill(place: Path) -> dict[str, Any]:
         with opened(path) as columns:
-            found = convert(columns, place, path, horizon, through_terminals, clip)
+            found = convert(columns, place, path, horizon, through_terminals, clip, episodes)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         about = {"source": "files", "file": str(path), "sha256": sha256} | (info or {})
@@ -199,7 +209,7 @@ def examine(columns: dict[str, Any], names: list[str], path: Path) -> None:
             raise DataError(f"{path}: {name} must be (N,), has shape {columns[name].shape}")
 
 
-# --- D4RL's rule ---------------------------------------------------------------------------------
+# --- the conversion ------------------------------------------------------------------------------
 
 
 def convert(
@@ -209,8 +219,9 @@ def convert(
     horizon: int | None = None,
     through_terminals: bool = False,
     clip: bool = False,
+    episodes: bool = False,
 ) -> dict[str, Any]:
-    """Write the transitions of a log into the folder `place`, block by block.
+    """Write the rows of a log into the folder `place`, block by block.
 
     Args:
         columns: arrays by D4RL's names, in memory or on the disk.
@@ -218,6 +229,7 @@ def convert(
         horizon: time limit, for logs without timeouts.
         through_terminals: an episode goes on after a terminal row (AntMaze's runs of successes).
         clip: cut actions to [-1, 1], as D4RL's environments do before a step.
+        episodes: keep every row.
 
     Returns:
         What was found: rows, episodes, unfinished, strays (rows whose next_observations is not
@@ -229,14 +241,21 @@ def convert(
     if "timeouts" in columns:
         timeout = flat(columns["timeouts"], path) != 0
     elif horizon is not None:
-        timeout = counted(terminal != 0, horizon)
+        timeout = counted(terminal != 0, horizon, after_terminal=0 if episodes else 1)
     else:
         timeout = torch.zeros(size, dtype=torch.bool)
         notes.append("no timeouts and no horizon are known, so episodes end at terminals only")
     ends = timeout if through_terminals else timeout | (terminal != 0)
     starts = bounds(ends)
-    keep = ~timeout
-    keep[-1] = False
+    last = torch.nonzero(ends)
+    unfinished = size - 1 - int(last[-1]) if len(last) else size
+    own = "next_observations" in columns
+    if episodes:
+        timeout[-1] |= unfinished > 0
+        keep, alone = torch.ones(size, dtype=torch.bool), ends | timeout
+    else:
+        keep, alone = ~timeout, (terminal != 0) & own
+        keep[-1] = False
     if not keep.any():
         raise DataError(f"{path}: no row is left after dropping timeouts and the last row")
     kept_starts, kept = surviving(starts, keep)
@@ -245,26 +264,25 @@ def convert(
         "returns": episode_sums(reward, starts)[kept],
         "reward": reward[keep],
         "terminal": terminal[keep],
-        "timeout": torch.zeros(int(keep.sum())),
+        "timeout": timeout[keep].float(),
     }
     for field, value in small.items():
         store(place / f"{field}.npy", value.numpy())
-    strays, clipped = gather(columns, place, path, keep.numpy(), terminal.numpy() != 0, clip)
-    if "next_observations" not in columns and not through_terminals and terminal[keep].any():
+    strays, clipped = gather(columns, place, path, keep.numpy(), alone.numpy(), clip)
+    if not (episodes or own or through_terminals) and terminal[keep].any():
         notes.append(
             "next_obs of a terminal row is the next episode's first observation (the file has no "
             "next_observations): mask it in every loss but the temporal-difference target"
         )
     if clipped:
         notes.append(f"{clipped} rows had actions outside [-1, 1], clipped as the environment does")
-    last = torch.nonzero(ends)
     return {
         "rows": size,
         "episodes": len(last),
         "horizon": horizon,
         "strays": strays,
         "notes": notes,
-        "unfinished": size - 1 - int(last[-1]) if len(last) else size,
+        "unfinished": unfinished,
     }
 
 
@@ -273,10 +291,15 @@ def gather(
     place: Path,
     path: Path,
     keep: np.ndarray,
-    ended: np.ndarray,
+    alone: np.ndarray,
     clip: bool,
 ) -> tuple[int, int]:
-    """Write obs, act and next_obs of the rows to keep; returns the counts (strays, clipped)."""
+    """Write obs, act and next_obs of the rows to keep; returns the counts (strays, clipped).
+
+    Args:
+        alone: rows (N,) whose successor is not the following row: it is that of
+            `next_observations`, or the row itself where the file has none.
+    """
     rows, (size, obs_dim), act = int(keep.sum()), columns["observations"].shape, columns["actions"]
     discrete = act.dtype.kind in "iu"
     act_shape = (rows,) if discrete else (rows, act.shape[1])
@@ -287,17 +310,20 @@ def gather(
         "act": allocate(place / "act.npy", kind, act_shape),
     }
     strays = clipped = done = 0
-    for first in range(0, size - 1, BLOCK):
-        last = min(first + BLOCK, size - 1)
-        use, end = keep[first:last], ended[first:last]
+    for first in range(0, size, BLOCK):
+        last = min(first + BLOCK, size)
+        use, end = keep[first:last], alone[first:last]
         to = slice(done, done + int(use.sum()))
         obs = part(columns, "observations", first, last + 1, path).astype(np.float32)
+        if last == size:
+            obs = np.concatenate([obs, obs[-1:]])
         obs, following = obs[:-1], obs[1:]
+        own = obs
         if "next_observations" in columns:
             own = part(columns, "next_observations", first, last, path).astype(np.float32)
             same = np.isclose(own, following, rtol=1e-4, atol=1e-5, equal_nan=True).all(-1)
             strays += int((~same & use & ~end).sum())
-            following = np.where(end[:, None], own, following)
+        following = np.where(end[:, None], own, following)
         actions = part(columns, "actions", first, last, path)[use].astype(kind)
         if clip:
             clipped += int((np.abs(actions) > 1).reshape(len(actions), -1).any(-1).sum())
@@ -325,18 +351,20 @@ def flat(column: Any, path: Path) -> Tensor:
         raise damaged(path, error) from error
 
 
-def counted(terminal: Tensor, horizon: int) -> Tensor:
-    """The rows that D4RL takes for time limits where a file has no timeouts, bool (N,).
+def counted(terminal: Tensor, horizon: int, after_terminal: int = 1) -> Tensor:
+    """The rows taken for time limits where a file has no timeouts, bool (N,).
 
-    A row is one when `horizon - 1` steps were counted before it. The count starts at 0, but at 1
-    after a terminal row: D4RL sets it to 0 there and then counts that row. Kept as it is, for
-    equal data.
+    A row is one when `horizon - 1` steps were counted before it.
+
+    Args:
+        after_terminal: what the count starts at there, elsewhere 0. D4RL's rule for Q-learning
+            sets it to 0 at a terminal row and then counts that row: 1, kept for equal data.
     """
     timeout = torch.zeros(len(terminal), dtype=torch.bool)
     first = count = 0
     for last in [*torch.nonzero(terminal)[:, 0].tolist(), len(terminal) - 1]:
         timeout[first + horizon - 1 - count : last + 1 : horizon] = True
-        count = 0 if timeout[last] else 1
+        count = 0 if timeout[last] else after_terminal
         first = last + 1
     return timeout
 

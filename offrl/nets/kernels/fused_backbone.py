@@ -5,18 +5,15 @@ gates only.
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from offrl.nets.kernels.fused_scan import compiled, pointer
 from offrl.nets.kernels.opaque import opaque
-from offrl.nets.sequence.mamba import STATES, Mixer
-
-if TYPE_CHECKING:
-    from offrl.nets.sequence.multigrained import Backbone, Block
+from offrl.nets.kernels.scan import STATES
 
 SOURCE = Path(__file__).with_suffix(".c")
 WIDTH = 16  # widths are multiples of it: of a vector
@@ -44,17 +41,24 @@ def serves(x: Tensor) -> bool:
 
 
 @torch.compiler.disable
-def forward(backbone: "Backbone", x: Tensor, mask: Tensor | None, kept: int) -> Tensor:
-    """What `backbone` gives for x (B, 3K, width) at the last `kept` steps; mask (B, K) or None."""
+def forward(
+    x: Tensor, mask: Tensor | None, blocks: Sequence[Sequence[Tensor]], norm: Tensor, kept: int
+) -> Tensor:
+    """What the blocks and the last norm give for x (B, 3K, width) at the last `kept` steps.
+
+    Args:
+        mask: (B, K) or None.
+        blocks: weights of each, in the order of the C file, where those of the fine path come last.
+        norm: weight of the norm behind the blocks.
+    """
     loops = library()
     if loops is None:
-        raise RuntimeError("the compiled blocks are not to be had here; call Backbone instead")
+        raise RuntimeError("the compiled blocks are not available; call Backbone instead")
     batch, tokens, width = x.shape
-    layers, time = len(backbone.blocks), backbone.blocks[0].coarse.time
-    sizes = Sizes(width, len(time.D), time.sizes[0], len(time.conv))
+    layers, each = len(blocks), len(blocks[0])
+    reach, channels = blocks[0][2].shape  # of the convolution
+    sizes = Sizes(width, channels, len(blocks[0][5]), reach)
     mask = x.new_ones(batch, tokens // 3) if mask is None else mask.float().contiguous()
-    parts = [part for block in backbone.blocks for part in weights(block)]
-    each = len(parts) // layers
 
     def run(x: Tensor, mask: Tensor, norm: Tensor, *parts: Tensor) -> tuple[Tensor]:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -75,20 +79,4 @@ def forward(backbone: "Backbone", x: Tensor, mask: Tensor | None, kept: int) -> 
             raise MemoryError(f"no memory for one window of {tokens} tokens of width {width}")
         return (y,)
 
-    return opaque(run, x, mask, backbone.norm.weight, *parts)[0]
-
-
-def weights(block: "Block") -> list[Tensor]:
-    """Of a block, in the order of the C file, where those of the fine path come last."""
-    found = [block.norm.weight, *mixer(block.coarse)]
-    if block.has_fine:
-        found += mixer(block.fine)
-        found += [block.group.weight, block.group.bias]
-        found += [block.fine_norm.weight, block.fine_norm.bias]
-    return found
-
-
-def mixer(m: Mixer) -> list[Tensor]:
-    time = m.time
-    step = time.weight_delta, time.delta_bias, time.A_log.mT.contiguous().exp(), time.D
-    return [m.weight_in, time.conv, time.conv_bias, time.weight_x, *step, m.weight_out]
+    return opaque(run, x, mask, norm, *(part for block in blocks for part in block))[0]

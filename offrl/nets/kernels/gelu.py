@@ -1,105 +1,50 @@
-"""Multilayer perceptrons of OGBench's reference implementations: GELU, then LayerNorm."""
+"""Affine maps with tanh-GELU and LayerNorm between them as one node of the graph."""
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.nn import functional as F
 
-from offrl.nets.kernels import products
-from offrl.nets.linear import Linear, matrices
+from offrl.nets.kernels import matmul
+from offrl.nets.kernels.chain import EPS, again, matrices, through
 
-EPS = 1e-6  # flax's, where torch has 1e-5
 LINEAR, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
 ROWS = 512  # of a pass without gradient at a time, so that its activations stay in a core's cache
 Layer = Sequence[Tensor]  # weight, bias and, where a norm follows, its scale and shift
 
 
-class GeluMLP(nn.Module):
-    """Affine layers with tanh-GELU and LayerNorm behind each but the last: (..., B, dims[0]) ->
-    (*lead, B, dims[-1]).
+def network(x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    """(..., B, in) -> (*lead, B, out); the last map is bare.
 
-    Weights are Xavier uniform, biases 0. On a CPU a stack is computed network by network: its
-    activations leave the cache if they are computed layer by layer, which takes twice as long.
+    On a CPU a stack is computed network by network: its activations leave the cache if they are
+    computed layer by layer, which takes twice as long. Twice differentiable.
 
     Args:
-        dims: widths from input to output, at least two.
-        lead: stacked axes of the parameters, such as (*seeds, ensemble).
-        norm: LayerNorm after each activation.
-        last_scale: of the last layer's initial weights.
-        generator: source of the initial weights; its device holds them.
-
-    Source: OGBench's reference code (Park et al., ICLR 2025, arXiv:2410.20092).
+        x: has at most the leading axes of the weights, each equal or 1.
+        layers: weight (*lead, in, out), bias (*lead, 1, out) of each map and, if norms follow,
+            their scale and shift (*lead, 1, out).
     """
-
-    def __init__(
-        self,
-        dims: tuple[int, ...],
-        lead: tuple[int, ...] = (),
-        norm: bool = True,
-        last_scale: float = 1.0,
-        generator: Generator | None = None,
+    if x.is_cuda:
+        return through(x, layers, gelu)
+    lead = layers[0][0].shape[:-2]
+    if not lead and x.dim() > 2:  # one network on stacked rows
+        return network(x.flatten(0, -2), layers).unflatten(0, x.shape[:-1])
+    if torch.is_grad_enabled():
+        return Members.apply(x, len(layers[0]) > 2, *[p for layer in layers for p in layer])
+    out = x.new_empty(*lead, x.shape[-2], layers[-1][0].shape[-1])
+    for x_m, member, out_m in zip(
+        matrices(x, layers[0][0]), members(layers), matrices(out), strict=True
     ):
-        super().__init__()
-        pairs, device = list(pairwise(dims)), generator.device if generator else None
-        layers = [Linear(i, o, lead, generator) for i, o in pairs]
-        scales = [1.0] * (len(pairs) - 1) + [last_scale]
-        for layer, (i, o), scale in zip(layers, pairs, scales, strict=True):
-            bound = scale * (6 / (i + o)) ** 0.5
-            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-            nn.init.zeros_(layer.bias)
-        self.layers = nn.ModuleList(layers)
-        self.norms = nn.ModuleList(Norm(width, lead, device) for width in dims[1:-1] if norm)
-
-    def forward(self, x: Tensor) -> Tensor:
-        layers = self.parameters_by_layer()
-        if x.is_cuda:
-            return plain(x, layers)
-        lead = layers[0][0].shape[:-2]
-        if not lead and x.dim() > 2:  # one network on stacked rows
-            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-        if torch.is_grad_enabled():
-            return Members.apply(x, bool(self.norms), *[p for layer in layers for p in layer])
-        out = x.new_empty(*lead, x.shape[-2], layers[-1][0].shape[-1])
-        for x_m, member, out_m in zip(
-            matrices(x, layers[0][0]), members(layers), matrices(out), strict=True
-        ):
-            for rows, result in zip(x_m.split(ROWS), out_m.split(ROWS), strict=True):
-                result.copy_(run(rows, member))
-        return out
-
-    def parameters_by_layer(self) -> list[Layer]:
-        layers, norms = cast(list[Linear], self.layers), cast(list[Norm], self.norms)
-        scales: list[Layer] = [(norm.weight, norm.bias) for norm in norms]
-        scales = scales or [()] * (len(layers) - 1)
-        return [
-            (layer.weight, layer.bias, *scale)
-            for layer, scale in zip(layers, [*scales, ()], strict=True)
-        ]
+        for rows, result in zip(x_m.split(ROWS), out_m.split(ROWS), strict=True):
+            result.copy_(run(rows, member))
+    return out
 
 
-class Norm(nn.Module):
-    """Scale and shift (*lead, 1, width) of a LayerNorm over the last axis."""
-
-    def __init__(self, width: int, lead: tuple[int, ...] = (), device: torch.device | None = None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(*lead, 1, width, device=device))
-        self.bias = nn.Parameter(torch.zeros(*lead, 1, width, device=device))
-
-
-def plain(x: Tensor, layers: Sequence[Layer]) -> Tensor:
-    """The network in ordinary operators, all members at once."""
-    for i, (weight, bias, *scale) in enumerate(layers):
-        x = x @ weight + bias
-        if i < len(layers) - 1:
-            x = F.gelu(x, approximate="tanh")
-        if scale:
-            x = torch.addcmul(scale[1], F.layer_norm(x, x.shape[-1:], eps=EPS), scale[0])
-    return x
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def members(layers: Sequence[Layer]) -> list[list[Layer]]:
@@ -129,7 +74,7 @@ def run(x: Tensor, layers: Sequence[Layer], kept: list[Tensor] | None = None) ->
     if kept is not None:
         kept.append(x)
     result = x.new_empty(len(x), weight.shape[-1])
-    products.multiply(x, weight, result, bias)
+    matmul.multiply(x, weight, result, bias)
     return result
 
 
@@ -145,7 +90,7 @@ def gelu_gradient(grad: Tensor, x: Tensor, share: Tensor) -> Tensor:
 
 
 class Members(torch.autograd.Function):
-    """A stack on a CPU, network by network, with its gradients; see `GeluMLP`."""
+    """A stack on a CPU, network by network, with its gradients; see `network`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: bool, *params: Tensor) -> Tensor:
@@ -162,10 +107,14 @@ class Members(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         params, kept = rest[: ctx.count], rest[ctx.count :]
+        if torch.is_grad_enabled():  # differentiated twice
+            asked_x, _, *asked = ctx.needs_input_grad
+            whole = lambda x, *params: through(x, grouped(params, ctx.norm), gelu)  # noqa: E731
+            of_x, *others = again(whole, (x, *params), (asked_x, *asked), grad)
+            return of_x, None, *others
         wanted, weights_wanted = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
         x_grad = torch.zeros_like(x, memory_format=torch.contiguous_format) if wanted else None
         x_grads: list[Tensor | None] = [None] * len(matrices(params[0]))
@@ -216,9 +165,9 @@ def gradients(
                     place.copy_(slope)
             grad = gelu_gradient(grad, before, share)
         if out:
-            products.weight_gradient(x, grad, out[i][0])
+            matmul.weight_gradient(x, grad, out[i][0])
             torch.sum(grad, 0, keepdim=True, out=out[i][1])
         if i > 0:
-            grad = products.input_gradient(grad, weight)
+            grad = matmul.input_gradient(grad, weight)
         elif x_grad is not None:
             x_grad.addmm_(grad, weight.T)

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from offrl.nets.kernels import fused_scan
 
+STATES = 16  # per channel of Mamba's mixers; the compiled blocks are for so many
 Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,8 @@
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.nets.linear import Linear, chain
+from offrl.nets.kernels.chain import chain
+from offrl.nets.linear import Linear
 
 
 class Dropout(nn.Module):

@@ -214,6 +214,11 @@ def test_antmaze_episodes_go_through_terminals_and_end_where_the_view_jumps(tmp_
     jump = (data["obs"][1:] - data["next_obs"][:-1]).norm(dim=-1) > 1e-6
     assert (torch.nonzero(jump)[:, 0] + 1).tolist() == data.starts.tolist()[1:]
     assert data.info["reference"] == [0, 1]
+    whole = d4rl.load("d4rl-antmaze-large", "play", episodes=True)
+    assert whole["obs"][:, 0].tolist() == list(range(10))
+    assert whole["next_obs"][:, 0].tolist() == [1, 2, 3, 4, 4, 6, 7, 8, 9, 9]
+    assert (whole.starts.tolist(), whole.returns.tolist()) == ([0, 5], [3, 1])
+    assert whole.name == "d4rl/antmaze-large-play-v2 (episodes)"
 
 
 def test_the_kitchen_has_no_timeouts_and_counts_its_horizon(tmp_path):

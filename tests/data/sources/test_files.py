@@ -9,8 +9,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from offrl.data import sources
 from offrl.data.dataset import check
 from offrl.data.sources import files
+from offrl.data.windows import returns_to_go
 from offrl.errors import DataError
 
 
@@ -86,6 +88,52 @@ def test_terminal_rows_take_their_own_successor_where_the_file_has_it(tmp_path):
     data = files.load(store(tmp_path / "three.hdf5", arrays))
     assert data["next_obs"][:, 0].tolist() == [1, 2, 3, 11, 12, 13, 21]
     assert not data.info["notes"]
+
+
+def test_episodes_keep_every_row_of_three_by_hand(tmp_path):
+    path = store(tmp_path / "three.hdf5", THREE)
+    data = files.load(path, episodes=True)
+    assert data["obs"][:, 0].tolist() == THREE["observations"][:, 0].tolist()
+    assert data["next_obs"][:, 0].tolist() == [1, 2, 2, 11, 12, 13, 13, 21, 21]
+    assert data["terminal"].tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 0]
+    assert data["timeout"].tolist() == [0, 0, 0, 0, 0, 0, 1, 0, 1]
+    assert data.starts.tolist() == [0, 3, 7]
+    assert data.returns.tolist() == [7, 120, 384]
+    assert data.info["notes"] == []
+    check(data, data.fields)
+    own = files.load(
+        store(tmp_path / "own.hdf5", THREE | {"next_observations": TRUE_NEXT}), episodes=True
+    )
+    assert own["next_obs"][:, 0].tolist() == TRUE_NEXT[:, 0].tolist()
+
+
+@pytest.mark.parametrize("block", [7, 1 << 16])
+def test_episodes_cut_by_a_time_limit_keep_their_last_step(tmp_path, monkeypatch, block):
+    """Both views of one file, in any order, from a cache that holds them apart."""
+    monkeypatch.setattr(files, "BLOCK", block)
+    timeouts = np.arange(500) % 50 == 49
+    arrays = log(np.zeros(500), timeouts)
+    path = store(tmp_path / "log.hdf5", arrays)
+    for _ in range(2):
+        whole = sources.load("files", "", str(path), episodes=True)
+        assert (len(whole), whole.lengths.tolist()) == (500, [50] * 10)
+        np.testing.assert_array_equal(whole["next_obs"], arrays["next_observations"])
+        per_episode = arrays["rewards"].reshape(10, 50).astype(np.float64)
+        to_go = per_episode[:, ::-1].cumsum(1)[:, ::-1].reshape(-1)
+        found = returns_to_go(whole["reward"], whole.starts)
+        np.testing.assert_allclose(found, to_go, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(whole["timeout"], timeouts)
+        view = sources.load("files", "", str(path))
+        assert (len(view), view["timeout"].sum()) == (490, 0)
+        assert torch.equal(whole.returns, view.returns)
+    entries = [place.name for place in (tmp_path / "home" / "files").glob("log-*")]
+    assert len(entries) == 2
+
+
+def test_episodes_without_timeouts_are_counted_from_their_first_rows():
+    terminal = torch.tensor([0, 0, 0, 0, 1, 0, 0, 0, 0, 0]) == 1
+    whole = files.counted(terminal, 3, after_terminal=0)
+    assert whole.nonzero()[:, 0].tolist() == [2, 7]
 
 
 def literal(arrays, horizon):

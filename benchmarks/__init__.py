@@ -1,0 +1,1 @@
+"""Results, and in `harness` what measures them."""

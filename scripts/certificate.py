@@ -1,0 +1,11 @@
+"""See `benchmarks.harness.certificate`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.harness.certificate import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Runs of several stages, fits within a stage, runs without an environment."""
+
+import csv
+import itertools
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from offrl.engine import checkpoint
+from offrl.engine.loop import fit
+from offrl.engine.minimize import minimize
+from offrl.errors import Interrupted
+from tests.engine import toys
+from tests.engine.test_loop import SCHEDULE, assert_same_files, offline, run
+
+
+class Killed(Exception):
+    """Ends a run as a crash would: nothing is written on the way."""
+
+
+def dies_at(count):
+    """Work that raises in its call number `count`."""
+    steps = itertools.count()
+
+    def work():
+        if next(steps) == count:
+            raise Killed
+
+    return work
+
+
+def scored(algo, episodes):
+    """An evaluation that is no roll-out: an estimate on logged rows."""
+    obs = toys.toy_data()["obs"][:episodes]
+    return {"length": torch.ones(episodes), "fqe": algo.act({"obs": obs})[0].detach().sum(-1)}
+
+
+def names(path, stage):
+    with open(path / "metrics.csv") as file:
+        return [(int(r["step"]), r["name"]) for r in csv.DictReader(file) if r["stage"] == stage]
+
+
+def test_steps_that_people_see_grow_through_all_stages(tmp_path):
+    algo, (stage,) = offline()
+    both = [replace(stage, name=name, steps=100) for name in ("one", "two")]
+    curve = fit(algo, both, tmp_path, scored, SCHEDULE, [0], "toy")
+    assert curve.steps == [40, 80, 100, 120, 160, 200]
+    assert next(step for step, _ in names(tmp_path, "two")) == 110
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["global_step"] == 200
+
+
+def test_a_stage_that_ends_by_its_own_criterion_has_a_last_point(tmp_path):
+    algo, (stage,) = offline()
+    steps = itertools.count()
+    early = replace(stage, steps=None, stop=lambda: next(steps) == 25)
+    curve = fit(algo, [early], tmp_path, scored, SCHEDULE, [0], "toy")
+    assert curve.steps == [25]
+    assert curve.final is not None
+    assert curve.final["fqe"].shape == (SCHEDULE.final_episodes,)
+
+
+def test_a_stage_without_a_policy_has_no_points_and_the_next_one_goes_on_from_its_steps(tmp_path):
+    algo, stages = toys.two_stages()
+    curve = fit(algo, stages, tmp_path, scored, SCHEDULE, [0], "toy")
+    model = names(tmp_path, "model")
+    updates = max(step for step, _ in model)
+    assert updates >= 20
+    assert (updates, "model/holdout") in model
+    assert curve.steps[0] > updates
+    assert curve.steps[-1] == updates + 90
+    assert bool((algo.rows != 0).any())  # what the first stage handed on
+
+
+@pytest.mark.parametrize("moment", ["model", "finish", "policy"])
+def test_killed_in_any_stage_and_resumed_equals_uninterrupted(tmp_path, moment):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir(), killed.mkdir()
+    run("two_stages", whole)
+    algo, (model, policy) = toys.two_stages()
+    if moment == "finish":
+
+        def half_done():
+            model.finish()
+            algo.rows.zero_()
+            raise Killed
+
+        model = replace(model, finish=half_done)
+    elif moment == "model":
+        model = replace(model, between=[*model.between, (1, dies_at(15))])
+    else:
+        policy = replace(policy, between=[(1, dies_at(50))])
+    with pytest.raises(Killed):
+        fit(algo, [model, policy], killed, None, SCHEDULE, [0], "two_stages")
+    saved = checkpoint.load(killed / "checkpoint.pt")
+    assert saved["stage"] == (1 if moment == "policy" else 0)
+    # evaluation draws nothing from the run, so a run without it may be continued with it
+    run("two_stages", killed, resume=True)
+    left, right = (checkpoint.load(p / "checkpoint.pt")["algo"] for p in (whole, killed))
+    assert torch.equal(left["generator"], right["generator"])
+    for name, value in left["actor"].items():
+        assert torch.equal(value, right["actor"][name]), name
+    assert names(whole, "policy") == names(killed, "policy")
+
+
+def test_a_run_that_dies_in_its_final_evaluation_keeps_its_history(tmp_path):
+    """Its checkpoint knows the last step, after which alone TensorBoard's events are superseded."""
+    algo, (stage,) = offline()
+
+    def dies(algo, episodes):
+        if episodes == SCHEDULE.final_episodes:
+            raise Killed
+        return scored(algo, episodes)
+
+    with pytest.raises(Killed):
+        fit(algo, [stage], tmp_path, dies, SCHEDULE, [0], "toy")
+    algo, (stage,) = offline()
+    curve = fit(algo, [stage], tmp_path, scored, SCHEDULE, [0], "toy", resume=True)
+    assert curve.final is not None
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("evaluation/fqe")
+    assert [event.step for event in events] == [40, 80, 120, 160, 200]
+
+
+def test_a_run_without_an_evaluation_ends_without_a_score(tmp_path):
+    algo, (stage,) = offline()
+    curve = fit(algo, [stage], tmp_path, None, SCHEDULE, [0], "toy")
+    assert (curve.steps, curve.final, curve.score) == ([], None, None)
+    assert len(names(tmp_path, "train")) > 0
+
+
+def test_the_headline_is_the_score_whatever_stands_before_it(tmp_path):
+    algo, (stage,) = offline()
+    told = []
+    curve = fit(
+        algo, [stage], tmp_path, scored, SCHEDULE, [0], "toy", report=told.append, headline="fqe"
+    )
+    assert curve.score == pytest.approx(float(curve.points[-1]["fqe"].mean()))
+    assert told[-1].score == curve.score != 1.0
+
+
+def test_a_fit_within_a_stage_is_logged_and_captured(tmp_path):
+    found = []
+    for speed in ("eager", "graph"):
+        (tmp_path / speed).mkdir()
+        run("inner_fit", tmp_path / speed, speed=speed)
+        found.append([row for row in names(tmp_path / speed, "train") if "model" in row[1]])
+    assert found[0] == found[1]
+    assert (20, "model/model/loss") in found[0]
+    assert (20, "model/updates") in found[0]
+    assert_same_files(tmp_path / "eager", tmp_path / "graph")
+
+
+def test_stopped_within_a_fit_and_resumed_equals_uninterrupted(tmp_path):
+    """Within two seconds, though the fit would go on for a minute."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    run("inner_fit", whole)
+    algo, (stage,) = toys.inner_fit()
+    ((period, refit),) = stage.between
+    calls, asked = itertools.count(), []
+
+    def slow(batch, turn):
+        time.sleep(0.05)
+        return algo.fit_model(batch, turn)
+
+    def work():
+        if next(calls) < 4:
+            return refit()
+        timer = threading.Timer(0.3, lambda: (asked.append(time.monotonic()), interrupt()))
+        timer.start()
+        draw = stage.start()
+        return minimize(slow, draw, algo, stop=lambda step: step == 1200) and {}
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="checkpoint written"):
+        fit(
+            algo,
+            [replace(stage, between=[(period, work)])],
+            stopped,
+            None,
+            SCHEDULE,
+            [0],
+            "inner_fit",
+            speed="eager",
+        )
+    assert time.monotonic() - asked[0] < 2
+    assert checkpoint.load(stopped / "checkpoint.pt")["step"] == 80  # nothing before it is lost
+    run("inner_fit", stopped, resume=True)
+    left, right = (checkpoint.load(p / "checkpoint.pt")["algo"] for p in (whole, stopped))
+    for name, value in left["actor"].items():
+        assert torch.equal(value, right["actor"][name]), name
+    assert torch.equal(left["generator"], right["generator"])

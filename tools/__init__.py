@@ -1,0 +1,1 @@
+"""Making what is shipped or drawn: behavior policies, mazes, reports. Nobody imports these."""
