@@ -43,7 +43,7 @@ class Cloner:
         self.actor_opt, self.model_opt = adam(self.actor, 1e-3), adam(self.model, 1e-2)
         self.rows = torch.zeros(64, spec.obs_dim + spec.act_dim + 1)
         self.error = torch.full((), torch.inf)
-        self.patience = 0
+        self.patience = torch.zeros((), dtype=torch.int64)  # as a tensor, which replays see
 
     def fit_model(self, batch, turn):
         loss = (self.model(batch["obs"]).squeeze(-1) - batch["reward"]).square().mean()
@@ -68,7 +68,7 @@ class Cloner:
     def holdout(self, data):
         """Early stopping: the error on the last rows, and how often it has not fallen."""
         error = (self.model(data["obs"][400:]).squeeze(-1) - data["reward"][400:]).square().mean()
-        self.patience = 0 if error < self.error else self.patience + 1
+        self.patience.copy_(torch.where(error < self.error, 0, self.patience + 1))
         self.error.copy_(torch.minimum(self.error, error))
         return {"model/holdout": error}
 
@@ -98,11 +98,11 @@ def two_stages():
         start=lambda: transitions(data, 16, names=fields),
         update=algo.fit_model,
         between=[(10, lambda: algo.holdout(data))],
-        stop=lambda: algo.patience >= 2,
+        stop=lambda: int(algo.patience) >= 2,
         finish=lambda: algo.dream(data),
         evaluate=False,
     )
-    return algo, [model, Stage("policy", 90, policy_rows, algo.update, algo.turn)]
+    return algo, [model, Stage("policy", 180, policy_rows, algo.update, algo.turn)]
 
 
 def inner_fit():
