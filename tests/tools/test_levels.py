@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from offrl.engine.evaluate import evaluator_of
+from offrl.engine.evaluate import Evaluator, scenarios_of
 from offrl.envs.make import factory
 from offrl.nets.goal import normalized
 from tools import levels, mazes
@@ -68,7 +68,8 @@ def test_points_lie_in_free_cells_three_by_three(routes):
 
 def test_a_low_policy_that_walks_straight_wins_where_it_is_led(routes):
     algo = Hierarchy(lambda xy, goal: goal)
-    player = evaluator_of((), factory("pointmaze-medium"), (), (1,), 0)
+    make = factory("pointmaze-medium")
+    player = Evaluator(make, width=1, scenarios=scenarios_of((), make))
     played = player(levels.Led(algo, routes, 2.0), 1)
     player.close()
     assert played["return"].tolist() == [1.0] * 5

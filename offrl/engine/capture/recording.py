@@ -28,18 +28,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from offrl.nets.kernels import opaque
 
-# operators that read values on the host, or whose result's shape depends on values
-WAITING = (
-    "_local_scalar_dense",
-    "is_nonzero",
-    "nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_dim",
-    "equal",
-    "repeat_interleave.Tensor",
-)
-
+# operators that read values on the host, or size their results by values
+SYNCS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 # operators that ask a tensor for its shape only
 SHAPED = ("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full")
@@ -47,19 +37,15 @@ SHAPED = ("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_
 PLACEMENT = {"dtype", "layout", "device", "pin_memory", "memory_format"}
 
 
-def waits(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator reads values on the host, or sizes its result by them."""
+def syncs_host(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the host has to wait for a value: to read it, to size a result, to move a tensor."""
     name = str(operator).removeprefix("aten.")
-    picks = args[1] if name.startswith(("index.", "index_put")) else []
+    if "index" in name and isinstance(args[1], (list, tuple)):  # masks are sized, integers are not
+        return any(p is not None and p.dtype in (torch.bool, torch.uint8) for p in args[1])
     home = [args[0].device, args[1].device] if name.startswith("copy_.") else []
     home = [kwargs.get("device"), args[0].device] if name.startswith("_to_copy.") else home
     moved = len({torch.device(device).type for device in home if device is not None}) > 1
-    return (
-        moved
-        or name in WAITING
-        or name.partition(".")[0] in WAITING
-        or any(pick is not None and pick.dtype == torch.bool for pick in picks)
-    )
+    return moved or not SYNCS.isdisjoint(operator.tags)
 
 
 class NotRecordable(Exception):
@@ -100,7 +86,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.waiting: list[str] = []
+        self.syncs: list[str] = []
         self.refused: list[str] = []
         self.reads = HostReads(self)
 
@@ -119,8 +105,8 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if waits(func, args, kwargs):
-            self.waiting.append(str(func))
+        if syncs_host(func, args, kwargs):
+            self.syncs.append(str(func))
         out = func(*args, **kwargs)
         named = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
         writes = [
@@ -136,9 +122,9 @@ class Recorder(TorchDispatchMode):
         return out
 
     def check(self, result: Any) -> None:
-        """Raises NotRecordable if the host had to wait."""
-        if self.waiting:
-            raise NotRecordable(f"{self.waiting[0]} makes the host wait for a value", result)
+        """Raises NotRecordable if the work cannot be repeated."""
+        if self.syncs:
+            raise NotRecordable(f"{self.syncs[0]} makes the host wait for a value", result)
         if self.refused:
             raise NotRecordable(f"{self.refused[0]} cannot be repeated on fixed memory", result)
 
@@ -157,7 +143,7 @@ class HostReads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.READS and self.recorder in opaque.watchers:  # not within an opaque call
-            self.recorder.waiting.append(f"Tensor.{func.__name__}")
+            self.recorder.syncs.append(f"Tensor.{func.__name__}")
         return func(*args, **(kwargs or {}))
 
 
@@ -193,7 +179,7 @@ class Recording:
     Attributes:
         first: what the work returned.
         result: the same structure; its tensors are overwritten by every replay.
-        written: tensors that existed before and are changed, whole storages as bytes.
+        written: what existed before and is changed by a replay, as whole storages.
 
     Raises:
         NotRecordable: after the work has been done.
@@ -215,7 +201,7 @@ class Recording:
         except (RuntimeError, NotImplementedError) as error:
             raise NotRecordable(str(error).splitlines()[0], self.first) from error
         self.result = tree_map(plan.moved, self.first)
-        self.written = plan.written
+        self.written = written(calls)
         places = {storage.data_ptr(): storage.nbytes() for storage in plan.place.values()}
         self.memory = sum(places.values())  # bytes of intermediate results
 
@@ -267,23 +253,16 @@ class Plan:
         birth: dict[int, int] = {}
         last: dict[int, int] = {}
         size: dict[int, int] = {}
-        outside: dict[int, Tensor] = {}
-        changed: dict[int, Tensor] = {}
+        outside: set[int] = set()
         for i, call in enumerate(calls):
-            written, given = ({memory(x) for x in xs} for xs in (call.writes, call.inputs))
+            outside |= {memory(x) for x in call.inputs} - birth.keys()
             for x in [*call.inputs, *call.outs]:
-                key = memory(x)
-                if key not in birth and key not in outside:
-                    if key in given:
-                        outside[key] = x
-                    else:
-                        birth[key], size[key] = i, x.untyped_storage().nbytes()
-                if key in birth:
+                if (key := memory(x)) not in outside:
+                    birth.setdefault(key, i)
+                    size.setdefault(key, x.untyped_storage().nbytes())
                     last[key] = i
-                if key in written:
-                    changed[key] = x
-        self.written = [everything(x) for key, x in changed.items() if key in outside]
-        self.constant = self.constants(calls, birth, set(changed))
+        changed = {memory(x) for call in calls for x in call.writes}
+        self.constant = self.constants(calls, birth, changed)
         for x in kept:
             if memory(x) in last:
                 last[memory(x)] = len(calls)
@@ -343,10 +322,23 @@ def by_time(times: dict[int, int]) -> dict[int, list[int]]:
     return found
 
 
+def written(calls: list[Call]) -> list[Tensor]:
+    """The tensors that existed before the calls and are changed by them, as whole storages."""
+    outside: set[int] = set()
+    born: set[int] = set()
+    found: dict[int, Tensor] = {}
+    for call in calls:
+        outside |= {memory(x) for x in call.inputs} - born
+        born |= {memory(x) for x in call.outs} - outside
+        found |= {memory(x): x for x in call.writes if memory(x) in outside}
+    return [everything(x) for x in found.values()]
+
+
 def everything(x: Tensor) -> Tensor:
-    """All bytes of the storage of `x`."""
-    whole = torch.empty(0, dtype=torch.uint8)
-    return whole.set_(x.untyped_storage(), 0, (x.untyped_storage().nbytes(),), (1,))
+    """All of the storage of `x`, (n,)."""
+    storage = x.untyped_storage()
+    every = torch.empty(0, dtype=x.dtype, device=x.device)
+    return every.set_(storage, 0, (storage.nbytes() // x.element_size(),), (1,))
 
 
 def step(call: Call, plan: Plan) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
