@@ -99,7 +99,7 @@ def test_an_unknown_speed_names_the_nearest(data):
 
 
 def test_an_unknown_peer_names_the_nearest(data):
-    words = [f"dataset={data}", "source=files", "algos=[bc]", "peers=[sb3-tf3]"]
+    words = [f"dataset={data}", "source=files", "algos=[bc]", "warmup=2", "peers=[sb3-tf3]"]
     with pytest.raises(ConfigError, match="did you mean 'sb3-td3'"):
         measure_speed(options(Options, words))
 
