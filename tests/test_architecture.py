@@ -123,6 +123,13 @@ def test_arrows_point_one_way():
     assert circle(ALLOWED) == []
 
 
+def test_every_room_is_a_package():
+    """Others are left out of a wheel."""
+    assert {path.parent for path in ROOT.rglob("*.py")} == {
+        path.parent for path in ROOT.rglob("__init__.py")
+    }
+
+
 def test_few_modules_stand_outside_of_the_rooms():
     assert len(list(ROOT.glob("*.py"))) <= MOST_LOOSE
 
