@@ -15,11 +15,11 @@ ROOT = Path(offrl.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
-    "system": {"errors"},
+    "system": set(),
     "regularizers": set(),
     "integrations": {"regularizers"},
     "nets": set(),
-    "envs": {"errors", "seeding"},
+    "envs": set(),
     "engine.method": set(),
     "engine.optim": set(),
     "data": {"engine.method", "envs", "errors", "nets", "seeding", "system"},

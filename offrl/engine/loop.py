@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from offrl.engine import checkpoint, minimize
@@ -318,11 +317,15 @@ def copies(value: Any) -> Any:
 
 
 def check_finite(state: dict[str, Any]) -> None:
-    """The first tensor of a state with a NaN or infinity stops the run.
+    """Stop at the first network or optimizer with a NaN or infinity, or other tensor with a NaN.
 
     Raises:
         Diverged: naming the tensor.
     """
-    for path, value in tensors(state):
-        if not bool(torch.as_tensor(value).isfinite().all()):
-            raise Diverged(f"{path} holds NaN or infinite values; the last good checkpoint stays")
+    for name, part in state.items():
+        for path, value in tensors(part, name):
+            bad = ~value.isfinite() if isinstance(part, dict) else value.isnan()
+            if bool(bad.any()):
+                raise Diverged(
+                    f"{path} holds NaN or infinite values; the last good checkpoint stays"
+                )

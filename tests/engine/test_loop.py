@@ -142,12 +142,14 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, m
     context = multiprocessing.get_context("fork")
     worker = context.Process(target=run, args=(kind, killed, False, 0.005))
     worker.start()
-    target = 1 + int(moment * 4)  # evaluations behind it when it dies
+    target = 1 + int(moment * 4)  # points behind it, the last perhaps unplayed, when it dies
     deadline = time.monotonic() + 60
     while worker.is_alive() and time.monotonic() < deadline:
         path = killed / "checkpoint.pt"
-        if path.exists() and len(checkpoint.load(path)["curve"]["steps"]) >= target:
-            break
+        if path.exists():
+            saved = checkpoint.load(path)
+            if len(saved["curve"]["steps"]) + (saved["pending"] is not None) >= target:
+                break
         time.sleep(0.01)
     time.sleep(0.05)
     os.kill(worker.pid, signal.SIGKILL)
@@ -339,7 +341,9 @@ def test_a_signal_to_the_whole_group_leaves_the_interrupts_checkpoint(tmp_path):
     worker = multiprocessing.get_context("fork").Process(target=stopped_run, args=(stopped,))
     worker.start()
     path, deadline = stopped / "checkpoint.pt", time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if path.exists() and checkpoint.load(path)["pending"] == 40:
+            break
         time.sleep(0.01)
     time.sleep(0.1)
     os.killpg(worker.pid, signal.SIGTERM)

@@ -49,7 +49,7 @@ def names(path, stage):
 def test_steps_that_people_see_grow_through_all_stages(tmp_path):
     algo, (stage,) = offline()
     both = [replace(stage, name=name, steps=100) for name in ("one", "two")]
-    curve = fit(algo, both, tmp_path, scored, SCHEDULE, [0], "toy")
+    curve = fit(algo, both, tmp_path, scored, SCHEDULE, [0], "toy", headline="fqe")
     assert curve.steps == [40, 80, 100, 120, 160, 200]
     assert next(step for step, _ in names(tmp_path, "two")) == 110
     assert checkpoint.load(tmp_path / "checkpoint.pt")["global_step"] == 200
@@ -59,7 +59,7 @@ def test_a_stage_that_ends_by_its_own_criterion_has_a_last_point(tmp_path):
     algo, (stage,) = offline()
     steps = itertools.count()
     early = replace(stage, steps=None, stop=lambda: next(steps) == 25)
-    curve = fit(algo, [early], tmp_path, scored, SCHEDULE, [0], "toy")
+    curve = fit(algo, [early], tmp_path, scored, SCHEDULE, [0], "toy", headline="fqe")
     assert curve.steps == [25]
     assert curve.final is not None
     assert curve.final["fqe"].shape == (SCHEDULE.final_episodes,)
@@ -67,7 +67,7 @@ def test_a_stage_that_ends_by_its_own_criterion_has_a_last_point(tmp_path):
 
 def test_a_stage_without_a_policy_has_no_points_and_the_next_one_goes_on_from_its_steps(tmp_path):
     algo, stages = toys.two_stages()
-    curve = fit(algo, stages, tmp_path, scored, SCHEDULE, [0], "toy")
+    curve = fit(algo, stages, tmp_path, scored, SCHEDULE, [0], "toy", headline="fqe")
     model = names(tmp_path, "model")
     updates = max(step for step, _ in model)
     assert updates >= 20
@@ -118,9 +118,9 @@ def test_a_run_that_dies_in_its_final_evaluation_keeps_its_history(tmp_path):
         return scored(algo, episodes)
 
     with pytest.raises(Killed):
-        fit(algo, [stage], tmp_path, dies, SCHEDULE, [0], "toy")
+        fit(algo, [stage], tmp_path, dies, SCHEDULE, [0], "toy", headline="fqe")
     algo, (stage,) = offline()
-    curve = fit(algo, [stage], tmp_path, scored, SCHEDULE, [0], "toy", resume=True)
+    curve = fit(algo, [stage], tmp_path, scored, SCHEDULE, [0], "toy", resume=True, headline="fqe")
     assert curve.final is not None
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("evaluation/fqe")
     assert [event.step for event in events] == [40, 80, 120, 160, 200]

@@ -92,16 +92,16 @@ class Updates:
         if turn not in self.courses:
             self.courses[turn] = self.course(turn)
         elif turn in self.replays and (change := self.replays[turn].watch.changes()):
-            return self.eagerly(f"{change} between updates", self.eager(turn))
+            return self.stay_eager(f"{change} between updates", self.eager(turn))
         try:
             return next(self.courses[turn])
         except NotRecordable as no:
-            return self.eagerly(str(no), no.result)
+            return self.stay_eager(str(no), no.result)
 
     def eager(self, turn: int) -> Metrics:
         return self.update(self.sample(self.algo.generator), turn)
 
-    def eagerly(self, reason: str, metrics: Metrics) -> Metrics:
+    def stay_eager(self, reason: str, metrics: Metrics) -> Metrics:
         """Make all further updates eagerly."""
         self.captures = False
         self.courses.clear()
@@ -133,8 +133,8 @@ class Updates:
                 metrics = self.checked(piece, turn)
             except NotRecordable as no:
                 raise ValueError(
-                    f"{no}, as it did {count} updates of this turn before; updates since then may "
-                    "be wrong. They depend on something outside of the algorithm's tensors and "
+                    f"{no}, unlike {count} updates of this turn before; those since then may be "
+                    "wrong. They depend on something outside of the algorithm's tensors and plain "
                     "attributes: start again with speed=eager"
                 ) from no
             yield metrics
@@ -158,20 +158,13 @@ class Updates:
             failure = f"{change} during an update"
         elif again is not None and not (
             shapes(again) == shapes(metrics)
-            and self.agree(after, piece.state(), before)
-            and self.agree([packed(again)], [packed(metrics)], [torch.zeros(1)])
+            and agree(after, piece.state(), before)
+            and agree([packed(again)], [packed(metrics)], [torch.zeros(1)])
         ):
             failure = "a replay does not give what the update gives"
         if failure:
             raise NotRecordable(failure, metrics)
         return metrics
-
-    def agree(self, found: list[Tensor], wanted: list[Tensor], before: list[Tensor]) -> bool:
-        """Whether tensors are equal in every bit; nearly, on a GPU, where sums vary in order."""
-        return all(
-            torch.equal(bits(x), bits(y)) or (x.is_cuda and close(x, y, old.to(y)))
-            for x, y, old in zip(found, wanted, before, strict=True)
-        )
 
     def compared(self, piece: "Captured", turn: int) -> Iterator[Metrics]:
         """Eager updates and replays alternately, timed; says once how long most updates take."""
@@ -222,6 +215,14 @@ def packed(metrics: Metrics) -> Tensor:
 def bits(x: Tensor) -> Tensor:
     """The bytes of a tensor: NaN equals itself."""
     return x.contiguous().reshape(-1).view(torch.uint8)
+
+
+def agree(found: list[Tensor], wanted: list[Tensor], before: list[Tensor]) -> bool:
+    """Whether tensors are equal in every bit; nearly, on a GPU, where sums vary in order."""
+    return all(
+        torch.equal(bits(x), bits(y)) or (x.is_cuda and close(x, y, old.to(y)))
+        for x, y, old in zip(found, wanted, before, strict=True)
+    )
 
 
 def close(x: Tensor, y: Tensor, before: Tensor) -> bool:
