@@ -91,7 +91,7 @@ def test_a_wheel_holds_the_configs_the_policies_and_the_c_files(checkout, tmp_pa
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
     package = checkout / "offrl"
-    data = [p for p in package.rglob("*") if p.suffix in (".c", ".safetensors", ".json")]
+    data = [p for p in package.rglob("*") if p.suffix in (".c", ".json", ".py", ".safetensors")]
     data += (package / "configs").rglob("*.yaml")
     assert len(data) > 20
     assert {str(path.relative_to(checkout)) for path in [*data, package / "py.typed"]} <= held
@@ -100,7 +100,10 @@ def test_a_wheel_holds_the_configs_the_policies_and_the_c_files(checkout, tmp_pa
     install(python, wheel)
     (site,) = tmp_path.glob("venv/lib/python*/site-packages")
     check(python, site / "offrl", "marked", tmp_path, checkout.parent)
-    assert "methods: bc, " in run(python.parent / "offrl", "train", "--help", cwd=checkout.parent)
+    command = python.parent / "offrl"
+    usage = subprocess.run([command], capture_output=True, text=True).stderr
+    for word in usage.split()[2].split("|"):  # usage: offrl train|evaluate|... key=value ...
+        assert "=" in run(command, word, "--help", cwd=checkout.parent)
 
 
 def test_a_source_archive_holds_the_tests_and_what_measures_and_gives_the_wheel(checkout, tmp_path):

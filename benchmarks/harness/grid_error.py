@@ -6,6 +6,7 @@ python scripts/grid_error.py runs/dqn/grid-world/*
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ def main() -> None:
             options = resolved.config()
             obs, optimal = map(torch.from_numpy, grid.GridWorld().optimal(options.discount))
             for file in files:
+                algo: Any
                 algo, (seed, *_) = load_algorithm(resolved, file)
                 with torch.no_grad():
                     error = (algo.network(obs) - optimal).abs().mean()

@@ -188,7 +188,8 @@ def last(curve: list[float], n: int = 20) -> float:
 
 def compare(seeds: int, steps: int, out: Path) -> None:
     """All variants with all seeds; a picture and the numbers behind it."""
-    start, curves = time.time(), {name: [] for name in VARIANTS}
+    start = time.time()
+    curves: dict[str, list[dict]] = {name: [] for name in VARIANTS}
     with tqdm(total=len(VARIANTS) * seeds * steps, unit="step", smoothing=0.05) as bar:
         for seed in range(seeds):
             for name, make in VARIANTS.items():

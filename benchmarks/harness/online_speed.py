@@ -125,7 +125,9 @@ def main() -> None:
     system.prepare(1, keep_memory=True)
     print(matmul.select_backend(home(), cpu_name()))
     ours = {name: Ours(name, given.env) for name in given.algos}
-    runs = {f"{name} collects": method.collect for name, method in ours.items()}
+    runs: dict[str, Callable[[int], int]] = {
+        f"{name} collects": method.collect for name, method in ours.items()
+    }
     runs |= {name: method.learn for name, method in ours.items()}
     if given.peers:
         names = [name for name in PEERS if name.lower() in given.algos]

@@ -33,7 +33,7 @@ from offrl.system import cpu_name
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "token_stats.py"
 MASS = 0.8
-WANT = {"logp": "logp", "entropy": "entropy", "nucleus": SetEntropy(Nucleus(MASS))}
+WANT: dict[str, Any] = {"logp": "logp", "entropy": "entropy", "nucleus": SetEntropy(Nucleus(MASS))}
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def compare(o: Options) -> dict[str, Any]:
                 ).stdout
                 passes[form].append(json.loads(printed.splitlines()[-1]))
                 print(f"{form}: {passes[form][-1]['cpu']:.1f} s of CPU time", flush=True)
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         form: {key: statistics.median(p[key] for p in found) for key in found[0]}
         | {
             "tokens": tokens[form],
@@ -192,7 +192,7 @@ def compare(o: Options) -> dict[str, Any]:
             f"{form:<8}{tokens[form]:>8}{row['gib']:>8.2f}{row['wall']:>9.1f}{row['cpu']:>9.1f}"
             + ratio
         )
-    found = {
+    found: dict[str, Any] = {
         "tokens": o.tokens,
         "hidden": o.hidden,
         "vocab": o.vocab,

@@ -50,7 +50,8 @@ def test_the_table_tells_ratios_and_options(data, tmp_path):
     assert 1 < row["working_mb"] < 20
 
 
-def test_the_certificate_tells_the_cost_of_uncertified_rows(data, tmp_path):
+def test_the_certificate_tells_the_cost_of_uncertified_rows(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(certificate, "NOISES", (0.0, 2.0))
     words = ["source=files", "warmup=2", "rounds=1", "updates=4", f"out={tmp_path / 'out.json'}"]
     words += [f"dataset={data}", "set={td3bc.batch:32,prdc.batch:32}"]
     found = certificate.measure_certificate(options(certificate.Options, words))
@@ -98,7 +99,7 @@ def test_an_unknown_speed_names_the_nearest(data):
 
 
 def test_an_unknown_peer_names_the_nearest(data):
-    words = [f"dataset={data}", "source=files", "algos=[bc]", "peers=[sb3-tf3]"]
+    words = [f"dataset={data}", "source=files", "algos=[bc]", "warmup=2", "peers=[sb3-tf3]"]
     with pytest.raises(ConfigError, match="did you mean 'sb3-td3'"):
         measure_speed(options(Options, words))
 
