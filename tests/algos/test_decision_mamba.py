@@ -1,5 +1,6 @@
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from offrl.engine.optim import warm_up
 from offrl.nets.kernels import scan
 from offrl.nets.sequence.multigrained import Backbone, SharedGate
 from offrl.regularizers import self_evolution
-from tests.algos import engineering
+from tests.algos import cases
 from tests.algos.sequences import (
     SPEC,
     batch_equals_one_by_one,
@@ -25,14 +26,11 @@ from tests.algos.sequences import (
     window,
 )
 
-SMALL = Config(size="tiny", context=4, batch=8, targets=(3.0, 1.0), scale=1.0, steps=400)
+SMALL = cases.CASES["decision_mamba"].config
+make = partial(cases.make, "decision_mamba")
 RELEASE = replace(SMALL, grouping="release", mask_pads=False)
 SHARED = replace(SMALL, fusion="shared_gate")
 either_fusion = pytest.mark.parametrize("config", [SMALL, SHARED], ids=["parallel", "shared_gate"])
-
-
-def make(config=SMALL):
-    return DecisionMamba(config, SPEC, torch.Generator().manual_seed(0))
 
 
 def predicted(algo, batch):
@@ -366,7 +364,7 @@ def test_the_teacher_rests_within_a_stage_and_is_refreshed_at_its_end():
             assert not same(algo.teacher.state_dict(), start)
         else:
             assert same(algo.teacher.state_dict(), start)
-        metrics = stage.update(sample(algo.generator), step)
+        metrics = stage.update(sample(algo.generator), 0)
         assert float(metrics["actor/blend"]) == pytest.approx(0.85 / 40 if step == 3 else 0.0)
     off = make(replace(SMALL, self_evolution=False))
     assert decision_mamba.stages(off, two_arms(), Run(steps=400))[0].between == []
@@ -420,7 +418,7 @@ def test_it_learns_one_trajectory_by_heart():
     algo, b = make(config), window(1, 6, short=False)
     b["obs"] = F.one_hot(torch.tensor([[0, 1, 1, 0, 1, 0]]), 2).float()
     for step in range(100):
-        metrics = algo.update(b, step)
+        metrics = algo.update(b, 0)
     assert metrics["actor/loss"] < 1e-3
 
 
@@ -437,28 +435,3 @@ def test_what_it_cannot_do_is_said():
     for wrong in ({"grouping": "release"}, {"fine": False}):
         with pytest.raises(ValueError, match="shared_gate needs"):
             make(replace(SHARED, **wrong))
-
-
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, lambda step: window(seed=step))
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, lambda step: window(seed=step))
-
-
-@pytest.mark.slow
-def test_compiled_updates_follow_written_ones():
-    engineering.compiled_follows_written(make, lambda step: window(seed=step))
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget("decision_mamba", make, lambda step: window(seed=step))
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, lambda step: window(seed=step))
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, lambda step: window(seed=step))

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -7,14 +8,11 @@ from offrl.algos import decision_mamba, decision_transformer
 from offrl.algos.decision_transformer import WIDTHS, Config, DecisionTransformer
 from offrl.nets.sequence.multigrained import Backbone
 from offrl.nets.sequence.transformer import Transformer
-from tests.algos import engineering
+from tests.algos import cases
 from tests.algos.sequences import SPEC, batch_equals_one_by_one, obeys_its_target, window
 
-SMALL = Config(size="tiny", context=4, batch=8, targets=(3.0, 1.0), scale=1.0)
-
-
-def make(config=SMALL):
-    return DecisionTransformer(config, SPEC, torch.Generator().manual_seed(0))
+SMALL = cases.CASES["decision_transformer"].config
+make = partial(cases.make, "decision_transformer")
 
 
 def predicted(algo, batch):
@@ -97,7 +95,7 @@ def test_the_learning_rate_warms_up_linearly():
     algo = make(replace(SMALL, lr=1e-2, lr_warmup=4))
     rates = []
     for step in range(6):
-        algo.update(window(), step)
+        algo.update(window(), 0)
         rates.append(float(algo.opt.param_groups[0]["lr"]))
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
@@ -123,30 +121,3 @@ def test_what_it_cannot_do_is_said():
         make(replace(SMALL, targets=()))
     with pytest.raises(ValueError, match="carries no seed axis"):
         DecisionTransformer(SMALL, SPEC, torch.Generator(), (2,))
-
-
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, lambda step: window(seed=step))
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, lambda step: window(seed=step))
-
-
-@pytest.mark.slow
-def test_compiled_updates_follow_written_ones():
-    engineering.compiled_follows_written(make, lambda step: window(seed=step))
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget(
-        "decision_transformer", make, lambda step: window(seed=step)
-    )
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, lambda step: window(seed=step))
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, lambda step: window(seed=step))
