@@ -5,7 +5,7 @@ import torch
 
 from tests.algos import cases
 from tests.algos.cases import two_goals as batch
-from tests.algos.goal_conditioned import batch, climbs_while_it_imitates, reaches, trained_apart
+from tests.algos.goal_conditioned import climbs_while_it_imitates, reaches, trained_apart
 
 SMALL = cases.CASES["gciql"].config
 make = partial(cases.make, "gciql")

@@ -4,9 +4,8 @@ import torch
 
 from tests.algos import cases
 from tests.algos.cases import two_goals as batch
-from tests.algos.goal_conditioned import batch, reaches, trained_apart
+from tests.algos.goal_conditioned import reaches, trained_apart
 
-SMALL = cases.CASES["gcivl"].config
 make = partial(cases.make, "gcivl")
 
 

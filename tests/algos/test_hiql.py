@@ -13,7 +13,6 @@ from tests.algos.goal_conditioned import trained_apart
 
 SMALL = cases.CASES["hiql"].config
 make = partial(cases.make, "hiql")
-OBS, ACT = 3, 2
 
 
 @pytest.mark.parametrize("gamma", [0.9, 0.99])

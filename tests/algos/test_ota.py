@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from benchmarks.harness.peers import per_term
-from offrl.algos.ota import OTA, stages
-from offrl.engine.method import Run, Spec
+from offrl.algos.ota import METHOD
+from offrl.engine.method import Run, Spec, Task
 from offrl.nets.goal import normal_log_prob
 from tests.algos import cases, engineering
+from tests.algos.cases import ACT, OBS
 from tests.algos.cases import options as batch
-from tests.algos.goal_conditioned import trained_apart, with_images
+from tests.algos.goal_conditioned import PIXELS, reaches, slopes, trained_apart, with_images
 from tests.data.trajectories import toy
 
 SMALL = cases.CASES["ota"].config
 make = partial(cases.make, "ota")
-OBS, ACT = 3, 2
 
 
 # --- the values ----------------------------------------------------------------------------------
@@ -95,18 +95,6 @@ def test_success_is_worth_zero_and_has_no_next_value():
 
 
 # --- who learns from what ------------------------------------------------------------------------
-
-
-def slopes(loss, module):
-    grads = torch.autograd.grad(
-        loss.sum(), list(module.parameters()), allow_unused=True, retain_graph=True
-    )
-    return [None if g is None else float(g.abs().max()) for g in grads]
-
-
-def reaches(loss, module):
-    found = [slope for slope in slopes(loss, module) if slope]
-    return bool(found)
 
 
 def test_the_representation_learns_from_both_values_and_from_no_actor():
@@ -188,8 +176,9 @@ def test_acting_does_not_depend_on_the_length_of_the_named_subgoal():
     torch.testing.assert_close(algo.act(now)[0], act)
     assert torch.equal(algo.act(now)[0], algo.act(now)[0])
     stream = torch.Generator().manual_seed(0)
-    noisy = algo.act(now, explore=True, generator=stream)[0]
-    assert not torch.equal(noisy, algo.act(now, explore=True, generator=stream)[0])
+    explored = now | {"explore": True, "generator": stream}
+    noisy = algo.act(explored)[0]
+    assert not torch.equal(noisy, algo.act(explored)[0])
     assert noisy.abs().max() <= 1
 
 
@@ -262,7 +251,7 @@ def test_ten_joined_updates_equal_ten_updates_term_by_term():
     joined, terms = make(dtype=torch.float64), make(dtype=torch.float64)
     for step in range(10):
         joined.update(batch(seed=step, dtype=torch.float64), 0)
-        per_term.update(terms, batch(seed=step, dtype=torch.float64), 0)
+        per_term.update(terms, batch(seed=step, dtype=torch.float64), step)
     left, right = engineering.tensors(joined), engineering.tensors(terms)
     for name, value in left.items():
         if value.is_floating_point():
@@ -291,12 +280,13 @@ def test_an_update_makes_nine_passes_of_phi_and_twenty_of_heads():
     assert (phi.count, online.count, target.count) == (9, 12, 8)
 
 
-# --- engineering ---------------------------------------------------------------------------------
+# --- goals ---------------------------------------------------------------------------------------
 
 
 def test_the_sampler_tells_successes_by_index():
-    algo = OTA(SMALL, Spec(2, 1), torch.Generator().manual_seed(0))
-    (stage,) = stages(algo, toy((5, 3, 9)), Run(10))
+    spec = Spec(2, 1)
+    algo = make(spec=spec)
+    (stage,) = METHOD.stages(algo, Task(spec, toy((5, 3, 9))), Run(10))
     found = stage.start()(torch.Generator().manual_seed(1))
     assert torch.equal(found["low_success"], (found["low_goal"] == found["obs"]).all(-1).float())
     assert torch.equal(
@@ -325,15 +315,10 @@ def test_columns_outside_of_the_observation_are_refused():
 
 # --- images --------------------------------------------------------------------------------------
 
-PIXELS = replace(SMALL, images=True, low_actor_rep_grad=True)
-
-
-def from_images(config=PIXELS):
-    return OTA(config, Spec(3 * 64**2, ACT), torch.Generator().manual_seed(0))
-
 
 def test_every_network_sees_images_through_an_encoder_of_its_own():
-    algo, b = from_images(), with_images(batch(size=4))
+    config = replace(SMALL, images=True, low_actor_rep_grad=True)
+    algo, b = make(config, spec=Spec(PIXELS, ACT)), with_images(batch(size=4))
     _, metrics = algo.loss(b)
     low, high = algo.values.sights
     for name, seen, unseen in (
@@ -344,10 +329,3 @@ def test_every_network_sees_images_through_an_encoder_of_its_own():
     ):
         assert all(reaches(metrics[name], module) for module in seen)
         assert not any(reaches(metrics[name], module) for module in unseen)
-    act, _ = algo.act({"obs": b["obs"].float(), "goal": b["goal"].float()})
-    assert act.shape == (4, ACT)
-
-
-def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"needs RGB images of 64 x 64 pixels.*got 3"):
-        make(PIXELS)

@@ -5,7 +5,7 @@ import torch
 
 from tests.algos import cases
 from tests.algos.cases import two_goals as batch
-from tests.algos.goal_conditioned import batch, climbs_while_it_imitates, reaches
+from tests.algos.goal_conditioned import climbs_while_it_imitates, reaches
 
 SMALL = cases.CASES["qrl"].config
 make = partial(cases.make, "qrl")
