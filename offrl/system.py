@@ -1,15 +1,15 @@
 """The machine and this process: cores, threads, the allocator, the parent, locks on folders."""
 
 import ctypes
-import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 
 def cores() -> int:
@@ -63,17 +63,49 @@ def end_with_parent() -> None:
 
 
 @contextmanager
+def locked(path: Path, busy: Callable[[], None], remedy: str) -> Iterator[None]:
+    """Hold the lock file `path`; if another process does, call `busy`, then wait for it.
+
+    The system's locks end with the process that holds them, however it ends. filelock's other kind,
+    where the file itself is the lock, would stay behind a killed one, and is not used.
+
+    Args:
+        remedy: what to do about a place without locks.
+
+    Raises:
+        OSError: if the place is not writable or its file system has no locks.
+    """
+    lock = FileLock(path, fallback_to_soft=False)
+    if not acquired(lock, wait=False, remedy=remedy):
+        busy()
+        acquired(lock, wait=True, remedy=remedy)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def acquired(lock: FileLock, wait: bool, remedy: str) -> bool:
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        return False
+    except OSError as error:
+        folder, reason = Path(lock.lock_file).parent, error.strerror or error
+        raise OSError(f"cannot lock files in {folder}: {reason}; {remedy}") from error
+    return True
+
+
+@contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold a run directory alone.
 
     Raises:
-        OSError: if another process is training in it.
+        OSError: if another process is training in it, or it cannot be locked.
     """
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(
-                f"another process is training in {folder}; wait for it or stop it"
-            ) from None
+
+    def busy() -> None:
+        raise OSError(f"another process is training in {folder}; wait for it or stop it")
+
+    with locked(folder / ".lock", busy, "start the run from a writable folder of a local disk"):
         yield

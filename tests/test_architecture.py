@@ -211,3 +211,17 @@ def test_every_method_is_complete():
         told = ast.get_docstring(ast.parse((ROOT / "algos" / f"{name}.py").read_text()))
         assert "Differences from" in (told or ""), f"{name} must name its differences"
         assert (config.folder() / "algo" / f"{name}.yaml").exists()
+
+
+def test_the_tree_in_the_documents_is_true():
+    top = ROOT.parent
+    text = (top / "docs" / "design.md").read_text().split("```")[1]
+    told: set[str] = set()
+    folders: list[str] = []
+    for line in text.strip("\n").splitlines():
+        name, depth = line.split()[0], (len(line) - len(line.lstrip())) // 2
+        folders[depth:] = [name.rstrip("/")]
+        told.add("/".join(folders))
+    assert [name for name in sorted(told) if not (top / name).exists()] == []
+    files = {str(path.relative_to(top)) for path in ROOT.rglob("*.py")}
+    assert {name for name in files - told if not name.endswith("/__init__.py")} == set()

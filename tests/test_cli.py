@@ -25,7 +25,7 @@ from offrl.engine import checkpoint
 from offrl.engine.loop import Curve, Progress
 from offrl.envs import make
 from offrl.errors import ConfigError, Failed
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.runs import record as outcome
 from offrl.runs import task
 from offrl.runs import train as experiment
@@ -113,13 +113,13 @@ def test_threads_by_measurement_are_told_and_stored(capsys):
 
 def test_processes_and_resumed_runs_keep_the_products_a_run_was_started_with(monkeypatch):
     """Whatever the machine's choice has become since."""
-    monkeypatch.setattr(products, "measured", lambda: ["forward"])
+    monkeypatch.setattr(matmul, "measured", lambda: ["forward"])
     train("algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", *SIZES)
     folder = only_run()
-    assert json.loads((folder / "run.json").read_text())["products"] == ["forward"]
-    Path("home/products.json").unlink()
-    monkeypatch.setattr(products, "measured", lambda: ["weight gradient"])
-    products.use(())
+    assert json.loads((folder / "run.json").read_text())["matmul"] == ["forward"]
+    Path("home/matmul.json").unlink()
+    monkeypatch.setattr(matmul, "measured", lambda: ["weight gradient"])
+    matmul.use(())
     assert resumed(folder, monkeypatch) == [{"forward"}]
 
 
@@ -129,28 +129,28 @@ def resumed(folder, monkeypatch, **changes):
     kept = {name: value for name, value in about.items() if value is not None}
     (folder / "run.json").write_text(json.dumps(kept))
     seen = []
-    monkeypatch.setattr(experiment, "fit", lambda *args: seen.append(products.chosen) or Curve())
+    monkeypatch.setattr(experiment, "fit", lambda *args: seen.append(matmul.chosen) or Curve())
     monkeypatch.setattr(experiment, "finish", lambda *args: {})
     try:
         run = configuration.from_yaml((folder / "config.yaml").read_text())
         experiment.train(run, folder, resume=True)
     finally:
-        products.use(())
+        matmul.use(())
     return seen
 
 
 def test_a_run_without_stored_products_goes_on_with_the_machines(monkeypatch):
     train("algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", *SIZES)
-    monkeypatch.setattr(products, "measured", lambda: ["forward"])
-    Path("home/products.json").unlink()
-    assert resumed(only_run(), monkeypatch, products=None) == [{"forward"}]
+    monkeypatch.setattr(matmul, "measured", lambda: ["forward"])
+    Path("home/matmul.json").unlink()
+    assert resumed(only_run(), monkeypatch, matmul=None) == [{"forward"}]
 
 
 def test_a_run_does_not_go_on_with_products_that_are_gone(monkeypatch):
     train("algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", *SIZES)
-    monkeypatch.setattr(products, "onednn_works", lambda: False)
+    monkeypatch.setattr(matmul, "onednn_works", lambda: False)
     with pytest.raises(Failed, match="does not offer; continue it with the version"):
-        resumed(only_run(), monkeypatch, products=["forward"])
+        resumed(only_run(), monkeypatch, matmul=["forward"])
 
 
 def test_a_return_conditioned_run_scores_every_target_and_the_best(capsys):

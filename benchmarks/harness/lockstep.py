@@ -94,7 +94,6 @@ class Plain:
     def __init__(self, algo: Any):
         self.algo = algo
 
-    @torch.no_grad()
     def act(self, now: Batch, memory: Any = None) -> tuple[torch.Tensor, Any]:
         algo, c = self.algo, self.algo.config
         now, goal = now | {"obs": algo.standardize(now["obs"])}, algo.targets[now["scenario"]]
@@ -103,6 +102,7 @@ class Plain:
         return act, act_taken(window, act)
 
 
+@torch.no_grad()
 def play(
     policy: Any, given: argparse.Namespace, device: torch.device
 ) -> tuple[list[Batch], torch.Tensor, float, float]:
@@ -138,6 +138,7 @@ def filled(starts: torch.Tensor, policy: Any) -> float:
     return known
 
 
+@torch.no_grad()
 def replay(policy: Policy, seen: list[Batch], row: slice) -> tuple[torch.Tensor, float]:
     """One row's actions on what it was told, and the time they took."""
     policy.act({name: value[row] for name, value in seen[0].items()})  # compiles what is compiled

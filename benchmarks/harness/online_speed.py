@@ -24,7 +24,7 @@ from offrl.data.dataset import home
 from offrl.engine.capture.updates import Updates
 from offrl.engine.method import Run
 from offrl.envs.make import factory
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.runs.task import make_task
 from offrl.seeding import generator
 from offrl.system import cpu_name
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     system.prepare(1, keep_memory=True)
-    print(products.choose(home(), cpu_name()))
+    print(matmul.select_backend(home(), cpu_name()))
     ours = {name: Ours(name, given.env) for name in given.algos}
     runs = {f"{name} collects": method.collect for name, method in ours.items()}
     runs |= {name: method.learn for name, method in ours.items()}

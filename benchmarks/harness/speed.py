@@ -35,7 +35,7 @@ from offrl.engine.capture.updates import Speed, Updates
 from offrl.engine.method import TRANSITION, Run, Sampler, Spec, Stage, Task, turns_of
 from offrl.engine.state import state_of, tensors
 from offrl.errors import ConfigError
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.results.plots import scores
 from offrl.runs.task import pick_device
 from offrl.seeding import generator
@@ -135,7 +135,7 @@ def prepared(options: Options, say: Callable[[str], None] = print) -> tuple[torc
     system.prepare(options.threads, keep_memory=True)
     device = pick_device(options.device)
     if device.type == "cpu":
-        say(products.choose(home(), cpu_name()))
+        say(matmul.select_backend(home(), cpu_name()))
     return device, sources.load(options.source, options.env, options.dataset, options.rows)
 
 

@@ -34,8 +34,8 @@ Differences from the authors' code (`grouping="release"`, `mask_pads=false`, `de
 - They drop the episode of the highest return by mistake.
 - Actions are clipped to [-1, 1], in the history too; theirs are not, but their environments clip.
 - The convolutions inside the mixers begin with a bias of 0, theirs with torch's uniform one.
-- Figure 1 shares the gate and the last map between coarse and fine (`fusion="shared_gate"`); their
-  code has two whole mixers, and so has the default.
+- Figure 1 shares the gate and the last map between coarse and fine; their code has two whole
+  mixers, and so has this one.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ from offrl.engine.method import Batch, Method, Metrics, Now, Run, Seeds, Spec, S
 from offrl.engine.optim import adamw, descend, target_copy, warm_up
 from offrl.nets import Linear, Standardize
 from offrl.nets.sequence.mamba import decayed
-from offrl.nets.sequence.multigrained import Backbone, Fusion, Grouping
+from offrl.nets.sequence.multigrained import Backbone, Grouping
 from offrl.nets.sequence.tokens import StepTokens
 from offrl.regularizers import ProgressiveTarget, RegInputs
 from offrl.regularizers.reductions import masked_reduce
@@ -70,7 +70,6 @@ class Config:
     self_evolution: bool = True  # blend labels with an earlier policy
     inverse: bool = True  # predict the next state and return too
     grouping: Grouping = "causal"  # release: the authors' groups, which leak labels
-    fusion: Fusion = "parallel"  # shared_gate: the paper's Figure 1 taken literally
     mask_pads: bool = True  # pads of a window enter no state
     eval_mode: Literal["window", "recurrent"] = "window"  # recurrent: from the episode's start
     mlp_embedding: bool = True  # tokens through a residual MLP; else one linear map
@@ -101,7 +100,7 @@ class Net(nn.Module):
         self.mask_pads = c.mask_pads
         o, a = spec.obs_dim, spec.act_dim
         self.tokens = StepTokens(o, a, width, c.max_step, c.mlp_embedding, True, generator)
-        self.backbone = Backbone(layers, width, c.fine, c.grouping, c.fusion, generator)
+        self.backbone = Backbone(layers, width, c.fine, c.grouping, generator)
         self.head_hidden = Linear(width, width, generator=generator) if c.mlp_head else None
         self.head_act = Linear(width, a, generator=generator)
         self.head_obs = Linear(width, o, generator=generator)
@@ -127,8 +126,6 @@ class DecisionMamba:
                 "eval_mode=recurrent needs grouping=causal and mask_pads=true: with others the "
                 "network has no form that goes step by step"
             )
-        if c.fusion == "shared_gate" and (c.grouping, c.fine) != ("causal", True):
-            raise ValueError("fusion=shared_gate needs grouping=causal and fine=true")
         self.config, self.generator, self.act_dim = c, generator, spec.act_dim
         self.targets = asked_returns("decision_mamba", c, seeds, generator.device)
         self.standardize = Standardize(spec.obs_dim, spec.obs_mean, spec.obs_std, generator.device)

@@ -1,6 +1,5 @@
 """Immutable logged transitions with episode bounds, a digest and checks on entry."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from offrl.errors import DataError
+from offrl.system import locked
 
 logger = logging.getLogger(__name__)
 
@@ -267,32 +267,33 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     """Hold an entry's lock: runs that start together make a data set once, the others wait."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.parent / f".{folder.name}.lock", "w")  # noqa: SIM115
     except OSError as error:
         raise OSError(
             f"cannot write the data cache {folder.parent}: {error.strerror or error}; "
             "set OFFRL_HOME to a folder that is writable"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("another process is making %s; waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def busy() -> None:
+        logger.warning("another process is making %s; waiting for it", folder)
+
+    remedy = "set OFFRL_HOME to a writable folder of a local disk"
+    with locked(folder.parent / f".{folder.name}.lock", busy, remedy):
         yield
 
 
 def allocate(path: Path, kind: type | np.dtype, shape: tuple[int, ...]) -> np.memmap:
     """A new .npy file, mapped for writing, whose blocks on the disk are already its own.
 
-    Without them a disk that fills up while the rows are written kills the process by SIGBUS.
+    Without them a disk that fills up while the rows are written kills the process by SIGBUS. macOS
+    cannot be asked for them; on Windows a file has its blocks as soon as it has its size.
 
     Raises:
         OSError: if the disk has no room for it.
     """
     array = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
-    with path.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 

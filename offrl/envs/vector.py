@@ -59,10 +59,10 @@ class Vector:
         self.goal = joined(goals)
         return flat(rows)
 
-    def restart(self, i: int, seed: int | None = None) -> tuple[Any, Tensor | None]:
-        """Begin an episode in environment i: its observation, and its goal (g,) if it names one."""
+    def restart(self, i: int, seed: int | None = None) -> tuple[Any, Tensor]:
+        """Begin an episode in environment i: its observation and its goal (g,), g 0 if none."""
         obs, info = self.envs[i].reset(seed=seed, options=self.on_episode(i))
-        return obs, flat([info["goal"]])[0] if "goal" in info else None
+        return obs, flat([info.get("goal", ())])[0]
 
     def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Apply actions (n, a), or (n,) if discrete.
@@ -81,9 +81,7 @@ class Vector:
             rows.append(obs)
             if terminated or truncated:
                 obs, goal = self.restart(i)
-                if (
-                    self.goal is not None and goal is not None
-                ):  # handed out stays
+                if self.goal is not None:  # what was handed out stays as it was
                     self.goal = self.goal.clone()
                     self.goal[i] = goal
             now.append(obs)
@@ -93,7 +91,7 @@ class Vector:
 
     def state(self) -> dict[str, Any]:
         """Exact snapshot of every environment, with its goal."""
-        goals = [None] * self.count if self.goal is None else self.goal
+        goals = torch.zeros(self.count, 0) if self.goal is None else self.goal
         return {
             str(i): snapshot(env) | {"goal": goal}
             for i, (env, goal) in enumerate(zip(self.envs, goals, strict=True))
@@ -137,9 +135,8 @@ def sizes(env: gymnasium.Env) -> tuple[int, int, bool]:
     return obs_dim, int(np.prod(space.shape or ())), False
 
 
-def joined(goals: Sequence[Tensor | None]) -> Tensor | None:
-    named = [goal for goal in goals if goal is not None]
-    return torch.stack(named) if named else None
+def joined(goals: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack(list(goals)) if len(goals[0]) else None
 
 
 def flat(rows: Sequence[Any]) -> Tensor:

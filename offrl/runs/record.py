@@ -22,7 +22,7 @@ from offrl.data.dataset import Dataset
 from offrl.engine.curve import Curve
 from offrl.envs import ogbench, scores
 from offrl.system import cores, cpu_name
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.results import stats
 
 PACKAGES = ("offrl", "torch", "numpy", "scipy", "gymnasium", "mujoco", "minari", "hydra-core")
@@ -213,7 +213,7 @@ def provenance(
         "device": hardware,
         "device_type": device.type,
         "cores": cores(),
-        "products": sorted(products.chosen),
+        "matmul": sorted(matmul.chosen),
         "env": {"id": env, "legacy_mass": resolved.settings.legacy_mass}
         | ({"action_repeat": repeat} if repeat > 1 else {}),
         "dataset": None

@@ -29,7 +29,7 @@ from offrl.engine.loop import Progress, Schedule, fit
 from offrl.engine.method import Run
 from offrl.envs.make import engines, env_id
 from offrl.errors import Diverged, Failed, Interrupted
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.runs.evaluate import player
 from offrl.runs.record import finish, provenance, resuming, write_json
 from offrl.runs.task import (
@@ -81,7 +81,7 @@ def train(
         else:
             if device.type == "cpu":
                 system.prepare(resolved.settings.threads, resolved.settings.keep_memory)
-                say(products.choose(home(), cpu_name()))
+                say(matmul.select_backend(home(), cpu_name()))
             write_json(folder / "run.json", provenance(resolved, data, *played, device))
             (folder / "config.yaml").write_text(resolved.to_yaml())  # last: makes it resumable
         groups = layout(resolved, device)

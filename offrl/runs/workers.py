@@ -20,7 +20,7 @@ from offrl.engine.loop import Progress
 from offrl.engine.stop import stop_requests
 from offrl.errors import Failed, Interrupted
 from offrl.system import cores, cpu_name
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.runs.record import resuming, scored
 
 Group = list[int]
@@ -93,25 +93,25 @@ def at_once(resolved: Resolved, groups: int) -> int:
 
 
 def prepare(resolved: Resolved, folder: Path, device: torch.device) -> None:
-    """Threads, allocator and products of this process, as the run in `folder` has them.
+    """Threads, allocator and matmul backend of this process, as the run in `folder` has them.
 
     Raises:
-        Failed: if the run's products are not to be had.
+        Failed: if the run's matrix products are not available.
     """
     system.prepare(resolved.settings.threads, resolved.settings.keep_memory)
     if device.type == "cuda":
         return
     kept = json.loads((folder / "run.json").read_text())
-    if "products" not in kept:  # of a run that an earlier version started
-        products.choose(home(), cpu_name())
+    if "matmul" not in kept:  # of a run that an earlier version started
+        matmul.select_backend(home(), cpu_name())
         return
-    if kept["products"] and not products.onednn_works():
+    if kept["matmul"] and not matmul.onednn_works():
         raise Failed(
-            f"{folder} was started with products by oneDNN, which this torch "
+            f"{folder} was started with matrix products by oneDNN, which this torch "
             f"({torch.__version__}) does not offer; continue it with the version it was started "
             f"with ({kept['versions']['torch']}), or start a new run"
         )
-    products.use(kept["products"])
+    matmul.use(kept["matmul"])
 
 
 class Display:

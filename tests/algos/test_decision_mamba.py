@@ -4,7 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from offrl import config as settings
@@ -13,8 +12,7 @@ from offrl.algos.decision_mamba import METHOD, Config, DecisionMamba
 from offrl.data.windows import act_taken, extend
 from offrl.engine.method import Run, Task
 from offrl.engine.optim import warm_up
-from offrl.nets.kernels import scan
-from offrl.nets.sequence.multigrained import Backbone, SharedGate
+from offrl.nets.sequence.multigrained import Backbone
 from offrl.regularizers import self_evolution
 from tests.algos import cases
 from tests.algos.cases import window
@@ -23,8 +21,6 @@ from tests.algos.sequences import SPEC, batch_equals_one_by_one, obeys_its_targe
 SMALL = cases.CASES["decision_mamba"].config
 make = partial(cases.make, "decision_mamba")
 RELEASE = replace(SMALL, grouping="release", mask_pads=False)
-SHARED = replace(SMALL, fusion="shared_gate")
-either_fusion = pytest.mark.parametrize("config", [SMALL, SHARED], ids=["parallel", "shared_gate"])
 
 
 def predicted(algo, batch):
@@ -60,9 +56,8 @@ def sees_its_label(algo, length):
     return found
 
 
-@either_fusion
-def test_with_causal_groups_no_prediction_sees_its_label(config):
-    assert sees_its_label(make(config), 20) == []
+def test_with_causal_groups_no_prediction_sees_its_label():
+    assert sees_its_label(make(), 20) == []
 
 
 @pytest.mark.parametrize("length", [10, 20, 30])
@@ -79,7 +74,7 @@ def test_in_a_stack_of_blocks_the_released_groups_show_all_labels_but_the_last()
     assert sees_its_label(make(RELEASE), 20) == list(range(19))
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, fine=False), SHARED])
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, fine=False)])
 def test_an_action_depends_on_what_came_before_it_and_nothing_else(config):
     algo, b = make(config), window(short=False)
     before = predicted(algo, b)
@@ -92,7 +87,7 @@ def test_an_action_depends_on_what_came_before_it_and_nothing_else(config):
         assert not torch.equal(before[:, 4], after[:, 4]), name
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, grouping="release"), SHARED])
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, grouping="release")])
 def test_what_pads_hold_makes_no_difference(config):
     algo, b = make(config), window()
     real, pad = b["mask"].bool(), b["mask"] == 0
@@ -119,9 +114,8 @@ def test_padded_steps_contribute_no_gradient(mask_pads):
     assert (grad[~pad][:, 1] != 0).any()
 
 
-@either_fusion
-def test_padded_and_unpadded_windows_give_equal_outputs(config):
-    algo, b = make(config), window()
+def test_padded_and_unpadded_windows_give_equal_outputs():
+    algo, b = make(), window()
     for i in range(4):
         cut = {name: value[i : i + 1, i:] for name, value in b.items()}
         torch.testing.assert_close(predicted(algo, b)[i, i:], predicted(algo, cut)[0])
@@ -153,21 +147,6 @@ def test_without_the_fine_branch_it_is_a_plain_mamba_stack():
     torch.testing.assert_close(algo.net(b).flatten(1, 2), x, rtol=1e-4, atol=1e-5)
 
 
-def test_with_a_shared_gate_both_paths_sum_before_one_gate_and_one_map():
-    block = SharedGate(8, torch.Generator().manual_seed(0))
-    nn.init.normal_(block.fine.conv_bias)
-    x = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(1))  # 4 steps of 3 tokens
-    c, f, z = (block.norm(x) @ block.weight_in).chunk(3, -1)
-    before = [torch.zeros_like(f[:, 0]), f[:, 2], f[:, 5], f[:, 8]]  # a_{t-1}; then R_t, s_t
-    groups = [torch.stack([before[t], f[:, 3 * t], f[:, 3 * t + 1]], 1) for t in range(4)]
-    u = F.silu((torch.stack(groups, 1) * block.fine.conv).sum(2) + block.fine.conv_bias)
-    delta, B, C = block.fine.select(u)
-    fine = scan.loop(u, delta, -block.fine.A_log.exp(), B, C, block.fine.D)
-    y = block.coarse(c) + fine.repeat_interleave(3, 1)
-    wanted = x + (y * F.silu(z)) @ block.weight_out
-    torch.testing.assert_close(block(x, None), wanted)
-
-
 def test_the_step_is_added_behind_the_norm():
     algo, b = make(), window()
     before = predicted(algo, b)
@@ -186,7 +165,7 @@ def test_hoppers_embedding_is_linear_and_its_head_ends_in_tanh():
 
 
 @pytest.mark.parametrize(
-    "config", [SMALL, replace(SMALL, fine=False), replace(SMALL, grouping="release"), SHARED]
+    "config", [SMALL, replace(SMALL, fine=False), replace(SMALL, grouping="release")]
 )
 def test_only_the_last_steps_can_be_asked_for(config):
     algo, b = make(config), window()
@@ -200,7 +179,7 @@ def test_only_the_last_steps_can_be_asked_for(config):
 # --- acting --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [SMALL, replace(SMALL, fine=False), SHARED])
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, fine=False)])
 def test_step_by_step_it_equals_the_window_until_the_window_is_full(config):
     config = replace(config, context=6)
     g = torch.Generator().manual_seed(3)
@@ -212,11 +191,11 @@ def test_step_by_step_it_equals_the_window_until_the_window_is_full(config):
     other = played(make(replace(config, eval_mode="recurrent")), *told)
     torch.testing.assert_close(one[:6], other[:6], rtol=0, atol=1e-5)
     torch.testing.assert_close(one[:, 1], other[:, 1], rtol=0, atol=1e-5)  # 2 + 6 steps in all
-    if config.fine and config.fusion == "parallel":
+    if config.fine:
         assert (one[6:, 0] - other[6:, 0]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("config", [SMALL, SHARED, RELEASE], ids=["parallel", "shared", "release"])
+@pytest.mark.parametrize("config", [SMALL, RELEASE], ids=["causal", "release"])
 def test_acting_equals_the_network_on_raw_windows(config):
     algo = make(config)
     g = torch.Generator().manual_seed(3)
@@ -426,6 +405,3 @@ def test_what_it_cannot_do_is_said():
         make(replace(SMALL, targets=()))
     with pytest.raises(ValueError, match="carries no seed axis"):
         DecisionMamba(SMALL, SPEC, torch.Generator(), (2,))
-    for wrong in ({"grouping": "release"}, {"fine": False}):
-        with pytest.raises(ValueError, match="shared_gate needs"):
-            make(replace(SHARED, **wrong))

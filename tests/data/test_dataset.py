@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -140,3 +143,30 @@ def test_both_ways_of_sampling_draw_the_same_and_transform_alike():
     index = batches[0]["index"]
     assert torch.equal(batches[0]["reward"], 10 * data["reward"][index] - 1)
     assert torch.equal(batches[0]["obs"], 2 * data["obs"][index] - 1)
+
+
+POSIX = """
+import os, sys
+
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None  # as on Windows: importing it fails
+for name in ("posix_fallocate", "sched_getaffinity", "fork", "killpg"):
+    delattr(os, name)
+import numpy as np
+import offrl.data, offrl.system
+from offrl.data.sources import d4rl, files, generated, minari, ogbench
+from offrl.data.dataset import allocate
+
+allocate(sys.argv[1], np.float32, (3, 2))[...] = 1
+print(np.load(sys.argv[1]).sum())
+"""
+
+
+def test_the_data_package_needs_nothing_that_only_unix_has(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", POSIX, tmp_path / "rows.npy"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (run.returncode, run.stdout) == (0, "6.0\n"), run.stderr

@@ -89,7 +89,7 @@ KINDS = METHODS | TOYS
 def evaluation(kind=None):
     make = {"discrete": CARTPOLE, "two_players": toys.Tug}.get(kind, HOPPER)
     player = Evaluator(make, width=2)
-    return lambda algo, episodes: {"return": player(algo, episodes).returns}
+    return lambda algo, episodes: {"return": player(algo, episodes)["return"]}
 
 
 def run(kind, folder, resume=False, pace=0.0, speed="auto"):

@@ -1,3 +1,6 @@
+import functools
+import pickle
+
 import gymnasium
 import mujoco
 import numpy as np
@@ -6,8 +9,9 @@ import torch
 
 from offrl.engine.evaluate import Evaluator
 from offrl.envs.grid import GridWorld
-from offrl.envs.make import ROBOTS, VERSIONS, env_id, factory
+from offrl.envs.make import ROBOTS, VERSIONS, env_id, factory, simulator
 from offrl.envs.vector import Vector, restore, snapshot
+from offrl.envs.workers import Workers
 
 HOPPER = factory("hopper")
 
@@ -26,6 +30,93 @@ def test_walker_weighs_as_in_the_older_engine():
     assert factory("walker2d", legacy_mass=True)().unwrapped.model.body_mass.sum() == pytest.approx(
         22.70, abs=0.02
     )
+
+
+WORLDS = ["hopper", "halfcheetah", "dmc-cheetah-run", "antmaze-medium", "cube-single"]
+EXTRAS = {"dmc": "dm_control", "antmaze": "ogbench", "cube": "ogbench"}
+
+
+def world(name, **settings):
+    if extra := EXTRAS.get(name.partition("-")[0]):
+        pytest.importorskip(extra)
+    env = factory(name)(**settings)
+    env.reset(seed=3)
+    return env
+
+
+@pytest.mark.parametrize("name", WORLDS[:-1])
+def test_factors_of_one_change_nothing(name):
+    plain, scaled = world(name), world(name, mass=1, friction=1)
+    acts = np.random.default_rng(0).uniform(-1, 1, (60, *plain.action_space.shape))
+    for act in acts:
+        expected, found = plain.step(act), scaled.step(act)
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert found[1:4] == expected[1:4]
+        if expected[2]:
+            np.testing.assert_array_equal(scaled.reset()[0], plain.reset()[0])
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_mass_and_friction_scale_the_whole_model(name):
+    plain, heavy = (simulator(env)[0] for env in (world(name), world(name, mass=2, friction=0.5)))
+    for field in ("body_mass", "body_inertia", "body_subtreemass"):
+        np.testing.assert_allclose(getattr(heavy, field), 2 * getattr(plain, field))
+    np.testing.assert_allclose(heavy.geom_friction, plain.geom_friction * [0.5, 1, 1])
+    assert (heavy.body_invweight0[1:] != plain.body_invweight0[1:]).any()
+
+
+def test_a_force_pushes_the_torso_in_every_episode():
+    plain, pushed = world("hopper"), world("hopper", force=(5.0, 0.0, 2.0))
+    for _ in range(2):
+        sums = []
+        for env in (plain, pushed):
+            model, data = simulator(env)
+            mujoco.mj_forward(model, data)
+            sums.append(data.qfrc_smooth[:2].copy())  # along the slides of the root, x and z
+            env.step(np.zeros(3))
+            env.reset(seed=4)
+        np.testing.assert_allclose(sums[1] - sums[0], [5.0, 2.0])
+
+
+def test_explicit_pairs_of_geoms_rub_as_the_others(tmp_path):
+    core = HOPPER().unwrapped
+    pair = '<contact><pair geom1="floor" geom2="foot_geom" friction="1 1 .1 .1 .1"/></contact>'
+    model = mujoco.MjSpec.from_file(core.fullpath).to_xml().replace("</mujoco>", f"{pair}</mujoco>")
+    (tmp_path / "hopper.xml").write_text(model)
+    env = world("hopper", xml_file=str(tmp_path / "hopper.xml"), friction=3)
+    np.testing.assert_allclose(simulator(env)[0].pair_friction, [[3, 3, 0.1, 0.1, 0.1]])
+
+
+def test_a_constructor_takes_the_settings_that_it_names():
+    assert world("grid-world", size=4).unwrapped.size == 4
+    assert np.ptp(world("hopper", reset_noise_scale=0.0).reset()[0][1:]) == 0
+    assert world("Pendulum-v1", g=3.0).unwrapped.g == 3.0
+
+
+def test_settings_reach_worker_processes():
+    make = functools.partial(HOPPER, mass=2.0)
+    assert simulator(pickle.loads(pickle.dumps(make))())[0].body_mass.sum() > 30
+    here, there = Vector([make, HOPPER], [0, 1]), Workers([make, HOPPER], [0, 1], 2)
+    assert torch.equal(here.reset(), there.reset())
+    act = torch.full((2, 3), 0.3)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(here.step(act), there.step(act), strict=True))
+    there.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("hopper", {"wind": 1}, "HopperEnv.*no setting 'wind'; known: mass, friction, force, xml"),
+        ("CartPole-v1", {"mass": 2}, "CartPole.*no setting 'mass'; known: sutton_barto_reward"),
+        ("hopper", {"mass": 0}, "positive factors, got 0"),
+        ("hopper", {"friction": float("nan")}, "positive factors, got 1.0 and nan"),
+        ("hopper", {"force": 3.0}, "force is three numbers, got 3.0"),
+    ],
+)
+def test_settings_that_an_environment_does_not_have_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        factory(name)(**settings)
 
 
 def test_unknown_names_and_versions_are_answered_with_the_nearest():
@@ -47,6 +138,8 @@ def test_a_filmed_robot_is_followed_by_its_camera():
     assert camera(factory("hopper", render=True)()) == 0  # the model's only one, "track"
     assert camera(factory("hopper")()) == -1
     assert camera(factory("inverted-pendulum", render=True)()) == -1
+    pytest.importorskip("ogbench")
+    assert factory("cube-single", render=True)().spec.id == "cube-single-v0"  # has its own camera
 
 
 def test_actions_are_clipped_and_stretched_to_the_range():
@@ -225,7 +318,7 @@ class Still:
     def __init__(self):
         self.sizes = set()
 
-    def act(self, now, memory=None, explore=False, generator=None):
+    def act(self, now, memory=None):
         self.sizes.add(tuple(now["obs"].shape))
         return torch.zeros(*now["obs"].shape[:-1], 3), memory
 
@@ -234,9 +327,9 @@ def test_evaluation_plays_equal_episodes_in_fixed_batches_and_repeats_itself():
     policy, player = Still(), Evaluator(factory("hopper"), width=3, seed=4)
     one, two = player(policy, 6), player(policy, 6)
     assert policy.sizes == {(3, 11)}
-    assert one.returns.shape == (6,)
-    assert torch.equal(one.returns, two.returns)
-    assert (one.lengths > 10).all()
+    assert one["return"].shape == (6,)
+    assert torch.equal(one["return"], two["return"])
+    assert (one["length"] > 10).all()
     with pytest.raises(ValueError, match="multiple of 3"):
         player(policy, 7)
 
@@ -254,7 +347,7 @@ def test_evaluation_equals_a_plain_loop():
             total, over = total + reward, terminated or truncated
         returns.append(total)
         env.reset()
-    found = Evaluator(factory("hopper"), width=1, seed=4)(Still(), 2).returns
+    found = Evaluator(factory("hopper"), width=1, seed=4)(Still(), 2)["return"]
     np.testing.assert_allclose(found.numpy(), returns, rtol=1e-5)
 
 
@@ -264,8 +357,8 @@ def test_stacked_seeds_meet_the_same_start_states():
 
     player = Evaluator(factory("hopper"), seeds=(2,), width=2, seed=4)
     found = player(Shared(), 4)
-    assert found.returns.shape == (2, 4)
-    assert torch.equal(found.returns[0], found.returns[1])
+    assert found["return"].shape == (2, 4)
+    assert torch.equal(found["return"][0], found["return"][1])
 
 
 class Certain:
@@ -274,7 +367,7 @@ class Certain:
     class config:
         discount = 0.9
 
-    def act(self, now, memory=None, explore=False, generator=None):
+    def act(self, now, memory=None):
         return torch.zeros(*now["obs"].shape[:-1], 1), memory
 
     def estimate(self, now, act):
@@ -300,11 +393,11 @@ class Constant(gymnasium.Env):
 
 
 def test_the_bias_of_estimates_leaves_out_steps_whose_return_is_cut_off():
-    cut = Evaluator(lambda: Constant(False), width=1)(Certain(), 1).bias
+    cut = Evaluator(lambda: Constant(False), width=1)(Certain(), 1)["bias"]
     assert float(cut) == pytest.approx(2.0, abs=0.01)  # 12 against 10 (1 - 0.9^n), n >= 44
-    ended = Evaluator(lambda: Constant(True), width=2)(Certain(), 4).bias
+    ended = Evaluator(lambda: Constant(True), width=2)(Certain(), 4)["bias"]
     returns = [2.71, 1.9, 1.0]
     assert ended.tolist() == pytest.approx([12 - sum(returns) / 3] * 4)
     early = Evaluator(lambda: gymnasium.wrappers.TimeLimit(Constant(False), 43), width=1)
-    assert early(Certain(), 1).bias.isnan().all()
-    assert Evaluator(HOPPER, width=1)(Still(), 1).bias is None
+    assert early(Certain(), 1)["bias"].isnan().all()
+    assert "bias" not in Evaluator(HOPPER, width=1)(Still(), 1)

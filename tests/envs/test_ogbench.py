@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offrl import config
-from offrl.engine.evaluate import Evaluator
+from offrl.engine.evaluate import Evaluator, scenarios_of
 from offrl.envs import ogbench
 from offrl.envs.make import env_id, factory, tasks
 
@@ -108,36 +108,35 @@ class Beeline:
     def __init__(self):
         self.goals = []
 
-    def act(self, now, memory=None, explore=False, generator=None):
+    def act(self, now, memory=None):
         self.goals.append(now["goal"])
         way = now["goal"] - now["obs"]
         return way / way.norm(dim=-1, keepdim=True), memory
 
 
-def test_tasks_are_played_apart_and_their_episodes_are_the_headline(giant):
+@pytest.mark.usefixtures("giant")
+def test_tasks_are_played_apart_and_their_episodes_are_the_headline():
     policy = Beeline()
-    options = tasks(giant)[3:]
-    player = Evaluator(
-        factory("pointmaze-giant"), width=2, scenarios=("task-4", "task-5"), tasks=options
-    )
+    make = factory("pointmaze-giant")
+    player = Evaluator(make, width=2, scenarios=scenarios_of((), make)[3:])
     for env in player.envs.envs:
         env.unwrapped._goal_tol = 60.0  # wide enough for the first step
     found = player(policy, 2)
-    assert found.returns.shape == (4,)
-    assert set(found.returns.tolist()) == {1.0}
-    assert list(found.scenarios) == ["task-4", "task-5"]
-    assert found.scenarios["task-5"].returns.shape == (2,)
+    assert found["return"].shape == (4,)
+    assert set(found["return"].tolist()) == {1.0}
+    assert [key for key in found if "return/" in key] == ["return/task-4", "return/task-5"]
+    assert found["return/task-5"].shape == (2,)
     assert policy.goals[0].shape == (4, 2)
     np.testing.assert_allclose(policy.goals[0][:2], [[44, 16]] * 2, atol=1)
     np.testing.assert_allclose(policy.goals[0][2:], [[28, 8]] * 2, atol=1)
     player.close()
 
 
-def test_goals_change_where_an_episode_begins_anew(giant):
+@pytest.mark.usefixtures("giant")
+def test_goals_change_where_an_episode_begins_anew():
     policy = Beeline()
-    player = Evaluator(
-        factory("pointmaze-giant"), width=1, scenarios=("a",), tasks=tasks(giant)[:1]
-    )
+    make = factory("pointmaze-giant")
+    player = Evaluator(make, width=1, scenarios=scenarios_of((), make)[:1])
     player.envs.envs[0].unwrapped._goal_tol = 1e3  # every step succeeds
     player(policy, 3)
     assert len(policy.goals) == 3

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from offrl.results.stats import interval, iqm, stratified_interval
 

@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from offrl.errors import ConfigError, Failed
 from offrl.runs import evaluate as evaluation
-from offrl.errors import ConfigError
 from offrl.runs.evaluate import film, write_video
-from offrl.errors import Failed
 
 STEPS = 5
 
 
 class Robot(gymnasium.Env):
     """Ends after STEPS steps; without a screen it cannot be rendered."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,))
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
 
     def __init__(self, screen):
         self.screen = screen
@@ -35,7 +37,7 @@ class Robot(gymnasium.Env):
 
 
 class Still:
-    def act(self, now, memory=None, explore=False, generator=None):
+    def act(self, now, memory=None):
         return torch.zeros(*now["obs"].shape[:-1], 2), memory
 
 
@@ -46,7 +48,7 @@ def filmed(monkeypatch):
         settings = SimpleNamespace(
             env="robot", env_version="v5", legacy_mass=False, action_repeat=1
         )
-        return film(SimpleNamespace(settings=settings), (Still(), seeds), 0)
+        return film(SimpleNamespace(settings=settings), (Still(), seeds), (), 0)
 
     return go
 

@@ -1,1 +1,1 @@
-"""Compiled and measured kernels: products, scans, GELU."""
+"""Compiled and measured kernels: matrix products, chains of them, scans, GELU."""

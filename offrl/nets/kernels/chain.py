@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 
 EPS = 1e-6  # of norms: flax's, where torch has 1e-5
 
@@ -55,12 +55,12 @@ def forward(
     for m, (x_m, out_m) in enumerate(zip(matrices(x, layers[0][0]), matrices(out), strict=True)):
         inner.append([])
         for weight, bias in split[:-1]:
-            x_m = products.forward(x_m, weight[m], bias[m])
+            x_m = matmul.forward(x_m, weight[m], bias[m])
             inner[-1].append(x_m)
         if rectified:
-            out_m.copy_(products.forward(x_m, weights[m], biases[m]))
+            out_m.copy_(matmul.forward(x_m, weights[m], biases[m]))
         else:
-            products.multiply(x_m, weights[m], out_m, biases[m])
+            matmul.multiply(x_m, weights[m], out_m, biases[m])
     return out, inner
 
 
@@ -118,11 +118,11 @@ class Chain(torch.autograd.Function):
             values = [x_m, *inner[m * (count - 1) : (m + 1) * (count - 1)]]
             for i in reversed(range(lowest, count)):
                 if (of_weight := of[2 * i + 1]) is not None:
-                    products.weight_gradient(values[i], grad, of_weight[m])
+                    matmul.weight_gradient(values[i], grad, of_weight[m])
                 if (of_bias := of[2 * i + 2]) is not None:
                     torch.sum(grad, -2, keepdim=True, out=of_bias[m])
                 if i > lowest:
-                    grad = products.input_gradient(grad, w[i][m])
+                    grad = matmul.input_gradient(grad, w[i][m])
                     torch.ops.aten.threshold_backward.grad_input(
                         grad, values[i], 0, grad_input=grad
                     )
@@ -130,7 +130,7 @@ class Chain(torch.autograd.Function):
                     if shared:
                         of_input[m].addmm_(grad, w[i][m].mT)
                     else:
-                        products.multiply(grad, w[i][m].mT, of_input[m])
+                        matmul.multiply(grad, w[i][m].mT, of_input[m])
         return out[0], None, *out[1:]
 
 

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @cache
 def compiled(source: Path, *definitions: str) -> ctypes.CDLL | None:
-    """The loops of a C file, or None, with a warning that says why, where they cannot be had."""
+    """The loops of a C file, or None where they are not available, with a warning why."""
     try:
         with TemporaryDirectory() as folder:
             target = Path(folder) / "loops.so"
@@ -57,7 +57,7 @@ def compiled(source: Path, *definitions: str) -> ctypes.CDLL | None:
 
 
 def library(states: int, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled scan, None where it cannot be had."""
+    """The compiled scan, None where it is not available."""
     if dtype not in TYPES:
         return None
     real, exponential = TYPES[dtype]
@@ -111,5 +111,5 @@ def fused(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) 
     """`offrl.nets.kernels.scan.loop` on a CPU where `library` is there; differentiable once."""
     loops = library(A.shape[1], u.dtype)
     if loops is None:
-        raise RuntimeError("the compiled scan is not to be had here; call selective_scan instead")
+        raise RuntimeError("the compiled scan is not available; call selective_scan instead")
     return FusedScan.apply(loops, u, delta, A, B, C, D)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.nets.kernels.chain import EPS, again, matrices, through
 
 LINEAR, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
@@ -74,7 +74,7 @@ def run(x: Tensor, layers: Sequence[Layer], kept: list[Tensor] | None = None) ->
     if kept is not None:
         kept.append(x)
     result = x.new_empty(len(x), weight.shape[-1])
-    products.multiply(x, weight, result, bias)
+    matmul.multiply(x, weight, result, bias)
     return result
 
 
@@ -165,9 +165,9 @@ def gradients(
                     place.copy_(slope)
             grad = gelu_gradient(grad, before, share)
         if out:
-            products.weight_gradient(x, grad, out[i][0])
+            matmul.weight_gradient(x, grad, out[i][0])
             torch.sum(grad, 0, keepdim=True, out=out[i][1])
         if i > 0:
-            grad = products.input_gradient(grad, weight)
+            grad = matmul.input_gradient(grad, weight)
         elif x_grad is not None:
             x_grad.addmm_(grad, weight.T)

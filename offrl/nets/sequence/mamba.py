@@ -21,7 +21,8 @@ from torch.nn import functional
 
 from offrl.nets.kernels.scan import STATES, selective_scan, selective_step
 
-Memory = tuple[Tensor, Tensor]  # the last inputs of the convolution (B, conv - 1, E), h (B, E, N)
+REACH = 4  # steps that the convolution sees, the current one included
+Memory = tuple[Tensor, Tensor]  # the last inputs of the convolution (B, REACH - 1, E), h (B, E, N)
 
 
 class Selective(nn.Module):
@@ -33,16 +34,15 @@ class Selective(nn.Module):
 
     Args:
         inner: E, channels. Step sizes are of rank E / 32, rounded up.
-        conv: steps that the convolution sees, the current one included.
         generator: source of the initial weights; its device holds them.
     """
 
-    def __init__(self, inner: int, conv: int = 4, generator: Generator | None = None):
+    def __init__(self, inner: int, generator: Generator | None = None):
         super().__init__()
         rank = math.ceil(inner / 32)
         self.sizes = rank, STATES, STATES
         device = generator.device if generator is not None else None
-        self.conv = uniform(conv, inner, fan_in=conv, generator=generator)
+        self.conv = uniform(REACH, inner, fan_in=REACH, generator=generator)
         self.conv_bias = nn.Parameter(torch.zeros(inner, device=device))
         self.weight_x = uniform(inner, sum(self.sizes), fan_in=inner, generator=generator)
         self.weight_delta = uniform(rank, inner, fan_in=rank, generator=generator)
@@ -54,18 +54,18 @@ class Selective(nn.Module):
         self.A_log = nn.Parameter(rates.log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner, device=device))
 
-    def forward(self, u: Tensor, mask: Tensor | None = None, steps: slice = slice(None)) -> Tensor:
-        """Convolve all steps of u (B, L, E), then scan those in `steps`; `mask` as in `Mixer`."""
+    def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Convolve and scan u (B, L, E); `mask` as in `Mixer`."""
         if mask is not None:
             mask = mask.unsqueeze(-1).to(u.dtype)
             u = u * mask
         length, reach = u.shape[1], len(self.conv)
         padded = functional.pad(u, (0, 0, reach - 1, 0))
         taps = (padded[:, k : k + length] * self.conv[k] for k in range(reach))
-        u = functional.silu(sum(taps, self.conv_bias))[:, steps]
+        u = functional.silu(sum(taps, self.conv_bias))
         delta, B, C = self.select(u)
         if mask is not None:
-            delta = delta * mask[:, steps]
+            delta = delta * mask
         return selective_scan(u, delta, -self.A_log.exp(), B, C, self.D)
 
     def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

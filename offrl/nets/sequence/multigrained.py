@@ -10,14 +10,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
 from offrl.nets.kernels import fused_backbone
 from offrl.nets.linear import Linear
-from offrl.nets.sequence.mamba import Mixer, Selective, uniform
+from offrl.nets.sequence.mamba import Mixer
 
 Grouping = Literal["causal", "release"]
-Fusion = Literal["parallel", "shared_gate"]
 
 
 class Block(nn.Module):
@@ -85,59 +83,6 @@ class Block(nn.Module):
         return a + y + memory["f"], {"coarse": coarse, "fine": memory["fine"], "action": normed}
 
 
-class SharedGate(nn.Module):
-    """A block after the letter of the paper's Figure 1: (B, 3K, width) -> (B, 3K, width).
-
-        c, f, z = RMSNorm(x) W_in,  out = x + ((coarse(c) + fine(f)) * SiLU(z)) W_out
-
-    Each path is convolution, SiLU and scan. That of the fine one spans (a_{t-1}, R_t, s_t) and is
-    what groups a step: its scan takes the s-tokens only, and its output of a step goes to all
-    three tokens. That this convolution is depthwise, as Mamba's, is our choice.
-    """
-
-    def __init__(self, width: int, generator: Generator | None):
-        super().__init__()
-        device = generator.device if generator is not None else None
-        inner = 2 * width
-        self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
-        self.weight_in = uniform(width, 3 * inner, fan_in=width, generator=generator)
-        self.coarse = Selective(inner, generator=generator)
-        self.fine = Selective(inner, conv=3, generator=generator)
-        self.weight_out = uniform(inner, width, fan_in=inner, generator=generator)
-
-    def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
-        """As `Block.forward`."""
-        tokens = None if mask is None else mask.repeat_interleave(3, 1)
-        c, f, z = (self.norm(x) @ self.weight_in).chunk(3, -1)  # (B, 3K, E)
-        coarse, fine = self.coarse(c, tokens), self.fine(f, tokens, slice(1, None, 3))
-        y = (coarse.unflatten(1, (-1, 3)) + fine.unsqueeze(2)).flatten(1, 2)
-        x = x + (y * F.silu(z)) @ self.weight_out
-        return x if kept is None else x[:, -3 * kept :]
-
-    def start(self, batch: int) -> dict[str, Any]:
-        """As `Block.start`, the last a-token as the fine path's input (B, E)."""
-        coarse, (tail, h) = self.coarse.start(batch), self.fine.start(batch)
-        return {"coarse": coarse, "fine": h, "action": tail[:, 0]}
-
-    def observe(self, pair: Tensor, memory: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """As `Block.observe`."""
-        c, f, z = (self.norm(pair) @ self.weight_in).chunk(3, -1)  # (B, 2, E)
-        y_r, coarse = self.coarse.step(c[:, 0], memory["coarse"])
-        y_s, coarse = self.coarse.step(c[:, 1], coarse)
-        before = torch.stack([memory["action"], f[:, 0]], 1)
-        y_f, (_, fine) = self.fine.step(f[:, 1], (before, memory["fine"]))
-        y = torch.stack([y_r, y_s], 1) + y_f.unsqueeze(1)
-        pair = pair + (y * F.silu(z)) @ self.weight_out
-        return pair, {"coarse": coarse, "fine": fine, "f": y_f}
-
-    def decide(self, a: Tensor, memory: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """As `Block.decide`."""
-        c, f, z = (self.norm(a) @ self.weight_in).chunk(3, -1)  # (B, E)
-        y, coarse = self.coarse.step(c, memory["coarse"])
-        a = a + ((y + memory["f"]) * F.silu(z)) @ self.weight_out
-        return a, {"coarse": coarse, "fine": memory["fine"], "action": f}
-
-
 class Backbone(nn.Module):
     """The blocks and a last RMSNorm over tokens: (B, 3K, width) -> (B, 3 kept, width)."""
 
@@ -147,19 +92,15 @@ class Backbone(nn.Module):
         width: int,
         fine: bool = True,
         grouping: Grouping = "causal",
-        fusion: Fusion = "parallel",
         generator: Generator | None = None,
     ):
         super().__init__()
         device = generator.device if generator is not None else None
         self.blocks: Any = nn.ModuleList(
-            Block(width, fine, grouping, generator)
-            if fusion == "parallel"
-            else SharedGate(width, generator)
-            for _ in range(layers)
+            Block(width, fine, grouping, generator) for _ in range(layers)
         )
         self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
-        self.fusible = (fusion, grouping) == ("parallel", "causal")
+        self.fusible = grouping == "causal"
 
     def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
         if self.fusible and fused_backbone.serves(x):

@@ -98,7 +98,7 @@ def test_behavior_is_the_gaussian_actor_with_its_weights_rounded():
     with torch.no_grad():
         expected, _ = net.sample(obs, streams[0])
         mean = net(obs)[0].tanh()
-    sampled, _ = policy.act({"obs": obs}, explore=True, generator=streams[1])
+    sampled, _ = policy.act({"obs": obs, "explore": True, "generator": streams[1]})
     torch.testing.assert_close(sampled, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(policy.act({"obs": obs})[0], mean, rtol=1e-5, atol=1e-6)
 
@@ -107,7 +107,8 @@ def test_sampled_actions_have_sacs_mean_and_spread_before_the_tanh():
     algo = sac.make(sac.Config(hidden=(32, 32)), Spec(11, 3), torch.Generator().manual_seed(0))
     policy = Behavior(layers(algo.actor.state_dict()), {})
     obs = torch.randn(1, 11, generator=torch.Generator().manual_seed(1)).expand(100_000, 11)
-    act, _ = policy.act({"obs": obs}, explore=True, generator=torch.Generator().manual_seed(3))
+    stream = torch.Generator().manual_seed(3)
+    act, _ = policy.act({"obs": obs, "explore": True, "generator": stream})
     with torch.no_grad():
         mean, log_std = (value[0] for value in algo.actor(obs[:1]))
     raw = act.double().clamp(-1 + 1e-7, 1 - 1e-7).atanh()
@@ -241,12 +242,12 @@ def test_replaying_the_stored_actions_gives_the_stored_rows(tmp_path, here):
 class Dying:
     """Kills its process."""
 
-    def act(self, now, memory=None, explore=False, generator=None):
+    def act(self, now, memory=None):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Failing:
-    def act(self, now, memory=None, explore=False, generator=None):
+    def act(self, now, memory=None):
         raise ZeroDivisionError("bad policy")
 
 

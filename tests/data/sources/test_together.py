@@ -1,6 +1,5 @@
 """Processes that ask for the same cache entry at once: it is made once, and all get the same."""
 
-import fcntl
 import multiprocessing
 import os
 import time
@@ -43,16 +42,6 @@ def ask(name, place, barrier):
     rollout.in_processes = one_process
     barrier.wait(60)
     return ASK[name](place)
-
-
-def test_entries_of_one_folder_do_not_wait_for_each_other(tmp_path, monkeypatch):
-    flock = fcntl.flock
-    monkeypatch.setattr(fcntl, "flock", lambda file, how: flock(file, how | fcntl.LOCK_NB))
-    hold = dataset.one_at_a_time
-    with hold(tmp_path / "medium"), hold(tmp_path / "expert"):
-        with pytest.raises(BlockingIOError), hold(tmp_path / "medium"):
-            pass
-    assert {path.name for path in tmp_path.iterdir()} == {".medium.lock", ".expert.lock"}
 
 
 @pytest.mark.parametrize("name", ASK)

@@ -136,7 +136,6 @@ def test_where_it_cannot_serve_the_operators_do(monkeypatch):
     with torch.no_grad():
         backbone(width=24)(draw(1, 6, 24), None)
         backbone(grouping="release")(draw(1, 6, 16), None)
-        backbone(fusion="shared_gate")(draw(1, 6, 16), None)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             backbone()(draw(1, 6, 16), None)
         backbone().double()(draw(1, 6, 16).double(), None)

@@ -2,8 +2,9 @@
 
 torch multiplies float32 matrices with MKL, which leaves half of an AMD Zen 5 core idle; oneDNN, in
 the same wheel, takes 256 cubed in half the time there, and in a tenth less on Zen 4. Which it is
-differs by processor and by kind of product, so `choose` measures once per machine and remembers.
-Until it is called every product is torch's own. Results of the two differ in the last digits.
+differs by processor and by kind of product, so `select_backend` measures once per machine and
+remembers. Until it is called every product is torch's own. Results of the two differ in the last
+digits.
 
 oneDNN is reached through a private operator of torch, which is tried before it is relied on.
 """
@@ -79,7 +80,7 @@ def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None) -> N
 # --- the choice ----------------------------------------------------------------------------------
 
 
-def choose(folder: Path, machine: str) -> str:
+def select_backend(folder: Path, machine: str) -> str:
     """Use the faster library for each kind of product, as measured on this machine before or now.
 
     One measurement serves all later runs, so that runs from one seed go through the same products;
@@ -92,7 +93,7 @@ def choose(folder: Path, machine: str) -> str:
     Returns:
         A sentence about what is used.
     """
-    path = folder / "products.json"
+    path = folder / "matmul.json"
     key = f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {VERSION}"
     try:
         kept = json.loads(path.read_text())
@@ -107,7 +108,7 @@ def choose(folder: Path, machine: str) -> str:
             part.write_text(json.dumps(kept, indent=1))
             os.replace(part, path)
         except OSError as error:
-            log.warning("the choice of products cannot be kept in %s: %s", path, error)
+            log.warning("the choice of a backend cannot be kept in %s: %s", path, error)
     use(kept[key])
     kinds = ", ".join(k for k in KINDS if k in chosen)
     if not kinds:
@@ -128,10 +129,12 @@ def onednn_works() -> bool:
         found = linear(x, y, bias, "relu")
     except (AttributeError, RuntimeError) as error:  # gone, changed, or torch built without it
         reason = str(error).strip().splitlines()[0]
-        log.warning("products stay torch's own, for oneDNN's operator cannot be used: %s", reason)
+        log.warning(
+            "matrix products stay torch's own, for oneDNN's operator cannot be used: %s", reason
+        )
         return False
     if not torch.allclose(found, (x @ y + bias).relu(), rtol=1e-4, atol=1e-4):
-        log.warning("products stay torch's own, for oneDNN's operator gives other values")
+        log.warning("matrix products stay torch's own, for oneDNN's operator gives other values")
         return False
     return True
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from offrl.nets.kernels import products
+from offrl.nets.kernels import matmul
 from offrl.nets.kernels.chain import chain
 
 MACHINE = "a machine"
@@ -14,12 +14,12 @@ MACHINE = "a machine"
 @pytest.fixture(autouse=True)
 def restored():
     yield
-    products.chosen = frozenset()
+    matmul.chosen = frozenset()
 
 
 def onednn():
     try:
-        products.linear(torch.zeros(64, 64), torch.zeros(64, 64), None, "none")
+        matmul.linear(torch.zeros(64, 64), torch.zeros(64, 64), None, "none")
     except (AttributeError, RuntimeError):
         return False
     return True
@@ -32,8 +32,8 @@ def test_products_by_onednn_equal_torchs_own():
     dims, x = [(80, 96), (96, 72), (72, 6)], draw(128, 80)
     params = [draw(*shape) for i, o in dims for shape in ((i, o), (1, o))]
     found = []
-    for chosen in ((), products.KINDS):
-        products.chosen = frozenset(chosen)
+    for chosen in ((), matmul.KINDS):
+        matmul.chosen = frozenset(chosen)
         out = chain(x, list(zip(params[::2], params[1::2], strict=True)))
         found.append([out, *torch.autograd.grad((out * 1e-3).square().sum(), [x, *params])])
     for one, other in zip(*found, strict=True):
@@ -42,35 +42,35 @@ def test_products_by_onednn_equal_torchs_own():
 
 def test_a_choice_is_measured_once_per_machine(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(products, "measured", lambda: seen.append(1) or ["forward"])
+    monkeypatch.setattr(matmul, "measured", lambda: seen.append(1) or ["forward"])
     for _ in range(3):
-        assert products.choose(tmp_path, MACHINE) == (
+        assert matmul.select_backend(tmp_path, MACHINE) == (
             "matrix products by oneDNN, the fastest here: forward; the rest by torch's own library"
         )
-        assert products.chosen == {"forward"}
+        assert matmul.chosen == {"forward"}
     assert len(seen) == 1
-    products.choose(tmp_path, "another machine")
+    matmul.select_backend(tmp_path, "another machine")
     assert len(seen) == 2
-    assert [p.name for p in tmp_path.iterdir()] == ["products.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["matmul.json"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "3"])
 def test_a_damaged_choice_is_measured_again(tmp_path, monkeypatch, text):
-    monkeypatch.setattr(products, "measured", list)
-    (tmp_path / "products.json").write_text(text)
-    assert products.choose(tmp_path, MACHINE) == (
+    monkeypatch.setattr(matmul, "measured", list)
+    (tmp_path / "matmul.json").write_text(text)
+    assert matmul.select_backend(tmp_path, MACHINE) == (
         "matrix products by torch's own library, the fastest here"
     )
-    assert list(json.loads((tmp_path / "products.json").read_text()).values()) == [[]]
+    assert list(json.loads((tmp_path / "matmul.json").read_text()).values()) == [[]]
 
 
 def test_a_choice_that_cannot_be_kept_is_told_and_holds_for_the_process(
     tmp_path, monkeypatch, caplog
 ):
-    monkeypatch.setattr(products, "measured", lambda: ["forward"])
+    monkeypatch.setattr(matmul, "measured", lambda: ["forward"])
     (tmp_path / "home").write_text("a file where the folder should be")
-    products.choose(tmp_path / "home", MACHINE)
-    assert products.chosen == {"forward"}
+    matmul.select_backend(tmp_path / "home", MACHINE)
+    assert matmul.chosen == {"forward"}
     assert "cannot be kept" in caplog.text
 
 
@@ -82,6 +82,6 @@ def test_a_choice_that_cannot_be_kept_is_told_and_holds_for_the_process(
     ],
 )
 def test_an_operator_that_is_gone_or_wrong_is_not_used(monkeypatch, caplog, linear, told):
-    monkeypatch.setattr(products, "linear", linear)
-    assert products.measured() == []
+    monkeypatch.setattr(matmul, "linear", linear)
+    assert matmul.measured() == []
     assert told in caplog.text
