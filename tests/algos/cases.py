@@ -13,6 +13,7 @@ from offrl.data.neighbors import StateNeighbors
 from offrl.engine.method import Batch, Spec
 
 OBS, ACT = 3, 2
+TASK = Spec(OBS, ACT)
 G = torch.Generator().manual_seed(5)
 STATES = torch.randn(300, OBS, generator=G)  # of the data set that PRDC searches
 ACTIONS = torch.randn(300, ACT, generator=G).tanh()
@@ -110,7 +111,7 @@ def near(algo: Any) -> None:
 class Case:
     config: Any
     batch: Callable[..., Batch]  # (seeds=, seed=), without `seeds` where the method has none
-    spec: Spec = Spec(OBS, ACT)
+    spec: Spec = TASK
     prepare: Callable[[Any], None] = lambda algo: None
 
 
@@ -128,7 +129,7 @@ WINDOWS = {"size": "tiny", "context": 4, "batch": 8, "targets": (3.0, 1.0), "sca
 CASES = {
     "bc": case("bc", MLP, pairs),
     "td3bc": case("td3bc", MLP, transitions),
-    "prdc": case("prdc", MLP, known, Spec(OBS, ACT), near),
+    "prdc": case("prdc", MLP, known, TASK, near),
     "ddpg": case("ddpg", MLP, transitions),
     "td3": case("td3", MLP, transitions),
     "sac": case("sac", MLP, transitions),

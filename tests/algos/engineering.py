@@ -83,9 +83,8 @@ def stacked_run_equals_single_runs(make, batches, monkeypatch, updates, seeds=3)
 
     stacked, singles = make(seeds=(seeds,)), [make(seeds=()) for _ in range(seeds)]
     for i, single in enumerate(singles):
-        for name, p, q in matched(single, stacked):
-            with torch.no_grad():
-                p.copy_(q[i])
+        for _, p, q in matched(single, stacked):
+            p.data.copy_(q[i])
     monkeypatch.setattr(torch.Tensor, "normal_", normal_)
     for step in range(updates):
         batch, turn = batches((seeds,), seed=step), turns_of(stacked)(step)

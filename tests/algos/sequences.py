@@ -3,24 +3,9 @@
 import torch
 
 from offrl.data import Dataset
-from offrl.engine.method import Run, Spec
+from offrl.engine.method import Run, Spec, Task
 
 SPEC = Spec(obs_dim=2, act_dim=2)
-
-
-def window(count=4, length=6, short=True, seed=1):
-    """A batch of windows; with `short`, row i lacks i of its steps."""
-    g = torch.Generator().manual_seed(seed)
-    mask = torch.ones(count, length)
-    for i in range(count if short else 0):
-        mask[i, :i] = 0
-    return {
-        "obs": torch.randn(count, length, 2, generator=g),
-        "act": torch.randn(count, length, 2, generator=g).tanh(),
-        "return_to_go": torch.randn(count, length, generator=g),
-        "step_in_episode": torch.arange(length).expand(count, length) + 3,
-        "mask": mask,
-    }
 
 
 def two_arms(steps=5):
@@ -30,6 +15,7 @@ def two_arms(steps=5):
     return Dataset(fields, torch.arange(0, len(act), steps), torch.zeros(40), "two arms")
 
 
+@torch.no_grad()
 def played(algo, episodes, rewards, starts, scenario):
     """Actions (T, B, a) on given observations (T, B, o), whatever the policy does."""
     memory, found, reward = None, [], torch.zeros(episodes.shape[1])
@@ -56,15 +42,15 @@ def batch_equals_one_by_one(algo):
     assert (together[0, 0] - together[0, 1]).abs().max() > 1e-4
 
 
-def obeys_its_target(algo, module, steps):
+def obeys_its_target(algo, method, steps):
     """Trained on two arms, the policy takes the one whose return it is asked for."""
-    (stage,) = module.stages(algo, two_arms(), Run(steps=steps))
+    (stage,) = method.stages(algo, Task(SPEC, two_arms()), Run(steps=steps))
     sample = stage.start()
     for step in range(steps):
         for period, work in stage.between:
             if step % period == 0:
                 work()
-        stage.update(sample(algo.generator), step)
+        stage.update(sample(algo.generator), 0)
     zero = torch.zeros(2)
     now = {"obs": torch.zeros(2, 2), "start": zero + 1, "reward": zero}
     act, _ = algo.act(now | {"scenario": torch.tensor([0, 1])})

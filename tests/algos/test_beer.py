@@ -1,24 +1,20 @@
 """BEER and the hosts that take its penalty: TD3 and SAC; DQN in test_dqn.py."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from offrl.algos import ddpg, sac, td3
-from offrl.algos.beer import BEER, Config
 from offrl.engine.method import Spec
 from offrl.regularizers.rank import beer_penalty
-from tests.algos import engineering
-from tests.algos.test_td3bc import batch
+from tests.algos import cases, engineering
+from tests.algos.cases import transitions as batch
 
-SMALL = Config(hidden=(32, 32))
+SMALL = cases.CASES["beer"].config
+make = partial(cases.make, "beer")
 HOSTS = {"td3": (td3.TD3, td3.Config), "sac": (sac.SAC, sac.Config)}
-
-
-def make(config=SMALL, seeds=(), device="cpu"):
-    generator = torch.Generator(device).manual_seed(0)
-    return BEER(config, Spec(obs_dim=3, act_dim=2), generator, seeds)
 
 
 def host(name, weight, seeds=()):
@@ -120,7 +116,7 @@ def test_hosts_average_the_penalties_of_both_critics(name):
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_hosts_with_the_penalty_are_captured_bit_equal(name):
-    engineering.captured_equals_written(lambda: host(name, 1e-3), lambda step: batch(seed=step))
+    engineering.captured_equals_eager(lambda: host(name, 1e-3), batch())
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -137,58 +133,3 @@ def test_ranks_are_measured_for_every_seed():
     found = algo.measure(batch((2,), size=200))
     assert found["rank/feature"][0] > 3
     assert found["rank/feature"][1] == found["rank/effective"][1] == 0
-
-
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.gpu
-def test_updates_on_cuda_never_wait():
-    engineering.on_cuda_updates_never_wait(
-        lambda: make(device="cuda"), lambda step: batch(seed=step)
-    )
-
-
-@pytest.mark.gpu
-def test_captured_updates_on_cuda_follow_written_ones():
-    engineering.captured_equals_written(
-        lambda: make(device="cuda"), lambda step: batch(seed=step), tolerance=1e-4
-    )
-
-
-def test_every_seed_of_a_stacked_run_ends_where_its_own_run_does(monkeypatch):
-    engineering.stacked_run_equals_single_runs(make, batch, monkeypatch)
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.slow
-def test_compiled_updates_follow_written_ones():
-    engineering.compiled_follows_written(make, lambda step: batch(seed=step))
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget("beer", make, lambda step: batch(seed=step))
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, lambda step: batch(seed=step))
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, lambda step: batch(seed=step))
-
-
-def test_seeds_do_not_touch_each_other():
-    engineering.seeds_do_not_touch_each_other(
-        lambda seeds: make(seeds=seeds), lambda step: batch((3,), seed=step), "critics"
-    )
-
-
-def test_stacked_losses_equal_single_ones():
-    engineering.stacked_equals_single(
-        lambda seeds: make(seeds=seeds), batch, lambda algo, b: algo.actor_loss(b)[0]
-    )

@@ -1,21 +1,16 @@
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from offrl.algos import crl
-from tests.algos.goal_conditioned import (
-    batch,
-    climbs_while_it_imitates,
-    maker,
-    passes_engineering,
-    passes_with_images,
-    reaches,
-)
+from tests.algos import cases
+from tests.algos.cases import two_goals as batch
+from tests.algos.goal_conditioned import climbs_while_it_imitates, reaches
 
-SMALL = crl.Config(hidden=(16, 16), latent=16, batch=16)
-make = maker(crl, SMALL)
+SMALL = cases.CASES["crl"].config
+make = partial(cases.make, "crl")
 
 
 def test_logits_of_zero_cost_log_two():
@@ -62,11 +57,3 @@ def test_the_actor_climbs_the_smaller_logit_above_the_floor_while_it_imitates(sc
 
     climbs_while_it_imitates(algo, critic)
     assert met == [below]
-
-
-def test_engineering():
-    passes_engineering(crl, make, ["critic_loss", "actor_loss"])
-
-
-def test_images_go_through_encoders_of_their_own():
-    passes_with_images(crl, SMALL, {"critic_loss": ["phi", "psi"], "actor_loss": ["actor"]})

@@ -1,5 +1,6 @@
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -7,28 +8,19 @@ from torch.nn import functional as F
 
 from offrl import config as settings
 from offrl.algos import decision_mamba
-from offrl.algos.decision_mamba import Config, DecisionMamba
+from offrl.algos.decision_mamba import METHOD, Config, DecisionMamba
 from offrl.data.windows import act_taken, extend
-from offrl.engine.method import Run
+from offrl.engine.method import Run, Task
 from offrl.engine.optim import warm_up
 from offrl.nets.sequence.multigrained import Backbone
 from offrl.regularizers import self_evolution
-from tests.algos import engineering
-from tests.algos.sequences import (
-    SPEC,
-    batch_equals_one_by_one,
-    obeys_its_target,
-    played,
-    two_arms,
-    window,
-)
+from tests.algos import cases
+from tests.algos.cases import window
+from tests.algos.sequences import SPEC, batch_equals_one_by_one, obeys_its_target, played, two_arms
 
-SMALL = Config(size="tiny", context=4, batch=8, targets=(3.0, 1.0), scale=1.0, steps=400)
+SMALL = cases.CASES["decision_mamba"].config
+make = partial(cases.make, "decision_mamba")
 RELEASE = replace(SMALL, grouping="release", mask_pads=False)
-
-
-def make(config=SMALL):
-    return DecisionMamba(config, SPEC, torch.Generator().manual_seed(0))
 
 
 def predicted(algo, batch):
@@ -109,7 +101,7 @@ def test_what_pads_hold_makes_no_difference(config):
 @pytest.mark.parametrize("mask_pads", [True, False])
 def test_padded_steps_contribute_no_gradient(mask_pads):
     algo, b = make(replace(SMALL, mask_pads=mask_pads)), window()
-    algo.evolution.step.fill_(39 * algo.stage_steps)  # labels of the teacher count too
+    algo.evolution.step.fill_(39 * algo.evolution.stage_steps)  # labels of the teacher count too
     pad = b["mask"] == 0
     inputs = [b[name].requires_grad_() for name in ("obs", "act", "return_to_go")]
     for grad in torch.autograd.grad(algo.loss(b)[0], inputs):
@@ -137,12 +129,12 @@ def test_without_masking_pads_enter_the_states():
 
 def test_without_the_fine_branch_it_is_a_plain_mamba_stack():
     algo, b = make(replace(SMALL, fine=False)), window(short=False)
-    x = algo.net.placed(
+    x = algo.net.tokens.placed(
         torch.stack(
             [
-                algo.net.embed_return(b["return_to_go"].unsqueeze(-1)),
-                algo.net.embed_obs(b["obs"]),
-                algo.net.embed_act(b["act"]),
+                algo.net.tokens.embed_return(b["return_to_go"].unsqueeze(-1)),
+                algo.net.tokens.embed_obs(b["obs"]),
+                algo.net.tokens.embed_act(b["act"]),
             ],
             2,
         ),
@@ -159,13 +151,13 @@ def test_the_step_is_added_behind_the_norm():
     algo, b = make(), window()
     before = predicted(algo, b)
     with torch.no_grad():
-        algo.net.embed_step.add_(1.0)  # in Decision Transformer LayerNorm would remove it
+        algo.net.tokens.embed_step.add_(1.0)  # in Decision Transformer LayerNorm would remove it
     assert (predicted(algo, b) - before).abs().max() > 1e-3
 
 
 def test_hoppers_embedding_is_linear_and_its_head_ends_in_tanh():
     plain = make(replace(SMALL, mlp_embedding=False, mlp_head=False)).net
-    assert plain.embed_obs.second is None
+    assert plain.tokens.embed_obs.second is None
     assert plain.head_hidden is None
     big = torch.full((1, 64), 1e6)
     assert plain.action(big).abs().max() <= 1
@@ -305,7 +297,7 @@ def test_in_the_first_stage_the_gradient_is_the_plain_one():
 def test_a_teacher_that_is_the_current_policy_only_rescales_the_gradient(monkeypatch):
     algo = make(ACTION_ONLY)
     plain = gradient(algo, window())
-    algo.evolution.step.fill_(39 * algo.stage_steps)
+    algo.evolution.step.fill_(39 * algo.evolution.stage_steps)
     assert float(algo.evolution.blend) == 0.5
     for mine, whole in zip(gradient(algo, window()), plain, strict=True):
         torch.testing.assert_close(mine, 0.5 * whole, rtol=1e-4, atol=1e-7)
@@ -320,7 +312,7 @@ def test_a_teacher_that_is_the_current_policy_only_rescales_the_gradient(monkeyp
 
 def test_a_lagged_teacher_moves_the_target():
     algo = make(ACTION_ONLY)
-    algo.evolution.step.fill_(39 * algo.stage_steps)
+    algo.evolution.step.fill_(39 * algo.evolution.stage_steps)
     with torch.no_grad():
         algo.teacher.head_act.bias.add_(1.0)
     b = window()
@@ -332,7 +324,7 @@ def test_a_lagged_teacher_moves_the_target():
 
 def test_the_teacher_rests_within_a_stage_and_is_refreshed_at_its_end():
     algo = make(replace(SMALL, steps=120))  # 40 stages of 3 updates
-    (stage,) = decision_mamba.stages(algo, two_arms(), Run(steps=120))
+    (stage,) = METHOD.stages(algo, Task(SPEC, two_arms()), Run(steps=120))
     ((period, refresh),) = stage.between
     assert period == 3
     sample, start = stage.start(), deepcopy(algo.net.state_dict())
@@ -345,15 +337,15 @@ def test_the_teacher_rests_within_a_stage_and_is_refreshed_at_its_end():
             assert not same(algo.teacher.state_dict(), start)
         else:
             assert same(algo.teacher.state_dict(), start)
-        metrics = stage.update(sample(algo.generator), step)
+        metrics = stage.update(sample(algo.generator), 0)
         assert float(metrics["actor/blend"]) == pytest.approx(0.85 / 40 if step == 3 else 0.0)
     off = make(replace(SMALL, self_evolution=False))
-    assert decision_mamba.stages(off, two_arms(), Run(steps=400))[0].between == []
+    assert METHOD.stages(off, Task(SPEC, two_arms()), Run(steps=400))[0].between == []
 
 
 def test_the_blend_reaches_its_cap_in_stage_24():
     algo, blends = make(Config(targets=(1.0,))), []
-    assert algo.stage_steps == 2500
+    assert algo.evolution.stage_steps == 2500
     for stage in range(40):
         algo.evolution.step.fill_(2500 * stage)
         blends.append(float(algo.evolution.blend))
@@ -373,13 +365,13 @@ def test_what_is_decayed(everything):
     assert len(decayed["params"]) + len(free["params"]) == len(names)
     rest = {names[id(p)] for p in free["params"]}
     block = "backbone.blocks.0."
-    assert {"norm.weight", "norm.bias", f"{block}fine_norm.weight"} <= rest
+    assert {"tokens.norm.weight", "tokens.norm.bias", f"{block}fine_norm.weight"} <= rest
     assert {
         f"{block}coarse.time.delta_bias",
         f"{block}coarse.time.conv_bias",
         "head_act.bias",
     } <= rest
-    assert not {"embed_step", "head_act.weight", f"{block}coarse.weight_in"} & rest
+    assert not {"tokens.embed_step", "head_act.weight", f"{block}coarse.weight_in"} & rest
     special = {f"{block}coarse.time.A_log", f"{block}fine.time.D", f"{block}norm.weight"}
     assert (special & rest) == (set() if everything else special)
 
@@ -398,14 +390,14 @@ def test_it_learns_one_trajectory_by_heart():
     config = replace(SMALL, lr=3e-3, lr_warmup=10, self_evolution=False)
     algo, b = make(config), window(1, 6, short=False)
     b["obs"] = F.one_hot(torch.tensor([[0, 1, 1, 0, 1, 0]]), 2).float()
-    for step in range(100):
-        metrics = algo.update(b, step)
+    for _ in range(100):
+        metrics = algo.update(b, 0)
     assert metrics["actor/loss"] < 1e-3
 
 
 def test_it_takes_the_arm_whose_return_it_is_asked_for():
     algo = make(replace(SMALL, targets=(5.0, 0.0), lr=3e-3, lr_warmup=10))
-    obeys_its_target(algo, decision_mamba, 60)
+    obeys_its_target(algo, METHOD, 60)
 
 
 def test_what_it_cannot_do_is_said():
@@ -413,28 +405,3 @@ def test_what_it_cannot_do_is_said():
         make(replace(SMALL, targets=()))
     with pytest.raises(ValueError, match="carries no seed axis"):
         DecisionMamba(SMALL, SPEC, torch.Generator(), (2,))
-
-
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, lambda step: window(seed=step))
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, lambda step: window(seed=step))
-
-
-@pytest.mark.slow
-def test_compiled_updates_follow_written_ones():
-    engineering.compiled_follows_written(make, lambda step: window(seed=step))
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget("decision_mamba", make, lambda step: window(seed=step))
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, lambda step: window(seed=step))
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, lambda step: window(seed=step))

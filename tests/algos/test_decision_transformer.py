@@ -1,25 +1,25 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from offrl.algos import decision_mamba, decision_transformer
-from offrl.algos.decision_transformer import WIDTHS, Config, DecisionTransformer
+from offrl.algos import decision_mamba
+from offrl.algos.decision_transformer import METHOD, WIDTHS, Config, DecisionTransformer
+from offrl.engine.method import Run, Task
 from offrl.nets.sequence.multigrained import Backbone
 from offrl.nets.sequence.transformer import Transformer
-from tests.algos import engineering
-from tests.algos.sequences import SPEC, batch_equals_one_by_one, obeys_its_target, window
+from tests.algos import cases
+from tests.algos.cases import window
+from tests.algos.sequences import SPEC, batch_equals_one_by_one, obeys_its_target, two_arms
 
-SMALL = Config(size="tiny", context=4, batch=8, targets=(3.0, 1.0), scale=1.0)
-
-
-def make(config=SMALL):
-    return DecisionTransformer(config, SPEC, torch.Generator().manual_seed(0))
+SMALL = cases.CASES["decision_transformer"].config
+make = partial(cases.make, "decision_transformer")
 
 
 def predicted(algo, batch):
     with torch.no_grad():
-        return algo.net.eval()(batch)
+        return algo.net.predict(batch)
 
 
 def test_settings_are_the_authors():
@@ -64,7 +64,7 @@ def test_the_step_is_added_before_the_norm():
     algo, b = make(), window()
     before = predicted(algo, b)
     with torch.no_grad():
-        algo.net.embed_step.add_(1.0)  # LayerNorm removes what all features share
+        algo.net.tokens.embed_step.add_(1.0)  # LayerNorm removes what all features share
     torch.testing.assert_close(before, predicted(algo, b), rtol=1e-4, atol=1e-5)
 
 
@@ -96,8 +96,8 @@ def test_the_loss_is_the_mean_over_real_steps_and_dimensions():
 def test_the_learning_rate_warms_up_linearly():
     algo = make(replace(SMALL, lr=1e-2, lr_warmup=4))
     rates = []
-    for step in range(6):
-        algo.update(window(), step)
+    for _ in range(6):
+        algo.update(window(), 0)
         rates.append(float(algo.opt.param_groups[0]["lr"]))
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
 
@@ -115,7 +115,30 @@ def test_episodes_played_together_take_the_actions_of_each_alone():
 
 def test_it_takes_the_arm_whose_return_it_is_asked_for():
     algo = make(replace(SMALL, targets=(5.0, 0.0), lr=3e-3, lr_warmup=10))
-    obeys_its_target(algo, decision_transformer, 100)
+    obeys_its_target(algo, METHOD, 100)
+
+
+def test_dropout_is_of_the_loss_and_not_of_acting():
+    algo, zero = make(replace(SMALL, dropout=0.5)), torch.zeros(2)
+    now = {"obs": torch.ones(2, 2), "start": zero + 1, "reward": zero, "scenario": zero.long()}
+    assert torch.equal(algo.act(now)[0], algo.act(now)[0])
+    assert all(module.training for module in algo.net.modules())
+    assert not torch.equal(algo.loss(window())[0], algo.loss(window())[0])
+
+
+def test_observations_are_standardized_by_the_data_with_a_small_constant():
+    algo, data = make(), two_arms()
+    data.fields["obs"] = torch.randn(len(data), 2, generator=torch.Generator().manual_seed(0)) + 3
+    (stage,) = METHOD.stages(algo, Task(SPEC, data), Run(steps=1))
+    std = data["obs"].std(0, unbiased=False) + 1e-6
+    torch.testing.assert_close(algo.standardize.std, std)
+    found = stage.start()(algo.generator)
+    last, row = found["obs"][:, -1], found["index"] + found["mask"].sum(-1).long() - 1
+    torch.testing.assert_close(last, (data["obs"][row] - data["obs"].mean(0)) / std)
+
+
+def test_scenarios_are_the_returns_to_ask_for():
+    assert METHOD.scenarios(SMALL) == ("target-3", "target-1")
 
 
 def test_what_it_cannot_do_is_said():
@@ -123,30 +146,3 @@ def test_what_it_cannot_do_is_said():
         make(replace(SMALL, targets=()))
     with pytest.raises(ValueError, match="carries no seed axis"):
         DecisionTransformer(SMALL, SPEC, torch.Generator(), (2,))
-
-
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, lambda step: window(seed=step))
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, lambda step: window(seed=step))
-
-
-@pytest.mark.slow
-def test_compiled_updates_follow_written_ones():
-    engineering.compiled_follows_written(make, lambda step: window(seed=step))
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget(
-        "decision_transformer", make, lambda step: window(seed=step)
-    )
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, lambda step: window(seed=step))
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, lambda step: window(seed=step))

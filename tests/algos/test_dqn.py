@@ -1,31 +1,19 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from offrl.algos import dqn
-from offrl.algos.dqn import DQN, Config
-from offrl.engine.method import Spec
-from tests.algos import engineering
+from offrl.algos.dqn import METHOD
+from offrl.engine.method import Run, Task
+from offrl.engine.state import load_state, state_of
+from offrl.envs.make import factory
+from offrl.envs.vector import Vector
+from tests.algos import cases, engineering
+from tests.algos.cases import discrete as batch
 
-SMALL = Config(hidden=(32, 32), beer=1e-3, double=True)
-
-
-def make(config=SMALL, seeds=(), device="cpu"):
-    generator = torch.Generator(device).manual_seed(0)
-    return DQN(config, Spec(obs_dim=3, act_dim=4, discrete=True), generator, seeds)
-
-
-def batch(seeds=(), size=64, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=g)  # noqa: E731
-    return dict(
-        obs=normal(3),
-        act=torch.randint(4, (*seeds, size), generator=g),
-        reward=normal(),
-        next_obs=normal(3),
-        terminal=(normal() > 1).float(),
-    )
+SMALL = cases.CASES["dqn"].config
+make = partial(cases.make, "dqn")
 
 
 def test_target_takes_the_largest_value_and_stops_at_terminal_steps():
@@ -58,7 +46,7 @@ def test_exploring_actions_are_greedy_but_for_the_random_share():
     algo = make(replace(SMALL, steps=1000, warmup=500))  # epsilon 0.05, a quarter of it greedy
     obs = torch.zeros(40_000, 3)
     best, _ = algo.act({"obs": obs})
-    act, _ = algo.act({"obs": obs}, explore=True)
+    act, _ = algo.act({"obs": obs, "explore": True, "generator": algo.generator})
     assert abs(float((act != best).float().mean()) - 0.75 * 0.05) < 0.004
 
 
@@ -114,71 +102,18 @@ def test_value_of_a_two_state_chain_is_found():
 def test_a_saved_run_remembers_its_steps():
     algo, other = make(), make()
     algo.taken += 123
-    other.load(algo.state())
+    load_state(other, state_of(algo))
     assert int(other.taken) == SMALL.warmup + 123
 
 
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.slow
-def test_compiled_updates_follow_written_ones():
-    engineering.compiled_follows_written(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.gpu
-def test_updates_on_cuda_never_wait():
-    engineering.on_cuda_updates_never_wait(
-        lambda: make(device="cuda"), lambda step: batch(seed=step)
-    )
-
-
-@pytest.mark.gpu
-def test_captured_updates_on_cuda_follow_written_ones():
-    engineering.captured_equals_written(
-        lambda: make(device="cuda"), lambda step: batch(seed=step), tolerance=1e-4
-    )
-
-
-def test_every_seed_of_a_stacked_run_ends_where_its_own_run_does(monkeypatch):
-    engineering.stacked_run_equals_single_runs(make, batch, monkeypatch)
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget(
-        "dqn", lambda: make(Config()), lambda step: batch(seed=step)
-    )
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, lambda step: batch(seed=step))
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, lambda step: batch(seed=step))
-
-
 def test_a_stage_takes_ten_steps_per_update_and_renews_the_target_every_five_hundred():
-    class Counting:
-        group, seen = 1, 0
-
-        def keep(self, capacity):
-            assert capacity == 10_000
-
-        def follow(self, algo):
-            self.seen += 1
-
-    data, algo = Counting(), make()
-    run = type("Run", (), {"steps": 500_000})
-    (stage,) = dqn.stages(algo, data, run)
+    algo, stepped = make(), []
+    task = Task(cases.CASES["dqn"].spec, envs=lambda: Vector([factory("CartPole-v1")], [0]))
+    (stage,) = METHOD.stages(algo, task, Run(500_000))
+    stage.parts["collector"].step_policy = stepped.append
     (every, collect), (period, renew) = stage.between
     collect()
-    assert (every, data.seen, int(algo.taken)) == (1, 10, 10_010)
-    assert period * stage.stride == 500
+    assert (every, len(stepped), int(algo.taken)) == (1, 10, 10_010)
+    assert stage.clock(period) - stage.clock(0) == 500
     assert renew == algo.renew_target
-    assert stage.offset + stage.steps * stage.stride == 500_000
+    assert stage.clock(stage.steps) == 500_000

@@ -1,22 +1,14 @@
 from dataclasses import replace
+from functools import partial
 
-import pytest
 import torch
 
-from offrl.algos import gciql
-from tests.algos.goal_conditioned import (
-    batch,
-    climbs_while_it_imitates,
-    maker,
-    passes_engineering,
-    passes_with_images,
-    reaches,
-    targets_follow_from_before_the_step,
-    trained_apart,
-)
+from tests.algos import cases
+from tests.algos.cases import two_goals as batch
+from tests.algos.goal_conditioned import climbs_while_it_imitates, reaches, trained_apart
 
-SMALL = gciql.Config(hidden=(16, 16), batch=16)
-make = maker(gciql, SMALL)
+SMALL = cases.CASES["gciql"].config
+make = partial(cases.make, "gciql")
 
 
 def test_the_value_regresses_on_the_smaller_target_critic():
@@ -49,20 +41,3 @@ def test_the_actor_climbs_the_smaller_critic_while_it_imitates():
     algo = make(dtype=torch.float64, config=replace(SMALL, alpha=0.7))
     trained_apart(algo.critics_target)
     climbs_while_it_imitates(algo, lambda s, a, g: algo.critics(s, g, a).min(0).values)
-
-
-@pytest.mark.parametrize("images", [False, True])
-def test_targets_move_towards_the_weights_from_before_the_step(images):
-    targets_follow_from_before_the_step(gciql, SMALL, images)
-
-
-def test_engineering():
-    passes_engineering(gciql, make, ["value_loss", "critic_loss", "actor_loss"])
-
-
-def test_images_go_through_encoders_of_their_own():
-    passes_with_images(
-        gciql,
-        SMALL,
-        {"value_loss": ["values"], "critic_loss": ["critics"], "actor_loss": ["actor"]},
-    )

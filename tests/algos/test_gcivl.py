@@ -1,22 +1,12 @@
-from dataclasses import replace
+from functools import partial
 
-import pytest
 import torch
 
-from offrl.algos import gcivl
-from tests.algos.goal_conditioned import (
-    batch,
-    learns_to_walk_a_line,
-    maker,
-    passes_engineering,
-    passes_with_images,
-    reaches,
-    targets_follow_from_before_the_step,
-    trained_apart,
-)
+from tests.algos import cases
+from tests.algos.cases import two_goals as batch
+from tests.algos.goal_conditioned import reaches, trained_apart
 
-SMALL = gcivl.Config(hidden=(16, 16), batch=16)
-make = maker(gcivl, SMALL)
+make = partial(cases.make, "gcivl")
 
 
 def test_joined_passes_equal_each_term_by_itself():
@@ -44,22 +34,3 @@ def test_each_loss_moves_its_own_network():
     assert not reaches(value, algo.actor)
     assert reaches(actor, algo.actor)
     assert not reaches(actor, algo.values)
-
-
-@pytest.mark.parametrize("images", [False, True])
-def test_targets_move_towards_the_weights_from_before_the_step(images):
-    targets_follow_from_before_the_step(gcivl, SMALL, images)
-
-
-def test_learns_to_walk_a_line_to_either_end():
-    # half of the goals are any states, which imitation alone does not lead to
-    config = replace(SMALL, tau=0.1, discount=0.9, actor_goals=(0.0, 0.5, 0.5))
-    learns_to_walk_a_line(gcivl, config)
-
-
-def test_engineering():
-    passes_engineering(gcivl, make, ["value_loss", "actor_loss"])
-
-
-def test_images_go_through_encoders_of_their_own():
-    passes_with_images(gcivl, SMALL, {"value_loss": ["values"], "actor_loss": ["actor"]})

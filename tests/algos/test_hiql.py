@@ -1,41 +1,18 @@
 """HIQL: what differs from OTA's tests is one value instead of two levels."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from offrl.algos import hiql
-from offrl.algos.hiql import HIQL, Config, advantage_weight
-from offrl.engine.method import Spec
-from tests.algos import engineering
-from tests.algos.goal_conditioned import (
-    learns_to_walk_a_line,
-    targets_follow_from_before_the_step,
-    trained_apart,
-)
+from offrl.algos.hiql import advantage_weight
+from tests.algos import cases
+from tests.algos.cases import subgoals as batch
+from tests.algos.goal_conditioned import trained_apart
 
-SMALL = Config(hidden=(16, 16), batch=32, subgoal_steps=4, rep_dim=5)
-OBS, ACT = 3, 2
-
-
-def make(config=SMALL, seeds=(), dtype=torch.float32):
-    algo = HIQL(config, Spec(OBS, ACT), torch.Generator().manual_seed(0), seeds)
-    for name in algo.NAMES[:-1]:
-        getattr(algo, name).to(dtype)
-    return algo
-
-
-def batch(seeds=(), size=64, seed=1, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*seeds, size, *shape, generator=g, dtype=dtype)  # noqa: E731
-    states = ("obs", "next_obs", "value_goal", "waypoint", "goal", "ahead")
-    success = (torch.rand(*seeds, size, generator=g) < 0.2).to(dtype)
-    return {name: draw(OBS) for name in states} | {"act": draw(ACT).tanh(), "success": success}
-
-
-def batches(step):
-    return batch(seed=step)
+SMALL = cases.CASES["hiql"].config
+make = partial(cases.make, "hiql")
 
 
 @pytest.mark.parametrize("gamma", [0.9, 0.99])
@@ -100,44 +77,3 @@ def test_the_representation_learns_from_the_value_alone():
     for name, reached in (("value/loss", True), ("low/loss", False), ("high/loss", False)):
         grads = torch.autograd.grad(metrics[name], params, allow_unused=True, retain_graph=True)
         assert all((g is not None) == reached for g in grads)
-
-
-@pytest.mark.parametrize("images", [False, True])
-def test_targets_move_towards_the_weights_from_before_the_step(images):
-    targets_follow_from_before_the_step(hiql, SMALL, images, batch)
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, batches)
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, batches)
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, batches, updates=30)
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget("hiql", make, batches)
-
-
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, batches)
-
-
-def test_a_stacked_seed_equals_a_single_run():
-    stacked, b = make(seeds=(3,)), batch((3,))
-    value = stacked.loss(b)[0]
-    for i in range(3):
-        single = make()
-        engineering.copy_seed(stacked, single, i)
-        alone = single.loss({name: v[i] for name, v in b.items()})[0]
-        torch.testing.assert_close(value[i], alone, rtol=1e-5, atol=1e-5)
-
-
-def test_learns_to_walk_a_line_to_either_end():
-    # half of the goals are any states, which imitation alone does not lead to
-    config = replace(SMALL, tau=0.1, discount=0.9, actor_goals=(0.0, 0.5, 0.5))
-    learns_to_walk_a_line(hiql, config)

@@ -2,49 +2,23 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks.harness.peers import per_term
-from offrl.algos import ota
-from offrl.algos.ota import OTA, Config, stages
-from offrl.engine.method import Run, Spec
+from offrl.algos.ota import METHOD
+from offrl.engine.method import Run, Spec, Task
 from offrl.nets.goal import normal_log_prob
-from tests.algos import engineering
-from tests.algos.goal_conditioned import (
-    learns_to_walk_a_line,
-    targets_follow_from_before_the_step,
-    trained_apart,
-    with_images,
-)
+from tests.algos import cases, engineering
+from tests.algos.cases import ACT, OBS
+from tests.algos.cases import options as batch
+from tests.algos.goal_conditioned import PIXELS, reaches, slopes, trained_apart, with_images
 from tests.data.trajectories import toy
 
-SMALL = Config(hidden=(16, 16), batch=32, subgoal_steps=4, option_steps=2, rep_dim=5)
-OBS, ACT = 3, 2
-
-
-def make(config=SMALL, seeds=(), dtype=torch.float32):
-    algo = OTA(config, Spec(OBS, ACT), torch.Generator().manual_seed(0), seeds)
-    for name in algo.NAMES[:-1]:
-        getattr(algo, name).to(dtype)
-    return algo
-
-
-def batch(seeds=(), size=64, seed=1, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*seeds, size, *shape, generator=g, dtype=dtype)  # noqa: E731
-    states = ("obs", "next_obs", "option_end", "low_goal", "high_goal", "waypoint", "goal", "ahead")
-    flag = lambda: (torch.rand(*seeds, size, generator=g) < 0.2).to(dtype)  # noqa: E731
-    return {name: draw(OBS) for name in states} | {
-        "act": draw(ACT).tanh(),
-        "low_success": flag(),
-        "high_success": flag(),
-    }
-
-
-def batches(step):
-    return batch(seed=step)
+SMALL = cases.CASES["ota"].config
+make = partial(cases.make, "ota")
 
 
 # --- the values ----------------------------------------------------------------------------------
@@ -123,18 +97,6 @@ def test_success_is_worth_zero_and_has_no_next_value():
 # --- who learns from what ------------------------------------------------------------------------
 
 
-def slopes(loss, module):
-    grads = torch.autograd.grad(
-        loss.sum(), list(module.parameters()), allow_unused=True, retain_graph=True
-    )
-    return [None if g is None else float(g.abs().max()) for g in grads]
-
-
-def reaches(loss, module):
-    found = [slope for slope in slopes(loss, module) if slope]
-    return bool(found)
-
-
 def test_the_representation_learns_from_both_values_and_from_no_actor():
     algo = make()
     _, metrics = algo.loss(batch())
@@ -193,11 +155,6 @@ def test_target_values_follow_the_online_representation():
     assert float((first - second).abs().min(-1).values.max()) > 0.01
 
 
-@pytest.mark.parametrize("images", [False, True])
-def test_targets_move_towards_the_weights_from_before_the_step(images):
-    targets_follow_from_before_the_step(ota, SMALL, images, batch)
-
-
 # --- policies and representation -----------------------------------------------------------------
 
 
@@ -219,8 +176,9 @@ def test_acting_does_not_depend_on_the_length_of_the_named_subgoal():
     torch.testing.assert_close(algo.act(now)[0], act)
     assert torch.equal(algo.act(now)[0], algo.act(now)[0])
     stream = torch.Generator().manual_seed(0)
-    noisy = algo.act(now, explore=True, generator=stream)[0]
-    assert not torch.equal(noisy, algo.act(now, explore=True, generator=stream)[0])
+    explored = now | {"explore": True, "generator": stream}
+    noisy = algo.act(explored)[0]
+    assert not torch.equal(noisy, algo.act(explored)[0])
     assert noisy.abs().max() <= 1
 
 
@@ -292,7 +250,7 @@ def test_joined_passes_have_the_value_and_gradient_of_the_terms(shared):
 def test_ten_joined_updates_equal_ten_updates_term_by_term():
     joined, terms = make(dtype=torch.float64), make(dtype=torch.float64)
     for step in range(10):
-        joined.update(batch(seed=step, dtype=torch.float64), step)
+        joined.update(batch(seed=step, dtype=torch.float64), 0)
         per_term.update(terms, batch(seed=step, dtype=torch.float64), step)
     left, right = engineering.tensors(joined), engineering.tensors(terms)
     for name, value in left.items():
@@ -322,56 +280,13 @@ def test_an_update_makes_nine_passes_of_phi_and_twenty_of_heads():
     assert (phi.count, online.count, target.count) == (9, 12, 8)
 
 
-# --- engineering ---------------------------------------------------------------------------------
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, batches)
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, batches)
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, batches, updates=30)
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget("ota", make, batches)
-
-
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, batches)
-
-
-def test_seeds_do_not_touch_each_other():
-    one, other = make(seeds=(3,)), make(seeds=(3,))
-    with torch.no_grad():
-        for p in other.rep.parameters():
-            p[2] *= 2
-    for step in range(4):
-        one.update(batch((3,), seed=step), step)
-        other.update(batch((3,), seed=step), step)
-    for name in ("rep", "values", "high", "low"):
-        pairs = zip(getattr(one, name).parameters(), getattr(other, name).parameters(), strict=True)
-        assert all(torch.equal(p[:2], q[:2]) for p, q in pairs)
-    assert not torch.equal(one.low.net.layers[0].weight[2], other.low.net.layers[0].weight[2])
-
-
-def test_a_stacked_seed_equals_a_single_run():
-    stacked, b = make(seeds=(3,)), batch((3,))
-    value = stacked.loss(b)[0]
-    for i in range(3):
-        single = make()
-        engineering.copy_seed(stacked, single, i)
-        alone = single.loss({name: v[i] for name, v in b.items()})[0]
-        torch.testing.assert_close(value[i], alone, rtol=1e-5, atol=1e-5)
+# --- goals ---------------------------------------------------------------------------------------
 
 
 def test_the_sampler_tells_successes_by_index():
-    algo = OTA(SMALL, Spec(2, 1), torch.Generator().manual_seed(0))
-    (stage,) = stages(algo, toy((5, 3, 9)), Run(10))
+    spec = Spec(2, 1)
+    algo = make(spec=spec)
+    (stage,) = METHOD.stages(algo, Task(spec, toy((5, 3, 9))), Run(10))
     found = stage.start()(torch.Generator().manual_seed(1))
     assert torch.equal(found["low_success"], (found["low_goal"] == found["obs"]).all(-1).float())
     assert torch.equal(
@@ -398,23 +313,12 @@ def test_columns_outside_of_the_observation_are_refused():
         make(replace(SMALL, goal_columns=(0, 3)))
 
 
-def test_learns_to_walk_a_line_to_either_end():
-    # half of the goals are any states, which imitation alone does not lead to
-    config = replace(SMALL, tau=0.1, discount=0.9, actor_goals=(0.0, 0.5, 0.5))
-    learns_to_walk_a_line(ota, config)
-
-
 # --- images --------------------------------------------------------------------------------------
-
-PIXELS = replace(SMALL, images=True, low_actor_rep_grad=True)
-
-
-def from_images(config=PIXELS):
-    return OTA(config, Spec(3 * 64**2, ACT), torch.Generator().manual_seed(0))
 
 
 def test_every_network_sees_images_through_an_encoder_of_its_own():
-    algo, b = from_images(), with_images(batch(size=4))
+    config = replace(SMALL, images=True, low_actor_rep_grad=True)
+    algo, b = make(config, spec=Spec(PIXELS, ACT)), with_images(batch(size=4))
     _, metrics = algo.loss(b)
     low, high = algo.values.sights
     for name, seen, unseen in (
@@ -425,10 +329,3 @@ def test_every_network_sees_images_through_an_encoder_of_its_own():
     ):
         assert all(reaches(metrics[name], module) for module in seen)
         assert not any(reaches(metrics[name], module) for module in unseen)
-    act, _ = algo.act({"obs": b["obs"].float(), "goal": b["goal"].float()})
-    assert act.shape == (4, ACT)
-
-
-def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"needs RGB images of 64 x 64 pixels.*got 3"):
-        make(PIXELS)

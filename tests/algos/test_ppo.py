@@ -1,43 +1,28 @@
 from dataclasses import replace
+from functools import partial
 
 import gymnasium
 import pytest
 import torch
 
 from offrl.algos import ppo
-from offrl.algos.ppo import PPO, Config, Rollouts
+from offrl.algos.ppo import Rollouts
 from offrl.data.collector import Collector
 from offrl.engine.method import Run, Spec
 from offrl.envs.make import factory
 from offrl.envs.vector import Vector
-from tests.algos import engineering
+from tests.algos import cases, engineering
+from tests.algos.cases import minibatch as batch
 
-SMALL = Config(hidden=(16, 16), rollout=32, batch=16, epochs=3, entropy=0.01)
-
-
-def make(config=SMALL, seeds=(), device="cpu", discrete=False, obs_dim=3, act_dim=2):
-    generator = torch.Generator(device).manual_seed(0)
-    return PPO(config, Spec(obs_dim, act_dim, discrete=discrete), generator, seeds)
-
-
-def batch(seeds=(), size=64, seed=1, discrete=False):
-    g = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=g)  # noqa: E731
-    act = torch.randint(2, (*seeds, size), generator=g) if discrete else normal(2)
-    return {
-        "obs": normal(3),
-        "act": act,
-        "log_prob": normal() - 2,
-        "advantage": normal(),
-        "return": normal(),
-        "value": normal(),
-    }
+SMALL = cases.CASES["ppo"].config
+make = partial(cases.make, "ppo")
+DISCRETE = Spec(3, 2, discrete=True)
 
 
 def rollouts(name="Pendulum-v1", config=SMALL, seeds=(), envs=2, steps=10_000):
     groups = max(1, len(seeds) and seeds[0])
     made = Vector([factory(name)] * (envs * groups), range(envs * groups))
-    algo = make(config, seeds, discrete=made.discrete, obs_dim=made.obs_dim, act_dim=made.act_dim)
+    algo = make(config, seeds, spec=Spec(made.obs_dim, made.act_dim, discrete=made.discrete))
     return algo, Rollouts(algo, Collector(made, seeds), Run(steps, seeds))
 
 
@@ -74,7 +59,7 @@ class Line(gymnasium.Env):
 def test_advantages_stop_at_ends_and_time_limits_bootstrap(terminal, bootstrap, expected):
     """Two episodes of scaled r = (1, 0, 2), V = (0.5, 0.4, 0.3), discount 0.99, trace 0.95."""
     config = replace(SMALL, rollout=6, batch=6, bootstrap_timeouts=bootstrap, hidden=())
-    algo = make(config, obs_dim=1, act_dim=1)
+    algo = make(config, spec=Spec(1, 1))
     with torch.no_grad():
         algo.critic.layers[0].weight.fill_(-0.1)
         algo.critic.layers[0].bias.fill_(0.5)
@@ -90,7 +75,7 @@ def test_advantages_stop_at_ends_and_time_limits_bootstrap(terminal, bootstrap, 
 
 def test_the_loss_of_the_worked_example():
     """Both kinds of advantage at ratios 1.5 and 0.5; values beyond the clip, once within."""
-    algo = make(replace(SMALL, hidden=(), entropy=0.1), obs_dim=1, act_dim=1)
+    algo = make(replace(SMALL, hidden=(), entropy=0.1), spec=Spec(1, 1))
     with torch.no_grad():
         algo.actor.net.layers[0].weight.zero_()
         algo.actor.log_std.fill_(0.5)
@@ -181,7 +166,7 @@ def test_observations_are_standardized_by_the_rollouts_before():
 
 def test_without_normalization_networks_see_plain_observations_and_rewards():
     config = replace(SMALL, rollout=6, batch=6, normalize=False, hidden=())
-    algo = make(config, obs_dim=1, act_dim=1)
+    algo = make(config, spec=Spec(1, 1))
     made = Rollouts(algo, Collector(Vector([lambda: Line(True)], [0])), Run(18))
     assert (made.iterations, made.first) == (3, 0)  # none is spent on statistics
     torch.nn.init.zeros_(algo.critic.layers[0].weight)
@@ -230,7 +215,7 @@ def test_actions_of_both_kinds_have_the_log_probabilities_of_their_distribution(
     found = algo.actor.judge(obs, act)
     torch.testing.assert_close(found[0], normal.log_prob(act).sum(-1))
     torch.testing.assert_close(found[1], normal.entropy().sum(-1))
-    discrete = make(discrete=True)
+    discrete = make(spec=DISCRETE)
     choice = torch.distributions.Categorical(logits=discrete.actor.net(obs))
     act = torch.tensor([0, 1, 1, 0, 1])
     found = discrete.actor.judge(obs, act)
@@ -243,13 +228,13 @@ def test_actions_are_drawn_from_their_distribution():
     with torch.no_grad():
         algo.actor.net.layers[-1].bias.copy_(torch.tensor([[2.0, -1.0]]))
         algo.actor.log_std.copy_(torch.tensor([[0.7, -1.0]]))
-    act, _ = algo.act({"obs": obs}, explore=True)
+    act, _ = algo.act({"obs": obs, "explore": True, "generator": algo.generator})
     torch.testing.assert_close(act.mean(0), torch.tensor([2.0, -1.0]), atol=0.03, rtol=0)
     torch.testing.assert_close(act.std(0), torch.tensor([2.0138, 0.3679]), atol=0, rtol=0.02)
-    algo = make(discrete=True)
+    algo = make(spec=DISCRETE)
     with torch.no_grad():
         algo.actor.net.layers[-1].bias.copy_(torch.tensor([[0.0, 1.0]]))
-    act, _ = algo.act({"obs": obs}, explore=True)
+    act, _ = algo.act({"obs": obs, "explore": True, "generator": algo.generator})
     assert abs(float(act.float().mean()) - 0.7311) < 0.01
 
 
@@ -269,55 +254,5 @@ def test_wrong_sizes_are_refused():
         rollouts(steps=100)
 
 
-@pytest.mark.parametrize("discrete", [False, True])
-def test_captured_updates_equal_written_ones(discrete):
-    engineering.captured_equals_written(
-        lambda: make(discrete=discrete), lambda step: batch(seed=step, discrete=discrete)
-    )
-
-
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.slow
-def test_compiled_updates_follow_written_ones():
-    engineering.compiled_follows_written(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.gpu
-def test_updates_on_cuda_never_wait():
-    engineering.on_cuda_updates_never_wait(
-        lambda: make(device="cuda"), lambda step: batch(seed=step)
-    )
-
-
-@pytest.mark.gpu
-def test_captured_updates_on_cuda_follow_written_ones():
-    engineering.captured_equals_written(
-        lambda: make(device="cuda"), lambda step: batch(seed=step), tolerance=1e-4
-    )
-
-
-def test_every_seed_of_a_stacked_run_ends_where_its_own_run_does(monkeypatch):
-    engineering.stacked_run_equals_single_runs(make, batch, monkeypatch)
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget(
-        "ppo", lambda: make(Config()), lambda step: batch(seed=step)
-    )
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, lambda step: batch(seed=step))
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, lambda step: batch(seed=step))
-
-
-def test_seeds_do_not_touch_each_other():
-    engineering.seeds_do_not_touch_each_other(
-        lambda seeds: make(seeds=seeds), lambda step: batch((3,), seed=step), "actor"
-    )
+def test_captured_updates_with_discrete_actions_equal_eager_ones():
+    engineering.captured_equals_eager(partial(make, spec=DISCRETE), batch(discrete=True))

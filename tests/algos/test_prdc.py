@@ -1,40 +1,27 @@
 from dataclasses import replace
 
-import pytest
 import torch
 
-from offrl.algos import prdc, td3bc
-from offrl.algos.prdc import PRDC, Config
+from offrl.algos import td3bc
+from offrl.algos.prdc import METHOD, PRDC, Config
 from offrl.data import Dataset
 from offrl.data.neighbors import StateNeighbors
-from offrl.engine.method import Run, Spec
-from tests.algos import engineering
+from offrl.engine.method import Run, Spec, Task
+from tests.algos import cases, engineering
+from tests.algos.cases import ACTIONS as ACT
+from tests.algos.cases import STATES as OBS
+from tests.algos.cases import TASK
+from tests.algos.cases import known as batch
 
-SMALL = Config(hidden=(32, 32))
-G = torch.Generator().manual_seed(5)
-OBS, ACT = torch.randn(300, 3, generator=G), torch.randn(300, 2, generator=G).tanh()
+SMALL = cases.CASES["prdc"].config
 TABLE = StateNeighbors.build(OBS, ACT, "toy", k=8)
 
 
-def make(config=SMALL, seeds=(), table=TABLE):
-    generator = torch.Generator(table.act.device).manual_seed(0)
-    algo = PRDC(config, Spec(obs_dim=3, act_dim=2), generator, seeds)
-    algo.neighbors = table
+def make(config=SMALL):
+    """With the exact search, for which an update asks how many queries are open."""
+    algo = cases.make("prdc", config)
+    algo.neighbors = TABLE
     return algo
-
-
-def batch(seeds=(), size=64, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    index = torch.randint(300, (*seeds, size), generator=g)
-    normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=g)  # noqa: E731
-    return dict(
-        index=index,
-        obs=OBS[index],
-        act=ACT[index],
-        reward=normal(),
-        next_obs=normal(3),
-        terminal=(normal() > 1).float(),
-    )
 
 
 def test_penalty_never_exceeds_that_of_the_own_action():
@@ -63,7 +50,9 @@ def test_beta_zero_takes_the_nearest_action_anywhere():
 
 
 def test_penalty_gradient_is_by_the_formula_and_zero_at_a_data_pair():
-    act = (ACT[:64] + 0.01 * torch.randn(64, 2, generator=G)).requires_grad_()
+    act = (
+        ACT[:64] + 0.01 * torch.randn(64, 2, generator=torch.Generator().manual_seed(5))
+    ).requires_grad_()
     index = torch.arange(64)
     row, _ = TABLE.nearest(index, act.detach(), 2.0)
     algo = make()
@@ -90,11 +79,11 @@ def learned(beta):
     """The action at the first state, where Q favors the good action."""
     config = Config(hidden=(32, 32), lr=3e-3, alpha=1.3, beta=beta, batch=64)
     algo = PRDC(config, Spec(1, 1), torch.Generator().manual_seed(0))
-    (stage,) = prdc.stages(algo, lineworld(), Run(steps=600))
+    (stage,) = METHOD.stages(algo, Task(Spec(1, 1), lineworld()), Run(steps=600))
     sample = stage.start()
     for step in range(600):
-        algo.update(sample(algo.generator), step)
-    return float(algo.act({"obs": torch.tensor([[0.0]])})[0])
+        algo.update(sample(algo.generator), step % 2)
+    return algo.act({"obs": torch.tensor([[0.0]])})[0].item()
 
 
 def test_a_better_action_of_a_nearby_state_is_reached_only_if_the_state_weighs_little():
@@ -107,70 +96,11 @@ def test_table_and_batches_hold_the_same_standardized_states():
     fields = dict(obs=OBS, next_obs=OBS, act=ACT, reward=OBS[:, 0], terminal=torch.zeros(300))
     data = Dataset(fields, torch.zeros(1, dtype=torch.int64), torch.zeros(1), "toy")
     algo = PRDC(SMALL, Spec(3, 2, *data.statistics()), torch.Generator().manual_seed(0))
-    (stage,) = prdc.stages(algo, data, Run(steps=1, progress=False))
+    (stage,) = METHOD.stages(algo, Task(TASK, data), Run(steps=1, progress=False))
     b = stage.start()(algo.generator)
     assert torch.equal(b["obs"], algo.neighbors.obs[b["index"]])
     assert torch.equal(b["obs"], algo.standardize(OBS[b["index"]]))
 
 
-def test_updates_with_a_budget_never_wait_for_the_device():
-    """Without one the exact search asks how many queries are open; that is its stated price."""
-    table = replace(TABLE, budget=16)
-    engineering.updates_never_wait_for_the_device(
-        lambda: make(table=table), lambda step: batch(seed=step)
-    )
-
-
-@pytest.mark.gpu
-def test_updates_on_cuda_with_a_budget_never_wait():
-    table = replace(StateNeighbors.build(OBS, ACT, "toy", k=8, device="cuda"), budget=16)
-    engineering.on_cuda_updates_never_wait(lambda: make(table=table), lambda step: batch(seed=step))
-
-
-@pytest.mark.gpu
-def test_captured_updates_on_cuda_follow_written_ones():
-    table = replace(StateNeighbors.build(OBS, ACT, "toy", k=8, device="cuda"), budget=16)
-    engineering.captured_equals_written(
-        lambda: make(table=table), lambda step: batch(seed=step), tolerance=1e-4
-    )
-
-
-def test_every_seed_of_a_stacked_run_ends_where_its_own_run_does(monkeypatch):
-    engineering.stacked_run_equals_single_runs(make, batch, monkeypatch)
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.slow
-def test_compiled_updates_follow_written_ones():
-    engineering.compiled_follows_written(make, lambda step: batch(seed=step))
-
-
-def test_calls_stay_within_budget():
-    """With a fixed number of full searches, which is what a graph would hold."""
-    table = replace(TABLE, budget=16)
-    engineering.calls_stay_within_budget(
-        "prdc", lambda: make(table=table), lambda step: batch(seed=step)
-    )
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, lambda step: batch(seed=step))
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, lambda step: batch(seed=step))
-
-
-def test_seeds_do_not_touch_each_other():
-    engineering.seeds_do_not_touch_each_other(
-        lambda seeds: make(seeds=seeds), lambda step: batch((3,), seed=step), "critics"
-    )
-
-
-def test_stacked_losses_equal_single_ones():
-    engineering.stacked_equals_single(
-        lambda seeds: make(seeds=seeds), batch, lambda algo, b: algo.actor_loss(b)[0]
-    )
+def test_captured_updates_with_the_exact_search_equal_eager_ones():
+    engineering.captured_equals_eager(make, batch())

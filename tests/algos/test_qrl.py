@@ -1,20 +1,14 @@
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from offrl.algos import qrl
-from tests.algos.goal_conditioned import (
-    batch,
-    climbs_while_it_imitates,
-    learns_to_walk_a_line,
-    maker,
-    passes_engineering,
-    passes_with_images,
-    reaches,
-)
+from tests.algos import cases
+from tests.algos.cases import two_goals as batch
+from tests.algos.goal_conditioned import climbs_while_it_imitates, reaches
 
-SMALL = qrl.Config(hidden=(16, 16), latent=16, batch=16)
-make = maker(qrl, SMALL)
+SMALL = cases.CASES["qrl"].config
+make = partial(cases.make, "qrl")
 
 
 def test_each_loss_moves_its_own_networks():
@@ -58,17 +52,3 @@ def test_the_actor_climbs_to_where_the_goal_is_near_while_it_imitates():
         return -algo.metric.distance(z + algo.model(torch.cat([z, a], -1)), algo.metric(g))
 
     climbs_while_it_imitates(algo, critic)
-
-
-def test_learns_to_walk_a_line_to_either_end():
-    # half of the goals are any states, which imitation alone does not lead to
-    config = replace(SMALL, alpha=0.1, actor_goals=(0.0, 0.5, 0.5))
-    learns_to_walk_a_line(qrl, config)
-
-
-def test_engineering():
-    passes_engineering(qrl, make, ["value_loss", "actor_loss"])
-
-
-def test_images_go_through_encoders_of_their_own():
-    passes_with_images(qrl, SMALL, {"value_loss": ["metric"], "actor_loss": ["actor"]})

@@ -1,20 +1,15 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from offrl.algos.sac import SAC, Config
-from offrl.engine.method import Spec
 from offrl.nets import squashed_log_prob
-from tests.algos import engineering
-from tests.algos.test_td3bc import batch
+from tests.algos import cases, engineering
+from tests.algos.cases import transitions as batch
 
-SMALL = Config(hidden=(32, 32))
-
-
-def make(config=SMALL, seeds=(), device="cpu"):
-    generator = torch.Generator(device).manual_seed(0)
-    return SAC(config, Spec(obs_dim=3, act_dim=2), generator, seeds)
+SMALL = cases.CASES["sac"].config
+make = partial(cases.make, "sac")
 
 
 def test_log_probability_of_a_squashed_gaussian():
@@ -80,18 +75,19 @@ def test_targets_move_by_tau_on_every_update():
 def test_evaluation_is_deterministic_and_exploration_is_not():
     algo, obs = make(), torch.randn(5, 3)
     assert torch.equal(algo.act({"obs": obs})[0], algo.act({"obs": obs})[0])
-    assert not torch.equal(*(algo.act({"obs": obs}, explore=True)[0] for _ in range(2)))
+    now = {"obs": obs, "explore": True, "generator": algo.generator}
+    assert not torch.equal(*(algo.act(now)[0] for _ in range(2)))
 
 
 def test_finds_the_best_arm_of_a_continuous_bandit():
     algo = make(replace(SMALL, lr=3e-3, alpha=0.1), seeds=(2,))
     g = torch.Generator().manual_seed(0)
     obs = torch.zeros(2, 64, 3)
-    for step in range(500):
+    for _ in range(500):
         act = torch.rand(2, 64, 2, generator=g) * 2 - 1
         reward = 10 * (1 - (act - 0.5).square().sum(-1))
         b = dict(obs=obs, next_obs=obs, act=act, reward=reward, terminal=torch.ones(2, 64))
-        algo.update(b, step)
+        algo.update(b, 0)
     best, _ = algo.act({"obs": torch.zeros(2, 1, 3)})
     assert ((best - 0.5).square().sum(-1) < 0.05).all()
 
@@ -99,52 +95,3 @@ def test_finds_the_best_arm_of_a_continuous_bandit():
 def test_value_of_a_two_state_chain_is_found():
     algo = make(replace(SMALL, lr=3e-3, discount=0.5, tau=0.05, alpha=1e-8))
     engineering.finds_the_value_of_a_chain(algo, lambda g: torch.rand(64, 2, generator=g) * 2 - 1)
-
-
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.gpu
-def test_updates_on_cuda_never_wait():
-    engineering.on_cuda_updates_never_wait(
-        lambda: make(device="cuda"), lambda step: batch(seed=step)
-    )
-
-
-@pytest.mark.gpu
-def test_captured_updates_on_cuda_follow_written_ones():
-    engineering.captured_equals_written(
-        lambda: make(device="cuda"), lambda step: batch(seed=step), tolerance=1e-4
-    )
-
-
-def test_every_seed_of_a_stacked_run_ends_where_its_own_run_does(monkeypatch):
-    engineering.stacked_run_equals_single_runs(make, batch, monkeypatch)
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.slow
-def test_compiled_updates_follow_written_ones():
-    engineering.compiled_follows_written(make, lambda step: batch(seed=step))
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget("sac", make, lambda step: batch(seed=step))
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, lambda step: batch(seed=step))
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, lambda step: batch(seed=step))
-
-
-def test_seeds_do_not_touch_each_other():
-    engineering.seeds_do_not_touch_each_other(
-        lambda seeds: make(seeds=seeds), lambda step: batch((3,), seed=step), "critics"
-    )

@@ -1,32 +1,19 @@
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from offrl.algos.td3bc import TD3BC, Config, stages
+from offrl.algos.td3bc import METHOD, TD3BC
 from offrl.data import Dataset, transitions
-from offrl.engine.method import Run, Spec
-from tests.algos import engineering
+from offrl.engine.method import Run, Spec, Task
+from tests.algos import cases, engineering
+from tests.algos.cases import TASK
+from tests.algos.cases import transitions as batch
 
-SMALL = Config(hidden=(32, 32))
-
-
-def make(config=SMALL, seeds=(), device="cpu"):
-    generator = torch.Generator(device).manual_seed(0)
-    return TD3BC(config, Spec(obs_dim=3, act_dim=2), generator, seeds)
-
-
-def batch(seeds=(), size=64, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*seeds, size, *shape, generator=g)  # noqa: E731
-    return dict(
-        obs=normal(3),
-        act=normal(2).tanh(),
-        reward=normal(),
-        next_obs=normal(3),
-        terminal=(normal() > 1).float(),
-    )
+SMALL = cases.CASES["td3bc"].config
+make = partial(cases.make, "td3bc")
 
 
 def test_target_of_a_terminal_step_is_its_reward():
@@ -84,7 +71,7 @@ def test_actor_and_targets_rest_on_the_first_of_two_updates():
     algo = make()
     names = ("actor", "actor_target", "critics_target")
     before = {name: deepcopy(getattr(algo, name).state_dict()) for name in names}
-    algo.update(batch(), step=0)
+    algo.update(batch(), turn=0)
     for name in names:
         for key, value in getattr(algo, name).state_dict().items():
             assert torch.equal(before[name][key], value)
@@ -104,63 +91,9 @@ def test_policy_standardizes_with_the_statistics_of_the_data():
     assert torch.equal(act, expected)
 
 
-def test_updates_never_wait_for_the_device():
-    engineering.updates_never_wait_for_the_device(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.gpu
-def test_updates_on_cuda_never_wait():
-    engineering.on_cuda_updates_never_wait(
-        lambda: make(device="cuda"), lambda step: batch(seed=step)
-    )
-
-
-@pytest.mark.gpu
-def test_captured_updates_on_cuda_follow_written_ones():
-    engineering.captured_equals_written(
-        lambda: make(device="cuda"), lambda step: batch(seed=step), tolerance=1e-4
-    )
-
-
-def test_every_seed_of_a_stacked_run_ends_where_its_own_run_does(monkeypatch):
-    engineering.stacked_run_equals_single_runs(make, batch, monkeypatch)
-
-
-def test_captured_updates_equal_written_ones():
-    engineering.captured_equals_written(make, lambda step: batch(seed=step))
-
-
-@pytest.mark.slow
-def test_compiled_updates_follow_written_ones():
-    engineering.compiled_follows_written(make, lambda step: batch(seed=step))
-
-
-def test_calls_stay_within_budget():
-    engineering.calls_stay_within_budget("td3bc", make, lambda step: batch(seed=step))
-
-
-def test_same_seed_same_run():
-    engineering.same_seed_same_run(make, lambda step: batch(seed=step))
-
-
-def test_resume_is_exact():
-    engineering.resume_is_exact(make, lambda step: batch(seed=step))
-
-
-def test_seeds_do_not_touch_each_other():
-    engineering.seeds_do_not_touch_each_other(
-        lambda seeds: make(seeds=seeds), lambda step: batch((3,), seed=step), "critics"
-    )
-
-
-def test_stacked_losses_equal_single_ones():
-    engineering.stacked_equals_single(
-        lambda seeds: make(seeds=seeds), batch, lambda algo, b: algo.actor_loss(b)[0]
-    )
-
-
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="digits of torch 2.13")
 def test_fixed_values():
-    """Recorded with torch 2.13.0 on a CPU."""
+    """Recorded with torch 2.13.0 on a CPU: another version may round otherwise."""
     algo = make()
     first = algo.update(batch(), 0)
     second = algo.update(batch(seed=2), 1)
@@ -183,7 +116,7 @@ def test_finds_the_best_arm_of_a_continuous_bandit():
     algo = make(replace(SMALL, lr=3e-3, alpha=10.0), seeds=(4,))
     sample = transitions(data, 128, (4,))
     for step in range(800):
-        algo.update(sample(algo.generator), step)
+        algo.update(sample(algo.generator), step % 2)
     best, _ = algo.act({"obs": torch.zeros(4, 1, 3)})
     assert ((best - 0.5).square().sum(-1) < 0.1).all()  # random data scores 1.2 on average
 
@@ -199,7 +132,7 @@ def test_reward_map_reaches_the_batch_and_nothing_else():
     )
     data = Dataset(fields, torch.zeros(1, dtype=torch.int64), torch.zeros(1), "toy")
     algo = make(replace(SMALL, reward_scale=10_000.0, reward_shift=-1.0))
-    (stage,) = stages(algo, data, Run(steps=1))
+    (stage,) = METHOD.stages(algo, Task(TASK, data), Run(steps=1))
     got = stage.start()(algo.generator)
     assert set(got["reward"].tolist()) == {-1.0, 9999.0}
     assert torch.equal(got["next_obs"], got["obs"] + 1)
