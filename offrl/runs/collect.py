@@ -14,19 +14,22 @@ import torch
 from torch import Tensor
 
 from offrl import config as configuration
-from offrl.errors import ConfigError
-from offrl.data.sources import generated, minari
 from offrl.data.dataset import Dataset, home, read, write
-from offrl.errors import DataError
+from offrl.data.sources import generated, minari
 from offrl.data.sources.rollout import Share, borders, roll_out
 from offrl.engine.method import Algorithm, Now, Policy
 from offrl.envs.make import env_id
+from offrl.errors import ConfigError, DataError
 from offrl.runs.evaluate import checkpoints, load_algorithm
 from offrl.runs.task import make_env, version
 
 D4RL_NAMES = {
-    "obs": "observations", "act": "actions", "reward": "rewards", "next_obs": "next_observations",
-    "terminal": "terminals", "timeout": "timeouts",
+    "obs": "observations",
+    "act": "actions",
+    "reward": "rewards",
+    "next_obs": "next_observations",
+    "terminal": "terminals",
+    "timeout": "timeouts",
 }
 
 
@@ -77,8 +80,9 @@ def collect_data(options: Options) -> Dataset:
     info = data.info
     score = "" if info["mean_score"] is None else f", D4RL score {info['mean_score']:.1f}"
     mean = "no whole episode" if info["mean_return"] is None else f"{info['mean_return']:.1f}"
-    print(f"{data.name}: {len(data)} transitions, {data.episodes} episodes, "
-          f"mean return {mean}{score}")
+    print(
+        f"{data.name}: {len(data)} transitions, {data.episodes} episodes, mean return {mean}{score}"
+    )
     if o.plot:
         from offrl.results.returns import distribution
 
@@ -104,8 +108,8 @@ def collect(
         minari_id: also write a local Minari data set, "<namespace>/<environment>/<name>-v0".
 
     Raises:
-        DataError, ValueError, OSError: as `offrl.data.sources.generated.load` and the exports; a wrong
-            `out` or `minari_id` stops before anything is rolled out.
+        DataError, ValueError, OSError: as `generated.load` and the exports; a wrong `out` or
+            `minari_id` stops before anything is rolled out.
     """
     check_targets(out, minari_id)
     data = generated.load(env, dataset, rows, workers, seed)
@@ -157,7 +161,10 @@ def collect_run(
     env = resolved.settings.env
     name = f"{resolved.name}-{resolved.task}"
     info = {
-        "source": "run", "run": str(run), "algo": resolved.name, "seed": seed,
+        "source": "run",
+        "run": str(run),
+        "algo": resolved.name,
+        "seed": seed,
         "legacy_mass": resolved.settings.legacy_mass,
     }
     id = env_id(env, version(resolved))
@@ -246,7 +253,8 @@ def to_file(data: Dataset, path: Path) -> None:
         OSError: if the place is not writable or the disk full.
     """
     arrays = {
-        theirs: data[ours].numpy() if ours not in ("terminal", "timeout")
+        theirs: data[ours].numpy()
+        if ours not in ("terminal", "timeout")
         else data[ours].to(torch.bool).numpy()
         for ours, theirs in D4RL_NAMES.items()
     }

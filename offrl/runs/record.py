@@ -21,9 +21,9 @@ from offrl.config import Resolved
 from offrl.data.dataset import Dataset
 from offrl.engine.curve import Curve
 from offrl.envs import ogbench, scores
-from offrl.system import cores, cpu_name
 from offrl.nets.kernels import matmul
 from offrl.results import stats
+from offrl.system import cores, cpu_name
 
 PACKAGES = ("offrl", "torch", "numpy", "scipy", "gymnasium", "mujoco", "minari", "hydra-core")
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from offrl import config as configuration
 from offrl.errors import ConfigError
-from offrl.runs.record import placeless, scored, write_json
 from offrl.results import plots, stats
+from offrl.runs.record import placeless, scored, write_json
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,18 @@ def gather(folders: Iterable[Path], metrics: Sequence[str]) -> dict[tuple[str, s
             run, result = path.parent, json.loads(path.read_text())
             resolved = configuration.from_yaml((run / "config.yaml").read_text())
             returns = np.array(result["final_returns"])
-            same = (result["steps"], (result["dataset"] or {}).get("digest"), returns.shape[1],
-                    result["unit"], tuple(result["env"].items()))
+            same = (
+                result["steps"],
+                (result["dataset"] or {}).get("digest"),
+                returns.shape[1],
+                result["unit"],
+                tuple(result["env"].items()),
+            )
             key = label(resolved), result["task"]
             steps, steps_are = result["curve"]["steps"], result["steps_are"]
-            cell = cells.setdefault(key, Cell({}, {}, steps, defaultdict(dict), {}, same, steps_are))
+            cell = cells.setdefault(
+                key, Cell({}, {}, steps, defaultdict(dict), {}, same, steps_are)
+            )
             if cell.same != same or cell.steps != result["curve"]["steps"]:
                 raise ConfigError(
                     f"{run} differs from other runs of {key[0]} on {key[1]} in steps, data set, "

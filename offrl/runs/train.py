@@ -71,8 +71,10 @@ def train(
     env.close()
     data = load_data(resolved)
     if data is not None:
-        say(f"data: {data.name}, {len(data)} transitions in {data.episodes} episodes; "
-            "choose others with dataset=, source=d4rl|minari|files")
+        say(
+            f"data: {data.name}, {len(data)} transitions in {data.episodes} episodes; "
+            "choose others with dataset=, source=d4rl|minari|files"
+        )
     folder = folder or new_folder(resolved)
     say(f"run directory: {folder} ({device})")
     with system.only_one(folder):
@@ -128,7 +130,7 @@ def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) ->
 
 
 def layout(resolved: Resolved, device: torch.device) -> list[Group]:
-    """Stacked on CUDA where the method can; one process per seed on a CPU, where it gains nothing."""
+    """Stacked on CUDA where the method can; one process per seed on a CPU, where it gains none."""
     seeds = resolved.seeds()
     stacks = configuration.method(resolved.algo).stacks(resolved.config())
     return [seeds] if stacks and device.type == "cuda" else [[seed] for seed in seeds]

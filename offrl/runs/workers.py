@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from offrl import system
 from offrl.config import Resolved
 from offrl.data.dataset import home
 from offrl.engine import checkpoint
-from offrl import system
 from offrl.engine.curve import Curve
 from offrl.engine.loop import Progress
 from offrl.engine.stop import stop_requests
 from offrl.errors import Failed, Interrupted
-from offrl.system import cores, cpu_name
 from offrl.nets.kernels import matmul
 from offrl.runs.record import resuming, scored
+from offrl.system import cores, cpu_name
 
 Group = list[int]
 

@@ -84,7 +84,6 @@ def test_killed_in_any_stage_and_resumed_equals_uninterrupted(tmp_path, moment):
     run("two_stages", whole)
     algo, (model, policy) = toys.two_stages()
     if moment == "finish":
-
         finish = model.finish
 
         def half_done():

@@ -17,11 +17,20 @@ def write_run(folder, algo, seeds, returns, overrides=None, date="2026-01-01T00:
     (folder / "config.yaml").write_text(resolved.to_yaml())
     (folder / "run.json").write_text(json.dumps({"device": "some CPU", "cores": 2}))
     result = {
-        "algo": algo, "task": resolved.task, "steps": resolved.options["steps"], "seeds": seeds,
-        "unit": "D4RL-normalized", "env": {"id": "HalfCheetah-v5"}, "dataset": {"digest": digest},
+        "algo": algo,
+        "task": resolved.task,
+        "steps": resolved.options["steps"],
+        "seeds": seeds,
+        "unit": "D4RL-normalized",
+        "env": {"id": "HalfCheetah-v5"},
+        "dataset": {"digest": digest},
         "final_returns": returns,
         "curve": {"steps": [5, 10], "mean_return": [[0.0, np.mean(row)] for row in returns]},
-        "command": "train", "date": date, "versions": {}, "seconds": 1.0, "threads": 1,
+        "command": "train",
+        "date": date,
+        "versions": {},
+        "seconds": 1.0,
+        "threads": 1,
     }
     (folder / "result.json").write_text(json.dumps(result))
     for seed in seeds:
