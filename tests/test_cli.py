@@ -16,13 +16,13 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from offrl.engine.threads import candidates
 
 import offrl
 from offrl import cli, system
 from offrl import config as configuration
 from offrl.engine import checkpoint
-from offrl.engine.loop import Curve, Progress
+from offrl.engine.curve import Curve
+from offrl.engine.loop import Progress
 from offrl.envs import make
 from offrl.errors import ConfigError, Failed
 from offrl.nets.kernels import matmul
@@ -30,7 +30,6 @@ from offrl.runs import record as outcome
 from offrl.runs import task
 from offrl.runs import train as experiment
 from offrl.runs.workers import Display
-from offrl.system import cores
 
 EPISODES = ["eval_episodes=2", "final_episodes=2"]
 SIZES = ["algo.hidden=[16]", "algo.batch=16", *EPISODES]
@@ -100,15 +99,6 @@ def test_an_offline_run_leaves_everything_a_run_directory_promises(algo, capsys)
     assert "algo.steps" in out
     assert "(command line)" in out
     assert "D4RL-normalized score" in out
-
-
-def test_threads_by_measurement_are_told_and_stored(capsys):
-    train(
-        "algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", "threads=auto", *SIZES
-    )
-    result = json.loads((only_run() / "result.json").read_text())
-    assert result["threads"] in candidates(cores())
-    assert "thread(s): an update takes" in capsys.readouterr().out
 
 
 def test_processes_and_resumed_runs_keep_the_products_a_run_was_started_with(monkeypatch):
@@ -523,7 +513,7 @@ def test_help_lists_every_setting_with_value_origin_choices_and_meaning(capsys):
     assert "algo.beta=0.5  (command line)\n    weight of the penalty" in out
     assert "algo.norm_source=mixed  (default; mixed|target)\n    norm of the successor" in out
     assert "threads=1  (default; auto)" in out
-    options = configuration.fields_of(configuration.module("beer").Config)
+    options = configuration.fields_of(configuration.method("beer").config)
     for name in [*configuration.fields_of(configuration.Settings), *(f"algo.{n}" for n in options)]:
         assert out.count(f"\n{name}=") == 1
     assert "presets: full, quick" in out
@@ -534,7 +524,7 @@ def test_help_lists_every_setting_with_value_origin_choices_and_meaning(capsys):
     "cls",
     [
         configuration.Settings,
-        *(configuration.module(name).Config for name in configuration.algorithms()),
+        *(configuration.method(name).config for name in configuration.algorithms()),
     ],
 )
 def test_every_setting_has_a_meaning(cls):

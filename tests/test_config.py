@@ -129,7 +129,7 @@ def test_every_shipped_task_value_fits_its_method(name):
         source, _, task = pattern.rpartition(":")
         env, _, dataset = task.replace("*", "x").rpartition("-")
         given = {"env": env, "dataset": dataset, "source": source or "auto"}
-        if config.online(name):
+        if config.method(name).online:
             given = {"env": task.replace("*", "x")}
         found = resolve(name, given, {pattern: values}, stored["presets"])
         assert list(found.origins.values()).count(f"task {pattern}") == len(values)
@@ -230,9 +230,7 @@ def test_seeds_are_stacked_on_cuda_where_the_network_can_carry_them():
         (1, {"seeds": 1, "threads": 4}, 1, 1, False),
         (16, {"seeds": 5, "threads": 2}, 5, 3, True),
         (16, {"seeds": 8, "threads": 2}, 8, 2, False),
-        (16, {"seeds": 1, "threads": "auto"}, 1, 16, False),  # the updates may take them all
-        (16, {"seeds": 5, "threads": "auto"}, 5, 3, False),
-        (2, {"seeds": 5, "threads": 1, "evaluation": "beside"}, 2, 1, True),
+        (2, {"seeds": 5, "threads": 1, "evaluation": "async"}, 2, 1, True),
         (16, {"seeds": 1, "threads": 1, "evaluation": "inline"}, 1, 16, False),
     ],
 )
@@ -244,8 +242,8 @@ def test_cores_are_shared_among_training_and_evaluating_processes(
     run, cpu = resolve("td3bc", given), torch.device("cpu")
     assert parallel.at_once(run, given["seeds"]) == at_once
     assert experiment.share(run, cpu) == share
-    assert experiment.has_room(run, cpu) == room
+    assert experiment.evaluates_beside(run, cpu) == room
 
 
 def test_a_run_on_a_gpu_is_evaluated_beside():
-    assert experiment.has_room(resolve("td3bc", {"threads": "auto"}), torch.device("cuda"))
+    assert experiment.evaluates_beside(resolve("td3bc", {"threads": 8}), torch.device("cuda"))
