@@ -41,7 +41,7 @@ class Config:
     steps: int = 1_000_000  # updates
     batch: int = 1024  # rows per update, each with its goals
     lr: float = 3e-4  # Adam, one for everything
-    slack: float = 0.05  # squared excess of one-step distances that is allowed on average
+    slack: float = 0.05  # squared violation of one-step distances that is allowed on average
     alpha: float = 0.003  # weight of imitation in the actor's loss
     latent: int = 512  # numbers of a state's latent, which the metric reads as intervals
     hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
@@ -49,17 +49,6 @@ class Config:
     actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
     images: bool = False  # observations are 64 x 64 RGB images; one seed per run
     crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
-
-
-class Multiplier(nn.Module):
-    """exp(l) (*S,), 1 at first."""
-
-    def __init__(self, seeds: tuple[int, ...], device: torch.device):
-        super().__init__()
-        self.log = nn.Parameter(torch.zeros(seeds, device=device))
-
-    def forward(self) -> Tensor:
-        return self.log.exp()
 
 
 class QRL:
@@ -70,7 +59,8 @@ class QRL:
         dims = (c.latent + a, *c.hidden, c.latent)
         self.model = MLP(dims, seeds, generator, "gelu", norm=True)
         self.actor = GoalActor(o, o, a, c.hidden, seeds, generator, 2 * c.images)
-        self.multiplier = Multiplier(seeds, generator.device)
+        zero = torch.zeros(seeds, device=generator.device)
+        self.multiplier = nn.ParameterDict({"log": nn.Parameter(zero)})  # lambda = 1 at first
         self.opt = adam(nn.ModuleList([self.metric, self.model, self.actor, self.multiplier]), c.lr)
 
     def update(self, batch: Batch, turn: int) -> Metrics:
@@ -84,17 +74,17 @@ class QRL:
         z, next_z, z_goal = self.metric(states).chunk(3, -2)
         far = self.metric.distance(z, z_goal)
         spread = (100 * F.softplus(5 - far / 100)).mean(-1)
-        excess = (self.metric.distance(z, next_z) - 1).relu().square().mean(-1)  # (*S,)
-        price = self.multiplier()
-        dual = price * (self.config.slack - excess.detach())
-        foreseen = z + self.model(torch.cat([z, batch["act"]], -1))
-        there = self.metric.distance(next_z, foreseen), self.metric.distance(foreseen, next_z)
+        violation = (self.metric.distance(z, next_z) - 1).relu().square().mean(-1)  # (*S,)
+        multiplier = self.multiplier["log"].exp()  # (*S,)
+        dual = multiplier * (self.config.slack - violation.detach())
+        predicted = z + self.model(torch.cat([z, batch["act"]], -1))
+        there = self.metric.distance(next_z, predicted), self.metric.distance(predicted, next_z)
         model = (there[0] + there[1]).mean(-1) / 2
-        loss = spread + price.detach() * excess + dual + model
+        loss = spread + multiplier.detach() * violation + dual + model
         return loss, {
             "value/spread": spread,
-            "value/excess": excess,
-            "value/price": price,
+            "value/violation": violation,
+            "value/multiplier": multiplier,
             "value/mean": far.mean(-1),
             "model/loss": model,
         }
@@ -104,8 +94,8 @@ class QRL:
         mean = self.actor(s, goal)
         with torch.no_grad():
             z, z_goal = self.metric(torch.cat([s, goal], -2)).chunk(2, -2)
-        foreseen = z + held(self.model, torch.cat([z, mean.clamp(-1, 1)], -1))
-        q = -self.metric.distance(foreseen, z_goal, held=True)  # (*S, B)
+        predicted = z + held(self.model, torch.cat([z, mean.clamp(-1, 1)], -1))
+        q = -self.metric.distance(predicted, z_goal, held=True)  # (*S, B)
         climb = -q.mean(-1) / (q.detach().abs().mean(-1) + 1e-6)
         imitation = -normal_log_prob(batch["act"], mean).mean(-1)
         loss = climb + self.config.alpha * imitation

@@ -20,15 +20,15 @@ def test_each_loss_moves_its_own_networks():
     assert not any(reaches(actor, net) for net in (algo.metric, algo.model, algo.multiplier))
 
 
-def test_the_price_rises_while_one_step_is_longer_than_one():
+def test_the_multiplier_rises_while_one_step_is_longer_than_one():
     algo, b = make(), batch()
     for scale, broken in ((100.0, True), (1e-4, False)):
         with torch.no_grad():
             algo.metric.net.layers[-1].weight.mul_(scale)
         loss, metrics = algo.value_loss(b)
-        (slope,) = torch.autograd.grad(loss, [algo.multiplier.log])
-        excess = metrics["value/excess"].detach()
-        torch.testing.assert_close(slope, 0.05 - excess)
+        (slope,) = torch.autograd.grad(loss, [algo.multiplier["log"]])
+        violation = metrics["value/violation"].detach()
+        torch.testing.assert_close(slope, 0.05 - violation)
         assert (float(slope) < 0) == broken  # the step goes against it
 
 
@@ -37,10 +37,10 @@ def test_losses_are_those_of_the_formulas():
     z, after, goal = (algo.metric(b[name]) for name in ("obs", "next_obs", "value_goal"))
     d = algo.metric.distance
     spread = (100 * torch.nn.functional.softplus(5 - d(z, goal) / 100)).mean()
-    excess = (d(z, after) - 1).clamp(min=0).square().mean()
-    foreseen = z + algo.model(torch.cat([z, b["act"]], -1))
-    model = (d(after, foreseen) + d(foreseen, after)).mean() / 2
-    expected = spread + excess + (0.05 - excess) + model  # the price is 1 at first
+    violation = (d(z, after) - 1).clamp(min=0).square().mean()
+    predicted = z + algo.model(torch.cat([z, b["act"]], -1))
+    model = (d(after, predicted) + d(predicted, after)).mean() / 2
+    expected = spread + violation + (0.05 - violation) + model  # the multiplier is 1 at first
     torch.testing.assert_close(algo.value_loss(b)[0], expected, rtol=1e-5, atol=1e-4)
 
 
