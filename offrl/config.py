@@ -59,8 +59,8 @@ class Settings:
     log_every: int = 1000  # updates between rows of metrics
     eval_every: int = 5000  # steps between points of the learning curve
     eval_episodes: int = 10  # per point and seed
-    # where points of the curve are played: auto is async, in a process of its own, on a GPU or with
-    # a spare core for each training process, else inline
+    # where points of the curve but the last are played: auto is async, in a process of its own, on
+    # a GPU or with a spare core for each training process, else inline
     evaluation: Literal["auto", "async", "inline"] = "auto"
     final_episodes: int = 100  # of the last checkpoint; their mean is the score
     snapshot_every: int | None = None  # steps between kept copies of the networks; null: none

@@ -91,9 +91,9 @@ class Points:
         """The step of the newest point, played or not."""
         return self.pending if self.pending is not None else next(iter(self.curve.steps[-1:]), None)
 
-    def play(self, algo: Algorithm, path: Path) -> None:
+    def play(self, algo: Algorithm, path: Path, here: bool = False) -> None:
         """Play the pending point, of the checkpoint at `path`, which `algo` equals."""
-        if self.worker is not None:
+        if self.worker is not None and not here:
             self.worker.begin(path)
             self.playing = True
         elif self.evaluate is not None:

@@ -201,7 +201,7 @@ class Loop:
     def end(self, stage: Stage) -> None:
         """The last point and copy of a stage, what it hands on, and the step to the next one."""
         self.flush(stage)
-        self.add_point(stage)
+        self.add_point(stage, here=True)
         if self.schedule.snapshot_every and stage.evaluate:
             self.snapshot()
         self.tell(stage, last=True)
@@ -213,8 +213,12 @@ class Loop:
         self.begun = False
         self.save()
 
-    def add_point(self, stage: Stage) -> None:
-        """A checkpoint, and its point of the learning curve where the stage has any."""
+    def add_point(self, stage: Stage, here: bool = False) -> None:
+        """A checkpoint, and its point of the learning curve where the stage has any.
+
+        Args:
+            here: the point is played in this process, which would wait for it anyway.
+        """
         step = self.global_step
         if self.points.evaluate is None or not stage.evaluate or self.points.last == step:
             self.save()
@@ -227,7 +231,7 @@ class Loop:
             self.log.write(step, "evaluation", means)
         self.points.pending = step
         self.save()
-        self.points.play(self.algo, self.folder / "checkpoint.pt")
+        self.points.play(self.algo, self.folder / "checkpoint.pt", here)
 
     def snapshot(self) -> None:
         folder, step = self.folder / "snapshots", self.global_step

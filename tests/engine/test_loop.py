@@ -98,7 +98,7 @@ def run(kind, folder, resume=False, pace=0.0, speed="auto"):
     report = lambda told: time.sleep(pace)  # noqa: E731
     if pace:
         wait = (1, lambda: time.sleep(pace))
-        stages = [replace(stages[0], between=[*stages[0].between, wait])]
+        stages = [replace(stage, between=[*stage.between, wait]) for stage in stages]
     curve = fit(
         algo, stages, Path(folder), evaluation(kind), SCHEDULE, [0], kind, resume, report, speed
     )

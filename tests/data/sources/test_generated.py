@@ -18,7 +18,9 @@ from offrl.data.dataset import check, read, write
 from offrl.data.sources import generated, policies, rollout
 from offrl.data.sources.policies import Behavior, layers
 from offrl.data.sources.rollout import Share, Uniform, roll_out
+from offrl.engine import checkpoint
 from offrl.engine.method import Spec
+from offrl.engine.state import state_of
 from offrl.envs.make import factory
 from offrl.errors import DataError
 from offrl.nets import GaussianActor
@@ -104,7 +106,7 @@ def test_behavior_is_the_gaussian_actor_with_its_weights_rounded():
 
 
 def test_sampled_actions_have_sacs_mean_and_spread_before_the_tanh():
-    algo = sac.make(sac.Config(hidden=(32, 32)), Spec(11, 3), torch.Generator().manual_seed(0))
+    algo = sac.SAC(sac.Config(hidden=(32, 32)), Spec(11, 3), torch.Generator().manual_seed(0))
     policy = Behavior(layers(algo.actor.state_dict()), {})
     obs = torch.randn(1, 11, generator=torch.Generator().manual_seed(1)).expand(100_000, 11)
     stream = torch.Generator().manual_seed(3)
@@ -143,7 +145,7 @@ def test_packed_policies_play_as_the_run_that_they_come_from(tmp_path, monkeypat
     run = tmp_path / "run" / "snapshots"
     run.mkdir(parents=True)
     config = sac.Config(hidden=(32, 32), batch=8)
-    algo = sac.make(config, Spec(11, 3), torch.Generator().manual_seed(0))
+    algo = sac.SAC(config, Spec(11, 3), torch.Generator().manual_seed(0))
     obs, means, scalar = torch.randn(5, 11), {}, torch.zeros(8)
     batch = {
         "obs": torch.randn(8, 11),
@@ -153,16 +155,10 @@ def test_packed_policies_play_as_the_run_that_they_come_from(tmp_path, monkeypat
         "terminal": scalar,
     }
     for update in range(3):
-        algo.update(batch, update)
-        content = {
-            "format": 1,
-            "label": "sac",
-            "seeds": [4],
-            "step": 101 + update,
-            "algo": algo.state(),
-        }
-        torch.save(content, run / f"{101 + update}.pt")
-        means[101 + update] = algo.act({"obs": obs})[0]
+        algo.update(batch, 0)
+        about = {"label": "sac", "seeds": [4], "step": 101 + update}
+        checkpoint.save(run / f"{101 + update}.pt", about | {"algo": state_of(algo)})
+        means[101 + update] = algo.act({"obs": obs})[0].detach()
     monkeypatch.setattr(packing, "in_processes", one_process)
     monkeypatch.setattr(packing, "MEDIUM", (0.0, 1.5))
     told = packing.pack({"hopper": run.parent}, folder=tmp_path / "out", episodes=2)
@@ -268,7 +264,7 @@ def test_a_script_without_a_main_guard_is_told_and_leaves_nothing(cache, tmp_pat
     """Its workers run it again as they start, and would wait for each other forever."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from offrl.data import generated\n"
+        "from offrl.data.sources import generated\n"
         "generated.load('hopper', 'random', rows=500, workers=1)\n"
     )
     run = subprocess.run(
@@ -283,7 +279,7 @@ def test_ctrl_c_leaves_nothing(cache, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import signal\n"
-        "from offrl.data import generated\n"
+        "from offrl.data.sources import generated\n"
         "if __name__ == '__main__':\n"
         # a shell ignores the signal for what it starts in the background; here it must arrive
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -390,7 +386,7 @@ def test_collected_data_can_be_written_and_read_as_files(tmp_path, here):
 
 
 def test_a_trained_algorithm_rolls_out_with_and_without_exploration(tmp_path, here):
-    algo = sac.make(sac.Config(hidden=(32, 32)), Spec(11, 3), torch.Generator().manual_seed(0))
+    algo = sac.SAC(sac.Config(hidden=(32, 32)), Spec(11, 3), torch.Generator().manual_seed(0))
     make = lambda explore: collection.from_policies(  # noqa: E731
         [Share("seed 0", algo, 100, explore)], HOPPER, "hopper", "Hopper-v5", "test"
     )
