@@ -19,8 +19,9 @@ OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
 
 
 def main() -> None:
-    """The console command: offrl train|evaluate|collect|report key=value ..."""
+    """The console command: offrl train|evaluate|collect|report|export key=value ..."""
     commands = {"train": train, "evaluate": evaluate, "collect": collect, "report": report}
+    commands["export"] = export
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
         sys.exit(2)
@@ -264,6 +265,22 @@ def report(argv: Sequence[str] | None = None) -> None:
 
     with readable_errors():
         make_report(options(Options, sys.argv[1:] if argv is None else argv))
+
+
+def export(argv: Sequence[str] | None = None) -> None:
+    """Write a policy as a file of its own: `run=runs/... out=policy.onnx seed=0`."""
+    from offrl.runs.export import Options
+    from offrl.runs.policy import load_policy
+
+    with readable_errors():
+        o = options(Options, sys.argv[1:] if argv is None else argv)
+        kept = load_policy(o.run, o.seed).export(o.out)
+        same = kept["parity"]
+        print(f"{o.out}: inputs {', '.join(kept['inputs'])}; outputs {', '.join(kept['outputs'])}")
+        print(
+            f"actions within {same['largest']:.1g} of half their range of the library's, on "
+            f"{same['random']} random observations and {same['data']} of the training data"
+        )
 
 
 def options(cls: type, argv: Sequence[str]) -> Any:

@@ -29,7 +29,7 @@ def chain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], rectified: bool = 
     """
     if layers[0][0].dim() == 2 and x.dim() > 2:  # one network on stacked rows
         return chain(x.flatten(0, -2), layers, rectified).unflatten(0, x.shape[:-1])
-    if x.is_cuda:
+    if x.is_cuda or torch.compiler.is_exporting():
         return plain(x, layers, rectified)
     if torch.is_grad_enabled():
         return Chain.apply(x, rectified, *[p for layer in layers for p in layer])

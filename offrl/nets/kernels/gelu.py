@@ -27,7 +27,7 @@ def network(x: Tensor, layers: Sequence[Layer]) -> Tensor:
         layers: weight (*lead, in, out), bias (*lead, 1, out) of each map and, if norms follow,
             their scale and shift (*lead, 1, out).
     """
-    if x.is_cuda:
+    if x.is_cuda or torch.compiler.is_exporting():
         return through(x, layers, gelu)
     lead = layers[0][0].shape[:-2]
     if not lead and x.dim() > 2:  # one network on stacked rows
