@@ -101,6 +101,7 @@ class Graph(nn.Module):
         super().__init__()
         self.step, self.inputs = step, list(step.inputs)
         self.names: list[str] = []
+        self.blank: dict[str, Tensor] = {}
         first, second, other = (remembered(step, rows) for rows in (2, 2, 3))
         if first is None:
             return
