@@ -199,8 +199,8 @@ def from_policies(
     folder = folder or home() / "collected" / name.replace("/", "-")
 
     def fill(place: Path) -> dict[str, Any]:
-        found = roll_out(shares, make_env, place, seed, workers, name)
-        return generated.described(f"collected/{name}", env, id, shares, found, info or {})
+        found = (info or {}) | roll_out(shares, make_env, place, seed, workers, name)
+        return generated.described(f"collected/{name}", env, id, shares, found)
 
     write(folder, fill)
     return read(folder)

@@ -36,7 +36,7 @@ def save(data, folder):
     def fill(place):
         for name, value in (data.fields | {"starts": data.starts, "returns": data.returns}).items():
             store(place / f"{name}.npy", value.numpy())
-        return {"name": data.name, "info": data.info, "fields": list(data.fields)}
+        return {"name": data.name, "info": data.info}
 
     write(folder, fill)
 
@@ -152,12 +152,14 @@ for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None  # as on Windows: importing it fails
 for name in ("posix_fallocate", "sched_getaffinity", "fork", "killpg"):
     delattr(os, name)
+from pathlib import Path
+
 import numpy as np
 import offrl.data, offrl.system
 from offrl.data.sources import d4rl, files, generated, minari, ogbench
-from offrl.data.dataset import allocate
+from offrl.data.dataset import store
 
-allocate(sys.argv[1], np.float32, (3, 2))[...] = 1
+store(Path(sys.argv[1]), np.ones((3, 2), np.float32))
 print(np.load(sys.argv[1]).sum())
 """
 

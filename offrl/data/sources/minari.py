@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,16 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, Space
 
-from offrl.data.dataset import Dataset, allocate, episode_sums, home, once, read, store, write
+from offrl.data.dataset import Arrays, Dataset, home, once, read, store_episodes, stream, write
 from offrl.errors import DataError
 
 GOAL = ("observation", "achieved_goal", "desired_goal")
+METADATA = {  # our name -> Minari's
+    "ref_min": "ref_min_score",
+    "ref_max": "ref_max_score",
+    "algorithm": "algorithm_name",
+    "minari_version": "minari_version",
+}
 DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, AssertionError)
 RULES = 1  # of the conversion; raise it when the rules change, and old conversions are made anew
 
@@ -106,58 +112,36 @@ def obtain(dataset_id: str, download: bool) -> None:
 def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[str, Any]:
     """Write the arrays of the data set at `place` into the folder `part`, episode by episode."""
     source, raw = opened(place)
-    order = layout(source.observation_space, dataset_id)
-    act_shape, kind = action_shape(source.action_space, dataset_id)
-    rows, width = source.total_steps, sum(order.values())
+    order, rows = layout(source.observation_space, dataset_id), source.total_steps
+    act, scaling = actions(source.action_space, dataset_id)
     if rows == 0:
         raise DataError(f"{dataset_id} holds no steps")
-    flat = ("reward", "terminal", "timeout")
-    out = {
-        "obs": allocate(part / "obs.npy", np.float32, (rows, width)),
-        "act": allocate(part / "act.npy", kind, (rows, *act_shape)),
-        "next_obs": allocate(part / "next_obs.npy", np.float32, (rows, width)),
-        **{name: allocate(part / f"{name}.npy", np.float32, (rows,)) for name in flat},
-    }
-    starts, done = [], 0
-    for number, episode in enumerate(episodes(source, place, order)):
-        steps = len(episode["reward"])
-        lengths = {name: len(value) for name, value in episode.items()}
-        if lengths != dict.fromkeys(lengths, steps) | {"obs": steps + 1}:
-            raise DataError(
-                f"{dataset_id}: episode {number} has rows {lengths}; obs must have one more than "
-                "the others"
-            )
-        if done + steps > rows:
-            break
-        to = slice(done, done + steps)
-        out["obs"][to], out["next_obs"][to] = episode["obs"][:-1], episode["obs"][1:]
-        for name in ("act", *flat):
-            out[name][to] = episode[name]
-        starts += [done] if steps else []
-        done = to.stop
-    if done != rows:
+    ends, rewards = [0], []
+
+    def chunks() -> Iterator[Arrays]:
+        for number, found in enumerate(episodes(source, place, order, act)):
+            lengths = {name: len(value) for name, value in found.items()}
+            obs, steps = found.pop("obs"), len(found["reward"])
+            if lengths != dict.fromkeys(lengths, steps) | {"obs": steps + 1}:
+                raise DataError(
+                    f"{dataset_id}: episode {number} has rows {lengths}; obs must have one more "
+                    "than the others"
+                )
+            ends.append(ends[-1] + steps)
+            rewards.append(found["reward"])
+            yield {"obs": obs[:-1], "next_obs": obs[1:], **found}
+
+    stream(part, chunks(), rows)
+    if ends[-1] != rows:
         raise DataError(f"{dataset_id} announces {rows} steps and holds others; get it again")
-    for array in out.values():
-        array.flush()
-    first = torch.tensor(starts)
-    store(part / "starts.npy", first.numpy())
-    store(part / "returns.npy", episode_sums(torch.from_numpy(out["reward"]), first).numpy())
-    info = {
-        "source": "minari",
-        "id": dataset_id,
-        "stamp": stamp,
-        "layout": order,
-        "rows": rows,
-        "episodes": len(starts),
-        "env": env_name(raw),
-        "actions": bounds_of(source.action_space),
-        "ref_min": raw.get("ref_min_score"),
-        "ref_max": raw.get("ref_max_score"),
-        "minari_version": raw.get("minari_version"),
-        "algorithm": raw.get("algorithm_name"),
-        "notes": [],
-    }
-    return {"name": f"minari/{dataset_id}", "fields": list(out), "info": info}
+    starts = torch.tensor(ends[:-1]).unique_consecutive()
+    starts = starts[starts < rows]
+    store_episodes(part, starts, torch.from_numpy(np.concatenate(rewards)))
+    info: dict[str, Any] = {"source": "minari", "id": dataset_id, "stamp": stamp, "notes": []}
+    info |= {"layout": order, "rows": rows, "episodes": len(starts), "actions": scaling}
+    info |= {ours: raw.get(theirs) for ours, theirs in METADATA.items()}
+    info["env"] = json.loads(raw["env_spec"])["id"] if raw.get("env_spec") else None
+    return {"name": f"minari/{dataset_id}", "info": info}
 
 
 def opened(place: Path) -> tuple[Any, dict[str, Any]]:
@@ -178,16 +162,19 @@ def opened(place: Path) -> tuple[Any, dict[str, Any]]:
     raise DataError(f"the Minari data set at {place} does not describe its spaces; get it again")
 
 
-def episodes(source: Any, place: Path, order: dict[str, int]) -> Iterator[dict[str, np.ndarray]]:
+def episodes(
+    source: Any, place: Path, order: dict[str, int], act: Callable[[Any], np.ndarray]
+) -> Iterator[Arrays]:
     """Every episode by our names: obs (T + 1, o), the others (T, ...)."""
+    flat = lambda values: np.asarray(values).reshape(-1).astype(np.float32)  # noqa: E731
     try:
         for episode in source.iterate_episodes():
             yield {
                 "obs": join(episode.observations, order),
-                "act": scaled(episode.actions, source.action_space),
-                "reward": np.asarray(episode.rewards).reshape(-1),
-                "terminal": np.asarray(episode.terminations).reshape(-1),
-                "timeout": np.asarray(episode.truncations).reshape(-1),
+                "act": act(episode.actions),
+                "reward": flat(episode.rewards),
+                "terminal": flat(episode.terminations),
+                "timeout": flat(episode.truncations),
             }
     except DAMAGE as error:
         raise damaged(place, error) from error
@@ -198,11 +185,6 @@ def damaged(place: Path, error: Exception) -> DataError:
         f"the Minari data set at {place} is damaged ({type(error).__name__}: {error}); "
         "delete its folder and get it again"
     )
-
-
-def env_name(raw: dict[str, Any]) -> str | None:
-    """The id of the environment that the data came from, where the metadata tell."""
-    return json.loads(raw["env_spec"])["id"] if raw.get("env_spec") else None
 
 
 # --- spaces --------------------------------------------------------------------------------------
@@ -240,38 +222,27 @@ def join(value: Any, order: dict[str, int]) -> np.ndarray:
     return np.concatenate(parts, -1)
 
 
-def action_shape(space: Space, dataset_id: str) -> tuple[tuple[int, ...], type]:
-    if isinstance(space, Box):
-        return (int(np.prod(space.shape, dtype=np.int64)),), np.float32
+def actions(space: Space, dataset_id: str) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
+    """What makes actions (T, a) in [-1, 1] of raw ones, or (T,) from 0; and that, for the record.
+
+    Raises:
+        DataError: for other spaces than Box and Discrete.
+    """
     if isinstance(space, Discrete):
-        return (), np.int64
-    raise DataError(f"{dataset_id} has actions of {space}; only Box and Discrete are read")
-
-
-def scaled(actions: Any, space: Space) -> np.ndarray:
-    """Actions (T, a) in [-1, 1], or discrete ones (T,) counted from 0."""
-    if isinstance(space, Discrete):
-        return np.asarray(actions, np.int64).reshape(-1) - int(space.start)
-    assert isinstance(space, Box)
-    flat = np.asarray(actions, np.float64).reshape(len(actions), -1)
-    if not other_bounds(space):
-        return flat
-    low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
-    return 2 * (flat - low) / (high - low) - 1
-
-
-def other_bounds(space: Box) -> bool:
-    finite = np.isfinite(space.low).all() and np.isfinite(space.high).all()
-    return bool(finite and ((space.low != -1) | (space.high != 1)).any())
-
-
-def bounds_of(space: Space) -> dict[str, Any]:
-    """What was done to the actions, for the record."""
-    if isinstance(space, Discrete):
-        return {"count": int(space.n), "start": int(space.start)}
-    assert isinstance(space, Box)
+        first = int(space.start)
+        count = lambda raw: np.asarray(raw, np.int64).reshape(-1) - first  # noqa: E731
+        return count, {"count": int(space.n), "start": first}
+    if not isinstance(space, Box):
+        raise DataError(f"{dataset_id} has actions of {space}; only Box and Discrete are read")
     limits = {"low": space.low.ravel().tolist(), "high": space.high.ravel().tolist()}
-    return {"rescaled_from": limits} if other_bounds(space) else {"rescaled_from": None}
+    low, high = map(np.array, limits.values())
+    other = bool(np.isfinite([low, high]).all() and ((low != -1) | (high != 1)).any())
+
+    def scaled(raw: Any) -> np.ndarray:
+        flat = np.asarray(raw, np.float64).reshape(len(raw), -1)
+        return (2 * (flat - low) / (high - low) - 1 if other else flat).astype(np.float32)
+
+    return scaled, {"rescaled_from": limits if other else None}
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -306,9 +277,7 @@ def export(
     place = root() / valid(dataset_id)
     if place.exists():
         raise ValueError(f"there is a Minari data set {dataset_id} already, in {place}")
-    shape = lambda name: tuple(data[name].shape[1:])  # noqa: E731
-    actions = Discrete(data.act_dim) if data.discrete else Box(-1, 1, shape("act"), np.float32)
-    observations = Box(-np.inf, np.inf, shape("obs"), np.float32)
+    box = lambda name, limit: Box(-limit, limit, tuple(data[name].shape[1:]), np.float32)  # noqa: E731
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is set to None|env_spec is None")
@@ -319,8 +288,8 @@ def export(
                 algorithm_name=algorithm,
                 description=description,
                 author=author,
-                observation_space=observations,
-                action_space=actions,
+                observation_space=box("obs", np.inf),
+                action_space=Discrete(data.act_dim) if data.discrete else box("act", 1),
             )
         made.storage.update_metadata({"provenance": {"name": data.name} | data.info})
     except BaseException:
