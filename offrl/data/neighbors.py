@@ -25,7 +25,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,7 @@ GROUP = 32  # rows whose smallest float32 value decides whether they are compare
 GROUPS = 8  # of these per query of the full search by products
 NEAREST = 4  # rows per query of the full search by the tree
 SCORES = {"cpu": 1 << 19, "cuda": 1 << 24}  # float32 scores held at a time: caches of each kind
-RADIUS = (
-    1.0  # state distance at which the tree ends a list; costs below beta^2 RADIUS^2 need no more
-)
+RADIUS = 1.0  # state distance where the tree ends a list; costs below beta^2 RADIUS^2 need no more
 
 Found = tuple[Tensor, Tensor]  # rows (n, C) int64; floor (n,): all other rows cost at least that
 log = logging.getLogger(__name__)
@@ -142,26 +140,24 @@ class StateNeighbors:
                 and `self_match`, rows that are their own neighbor. With a `budget` also `overflow`,
                 undecided queries beyond it: they get the best row of their list.
         """
-        names = ("uncertified", "self_match", *(() if self.budget is None else ("overflow",)))
+        names = ("uncertified", "self_match", "overflow")[: 2 if self.budget is None else 3]
 
         def find(index: Tensor, pi: Tensor) -> tuple[Tensor, ...]:
-            row, info = self.find(index.reshape(-1, index.shape[-1]), pi, beta)
-            return row.view(index.shape), *(info[name].view(index.shape[:-1]) for name in names)
+            row, *shares = self.find(index.reshape(-1, index.shape[-1]), pi, beta)
+            return row.view(index.shape), *(share.view(index.shape[:-1]) for share in shares)
 
-        if self.budget is None:  # looks at values: how many queries stay open
-            row, *shares = opaque(find, index, pi)
-        else:
-            row, *shares = find(index, pi)
+        looks = self.budget is None  # at values: how many queries stay open
+        row, *shares = opaque(find, index, pi) if looks else find(index, pi)
         return row, dict(zip(names, shares, strict=True))
 
-    def find(self, query: Tensor, pi: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """`nearest` for query (S, B)."""
+    def find(self, query: Tensor, pi: Tensor, beta: float) -> tuple[Tensor, ...]:
+        """`nearest` for query (S, B): row, and the shares in the order of their names."""
         pi = pi.nan_to_num().reshape(*query.shape, -1)
         listed = take(self.rows, query).long()  # (S, B, K)
         cost = (pi.unsqueeze(-2).double() - take(self.act, listed)).square().sum(-1)
         row, least = lowest(cost + beta**2 * take(self.square, query), listed)  # (S, B)
         gap = beta**2 * take(self.reach, query) - least  # positive: certified
-        info = {"uncertified": (gap <= 0).float().mean(-1)}
+        overflow = []
         if self.budget is None:
             hard = (gap <= 0).nonzero(as_tuple=True)
             if len(hard[0]):
@@ -169,14 +165,12 @@ class StateNeighbors:
         else:
             worst, at = gap.topk(min(self.budget, gap.shape[-1]), largest=False)  # (S, budget)
             i, p = query.gather(-1, at), pi.take_along_dim(at.unsqueeze(-1), -2)
-            found, proven = self.best(
-                i, p, beta, *self.products(i.flatten(), p.flatten(0, 1), beta)
-            )
+            near = self.products(i.flatten(), p.flatten(0, 1), beta)
+            found, proven = self.best(i, p, beta, *near)
             settled = proven & (worst <= 0)
             row.scatter_(-1, at, torch.where(settled, found, row.gather(-1, at)))
-            info["overflow"] = ((gap <= 0).sum(-1) - settled.sum(-1)) / gap.shape[-1]
-        info["self_match"] = (row == query).float().mean(-1)
-        return row, info
+            overflow = [((gap <= 0).sum(-1) - settled.sum(-1)) / gap.shape[-1]]
+        return row, (gap <= 0).float().mean(-1), (row == query).float().mean(-1), *overflow
 
     def search(self, index: Tensor, pi: Tensor, beta: float, least: Tensor) -> Tensor:
         """Full search: index (n,), pi (n, a), a cost within reach (n,) -> (n,) int64."""
@@ -191,18 +185,19 @@ class StateNeighbors:
 
     def finder(self, index: Tensor, pi: Tensor, beta: float, least: Tensor) -> Callable[..., Found]:
         """Products; on a CPU a tree if that takes less time for these queries."""
-        ways = {"products": lambda i, p, _: self.products(i, p, beta)}
-        if self.act.is_cuda:
-            return ways["products"]
-        if beta not in self.trees:
-            self.trees[beta] = Tree(torch.cat([beta * self.obs.double(), self.act], -1))
-        tree = self.trees[beta]
+
+        def by_products(index: Tensor, pi: Tensor, least: Tensor) -> Found:
+            return self.products(index, pi, beta)
 
         def by_tree(index: Tensor, pi: Tensor, least: Tensor) -> Found:
             points = torch.cat([beta * self.obs[index].double(), pi], -1)
-            return tree.find(points, NEAREST, float(least.max()))
+            return self.trees[beta].find(points, NEAREST, float(least.max()))
 
-        ways["tree"] = by_tree
+        if self.act.is_cuda:
+            return by_products
+        if beta not in self.trees:
+            self.trees[beta] = Tree(torch.cat([beta * self.obs.double(), self.act], -1))
+        ways = {"products": by_products, "tree": by_tree}
         name = fastest(ways, index, pi, least)
         log.info("about %d neighbors that the lists leave open are found by %s", len(index), name)
         return ways[name]
@@ -322,7 +317,9 @@ def candidates(keys: Tensor, obs: Tensor, pi: Tensor, beta: float, groups: int) 
     values = torch.empty(n, len(keys) // GROUP, device=device)
     tile = max(1, SCORES[device.type] // GROUP // max(1, n)) * GROUP
     buffer = torch.empty(n * min(tile, len(keys)), device=device)
-    with full_precision():
+    with ExitStack() as stack:  # products in float32, whatever the run allows elsewhere
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
         for start in range(0, len(keys), tile):
             block = keys[start : start + tile]
             scores = torch.mm(query, block.T, out=buffer[: n * len(block)].view(n, len(block)))
@@ -340,17 +337,6 @@ def candidates(keys: Tensor, obs: Tensor, pi: Tensor, beta: float, groups: int) 
     bound = (value[:, -1].double() + norm).clamp(min=0)
     error = 2 * (keys.shape[-1] + 4) * 2.0**-24 * (2 * norm.sqrt() + bound.sqrt()).square()
     return rows, bound - error
-
-
-@contextmanager
-def full_precision():
-    """Float32 products in float32, whatever the run allows elsewhere (TF32, bfloat16)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def fastest(ways: dict[str, Callable[..., Found]], *sample: Tensor) -> str:
@@ -392,7 +378,8 @@ def cached_lists(obs: Tensor, k: int, progress: bool, digest: str, cache: Path) 
             raise ValueError("rows outside the data")
     except (OSError, ValueError) as error:
         raise DataError(f"the cache entry {folder} is damaged ({error}); delete it") from error
-    return torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1]), torch.from_numpy(arrays[2])
+    rows, square, reach = map(torch.from_numpy, arrays)
+    return rows, square, reach
 
 
 def state_lists(obs: Tensor, k: int, progress: bool) -> Lists:

@@ -140,7 +140,7 @@ class Task:
     Attributes:
         spec: shapes and statistics.
         data: the `offrl.data.Dataset` to learn from, or None.
-        envs: makes the environments (`offrl.data.collector.Environments`) that a method steps in
+        envs: makes the environments (`offrl.envs.vector.Vector`) that a method steps in
             training, or None.
         evaluate: scores a policy: (algorithm, episodes) -> raw values (*S, n) by name, of episodes
             or of estimates on logged rows; None for a run without a score.
