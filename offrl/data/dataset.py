@@ -61,8 +61,7 @@ class Dataset:
     @property
     def lengths(self) -> Tensor:
         """Rows of every episode, int64 (E,)."""
-        end = torch.tensor([len(self)], dtype=self.starts.dtype, device=self.starts.device)
-        return torch.diff(self.starts, append=end)
+        return torch.diff(self.starts, append=self.starts.new_tensor([len(self)]))
 
     @property
     def obs_dim(self) -> int:
@@ -104,15 +103,11 @@ class Dataset:
 
         Summed in float64 in blocks, so the result does not depend on where the data lies.
         """
-        obs, total, square = self.fields["obs"], 0.0, 0.0
         rows = min(1 << 18, (1 << 28) // self.obs_dim + 1)  # images are wide
-        for block in obs.split(rows):
-            total = total + block.double().sum(0)
-        mean = torch.as_tensor(total) / len(self)
-        for block in obs.split(rows):
-            square = square + (block.double() - mean).square().sum(0)
-        std = (torch.as_tensor(square) / len(self)).sqrt()
-        return mean.float(), (std + eps).float()
+        blocks, zero = self["obs"].split(rows), torch.zeros((), dtype=torch.float64)
+        mean = sum((block.double().sum(0) for block in blocks), zero) / len(self)
+        square = sum(((block.double() - mean).square().sum(0) for block in blocks), zero)
+        return mean.float(), ((square / len(self)).sqrt() + eps).float()
 
 
 def bounds(ends: Tensor) -> Tensor:
@@ -330,13 +325,9 @@ def read(folder: Path) -> Dataset:
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        names = [*meta["fields"], "starts", "returns"]
-        *fields, starts, returns = (
-            torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in names
-        )
-        return Dataset(
-            dict(zip(names, fields, strict=False)), starts, returns, meta["name"], meta["info"]
-        )
+        load = lambda name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))  # noqa: E731
+        fields = {name: load(name) for name in meta["fields"]}
+        return Dataset(fields, load("starts"), load("returns"), meta["name"], meta["info"])
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"the cache entry {folder} is damaged ({error}); delete it") from error
 

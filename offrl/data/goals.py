@@ -78,8 +78,10 @@ class Trajectories:
             discount: of geometric trajectory goals; None for uniform ones.
         """
         current, trajectory, _ = mixture
-        geometric = discount is not None
-        goal = self.geometric(i, discount, generator) if geometric else self.uniform(i, generator)
+        if discount is None:
+            goal = self.uniform(i, generator)
+        else:
+            goal = self.geometric(i, discount, generator)
         if current < 1:
             within = chance(i, trajectory / (1 - current), generator)
             goal = torch.where(within, goal, self.anchors(i.shape, generator))

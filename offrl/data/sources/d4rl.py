@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from offrl.data.dataset import Dataset, home
 from offrl.data.sources import files
@@ -115,13 +116,11 @@ NOTES = {  # pattern of "<environment>-<data set>" -> a defect that a user shoul
 def load(env: str, dataset: str = "", download: bool = True, episodes: bool = False) -> Dataset:
     """The Q-learning view of a D4RL data set, or all its rows, in the cache and memory-mapped.
 
-    Fields: obs, act, reward (raw), next_obs, terminal, and timeout, which is 0 in every row of the
-    Q-learning view, since it drops the others. `starts` and `returns` belong to the same episodes;
-    returns are sums over all rows, also dropped ones. The last episode is unfinished where
+    Rewards are raw; timeout is 0 in every row of the Q-learning view, which drops the others.
+    Returns are sums over all rows, also dropped ones. The last episode is unfinished where
     info["unfinished"] is not 0. In AntMaze episodes go through terminals and end at timeouts, which
     is where the test |obs[i + 1] - next_obs[i]| > 1e-6 finds a jump in this view. info also holds
-    file, url, sha256, reference (the random and the expert return of the environment), rows,
-    episodes and notes.
+    file, url, sha256, reference (the random and the expert return), rows, episodes and notes.
 
     Args:
         env: `hopper`, or with `d4rl-` the mazes, hands and the kitchen (`d4rl-antmaze-large`,
@@ -140,10 +139,9 @@ def load(env: str, dataset: str = "", download: bool = True, episodes: bool = Fa
     task = f"{env}-{dataset}"
     path, name = locate(source, download), f"{task}-{source.version}"
     notes = [note for pattern, note in NOTES.items() if fnmatch(task, pattern)]
-    returns = reference(f"d4rl-{env}", dataset)
-    about = {"source": "d4rl", "task": name, "url": source.url, "reference": returns}
+    info: dict[str, Any] = {"source": "d4rl", "task": name, "url": source.url, "notes": notes}
+    info["reference"] = reference(f"d4rl-{env}", dataset)
     rule = files.Rule(source.horizon, task.startswith("antmaze"), clip=True, episodes=episodes)
-    info = about | {"notes": notes}
     data = files.rows_of(path, home() / "d4rl" / task, f"d4rl/{name}", rule, info)
     found = data.info["rows"], data.info["episodes"]
     if found != (known := COUNTS.get(task, found)):

@@ -104,7 +104,7 @@ def rows_of(path: Path, folder: Path, name: str, rule: Rule, info: dict[str, Any
     if rule.episodes:
         folder, name = folder.with_name(f"{folder.name}-episodes"), f"{name} (episodes)"
 
-    def fill(place: Path) -> dict[str, Any]:
+    def fill(path: Path, place: Path) -> dict[str, Any]:
         with opened(path) as columns:
             examine(columns, path)
             return convert(columns, place, path, rule)
@@ -117,7 +117,7 @@ def converted(
     folder: Path,
     name: str,
     rules: Any,
-    fill: Callable[[Path], dict[str, Any]],
+    fill: Callable[[Path, Path], dict[str, Any]],
     info: dict[str, Any],
 ) -> Dataset:
     """The conversion of a file, made when the cache has none of this file as it is now.
@@ -125,7 +125,7 @@ def converted(
     Args:
         folder: the cache entry.
         rules: of the conversion; when they change it is made anew.
-        fill: writes the arrays and returns what it found, with `notes`.
+        fill: writes the arrays of a file into a folder and returns what it found, with `notes`.
         info: provenance to keep with the data.
     """
     if not path.is_file():
@@ -137,7 +137,7 @@ def converted(
     stamp = {"path": str(path.resolve()), "size": size, "mtime_ns": changed, "rules": rules}
 
     def make(place: Path) -> dict[str, Any]:
-        found = fill(place)
+        found = fill(path, place)
         found["notes"] = [*info.get("notes", []), *found["notes"]]
         about = {"file": str(path), "sha256": digest(path), "stamp": stamp}
         return {"name": name, "info": about | info | found}

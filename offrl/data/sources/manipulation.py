@@ -85,10 +85,9 @@ def oracles(env: Any, name: str, kind: str) -> dict[str, Any]:
     for thing in ("cube", "button", "drawer", "window"):
         module = importlib.import_module(f"ogbench.manipspace.oracles.{way}.{thing}_{way}")
         oracle = getattr(module, f"{thing.title()}{way.title()}Oracle")
-        pressing = thing == "button" and name.startswith("puzzle")
-        every[thing] = oracle(
-            env=env, **options, **({"gripper_always_closed": True} if pressing else {})
-        )
+        closed = thing == "button" and name.startswith("puzzle")
+        more = {"gripper_always_closed": True} if closed else {}
+        every[thing] = oracle(env=env, **options, **more)
     return every
 
 

@@ -53,7 +53,7 @@ def load(dataset_id: str, download: bool = True) -> Dataset:
         DataError: malformed id, damaged data, observations or actions that do not flatten.
         OSError: it is not here and could not be downloaded, or the cache is not writable.
     """
-    place = root() / valid(dataset_id) / "data"
+    place = place_of(dataset_id) / "data"
     folder = home() / "minari" / dataset_id
     metadata = place / "metadata.json"
     stamp = lambda: [RULES, str(metadata), metadata.stat().st_mtime_ns]  # noqa: E731
@@ -72,35 +72,31 @@ def load(dataset_id: str, download: bool = True) -> Dataset:
     return read(folder)
 
 
-def root() -> Path:
-    """Where Minari keeps its data sets."""
-    default = Path.home() / ".minari" / "datasets"
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or default)
-
-
-def valid(dataset_id: str) -> str:
-    """Raises DataError unless the id has Minari's form, which keeps it inside its folder."""
+def place_of(dataset_id: str) -> Path:
+    """Its folder; raises DataError unless the id has Minari's form, which keeps it inside."""
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id):
         raise DataError(f"{dataset_id!r} is no Minari id such as D4RL/door/human-v2")
-    return dataset_id
+    root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
+    return Path(root, dataset_id)
 
 
 def obtain(dataset_id: str, download: bool) -> None:
     import minari
 
+    place = place_of(dataset_id)
     failure = (
-        f"the Minari data set {dataset_id} is not in {root()} and {{}}. Alternatives: "
-        "source=generated needs no network; copy the data set's folder there from another "
-        "machine; or set MINARI_DATASETS_PATH to where it is"
+        f"the Minari data set is not at {place} and {{}}. Alternatives: source=generated needs no "
+        "network; copy the data set's folder there from another machine; or set "
+        "MINARI_DATASETS_PATH to where it is"
     )
     if not download:
         raise FileNotFoundError(failure.format("download is off"))
-    fresh = not (root() / dataset_id).exists()
+    fresh = not place.exists()
     try:
         minari.download_dataset(dataset_id)
     except BaseException as error:  # Minari, its hub client and its transport share no other base
         if fresh:  # half a download would be taken for a data set
-            shutil.rmtree(root() / dataset_id, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
         if not isinstance(error, Exception):  # Ctrl-C
             raise
         raise OSError(failure.format(f"could not be downloaded ({error})")) from error
@@ -248,14 +244,15 @@ def actions(space: Space, dataset_id: str) -> tuple[Callable[[Any], np.ndarray],
 # --- writing -------------------------------------------------------------------------------------
 
 
-def export(
-    data: Dataset,
-    dataset_id: str,
-    env: str | None = None,
-    algorithm: str | None = None,
-    description: str | None = None,
-    author: str | None = None,
-) -> Path:
+def free(dataset_id: str) -> Path:
+    """The folder of a data set to be written; ValueError if the id is malformed or taken."""
+    place = place_of(dataset_id)
+    if place.exists():
+        raise ValueError(f"there is a Minari data set {dataset_id} already, in {place}")
+    return place
+
+
+def export(data: Dataset, dataset_id: str, env: str | None = None, **metadata: str) -> Path:
     """Write a data set as a local Minari data set, with Minari's own writer.
 
     Takes about 80 s and 750 MB per million rows.
@@ -263,7 +260,8 @@ def export(
     Args:
         dataset_id: "<namespace>/<environment>/<name>-v0".
         env: Gymnasium id, which lets Minari rebuild the environment.
-        algorithm, description, author: kept in the metadata, beside the provenance of `data`.
+        metadata: `algorithm_name`, `description`, `author` and others that Minari knows; they are
+            kept beside the provenance of `data`.
 
     Returns:
         the folder of the data set.
@@ -274,9 +272,7 @@ def export(
     """
     import minari
 
-    place = root() / valid(dataset_id)
-    if place.exists():
-        raise ValueError(f"there is a Minari data set {dataset_id} already, in {place}")
+    place = free(dataset_id)
     box = lambda name, limit: Box(-limit, limit, tuple(data[name].shape[1:]), np.float32)  # noqa: E731
     try:
         with warnings.catch_warnings():
@@ -285,11 +281,9 @@ def export(
                 dataset_id,
                 buffer=buffers(data),  # type: ignore[arg-type]  # read once, so it may stream
                 env=env,
-                algorithm_name=algorithm,
-                description=description,
-                author=author,
                 observation_space=box("obs", np.inf),
                 action_space=Discrete(data.act_dim) if data.discrete else box("act", 1),
+                **metadata,
             )
         made.storage.update_metadata({"provenance": {"name": data.name} | data.info})
     except BaseException:
@@ -302,17 +296,18 @@ def buffers(data: Dataset) -> Iterator[Any]:
     from minari.data_collector import EpisodeBuffer
 
     for first, count in zip(data.starts.tolist(), data.lengths.tolist(), strict=True):
-        rows = slice(first, first + count)
-        obs, next_obs = data["obs"][rows], data["next_obs"][rows]
+        rows = {name: value[first : first + count] for name, value in data.fields.items()}
+        obs, next_obs = rows["obs"], rows["next_obs"]
         if not torch.equal(obs[1:], next_obs[:-1]):
             raise DataError(
                 f"{data.name}: next_obs is not the following row's obs within the episode from row "
                 f"{first} on; Minari stores each observation once"
             )
-        yield EpisodeBuffer(
-            observations=torch.cat([obs, next_obs[-1:]]).numpy(),  # type: ignore[arg-type]
-            actions=data["act"][rows].numpy(),  # type: ignore[arg-type]
-            rewards=data["reward"][rows].numpy(),  # type: ignore[arg-type]
-            terminations=(data["terminal"][rows] != 0).numpy(),  # type: ignore[arg-type]
-            truncations=(data["timeout"][rows] != 0).numpy(),  # type: ignore[arg-type]
-        )
+        arrays: dict[str, Any] = {
+            "observations": torch.cat([obs, next_obs[-1:]]).numpy(),
+            "actions": rows["act"].numpy(),
+            "rewards": rows["reward"].numpy(),
+            "terminations": (rows["terminal"] != 0).numpy(),
+            "truncations": (rows["timeout"] != 0).numpy(),
+        }
+        yield EpisodeBuffer(**arrays)

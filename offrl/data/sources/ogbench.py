@@ -64,9 +64,8 @@ def load(env: str, dataset: str) -> Dataset:
         path = theirs
     else:
         once(path, path.exists, lambda: fetch(ROOT + path.name, path, columns))
-    fill = lambda place: convert(path, place)  # noqa: E731
     info = {"source": "ogbench"}
-    return files.converted(path, folder, f"ogbench/{path.stem}", RULES, fill, info)
+    return files.converted(path, folder, f"ogbench/{path.stem}", RULES, convert, info)
 
 
 def generate(
@@ -138,12 +137,10 @@ def write_npz(path: Path, chunks: Iterable[Arrays], rows: int, label: str) -> No
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as parts, zipfile.ZipFile(path, "w") as file:
         for name in stream(Path(parts), chunks, rows, label):
-            info = zipfile.ZipInfo(f"{name}.npy")
-            with (
-                Path(parts, info.filename).open("rb") as part,
-                file.open(info, "w", force_zip64=True) as member,
-            ):
-                shutil.copyfileobj(part, member)
+            info = zipfile.ZipInfo(f"{name}.npy")  # without the time
+            part = Path(parts, info.filename)
+            with part.open("rb") as source, file.open(info, "w", force_zip64=True) as member:
+                shutil.copyfileobj(source, member)
 
 
 # --- reading -------------------------------------------------------------------------------------
