@@ -57,7 +57,7 @@ class Trajectories:
         return torch.minimum(i + steps, self.last[i])
 
     def geometric(self, i: Tensor, discount: float, generator: Generator) -> Tensor:
-        """A trajectory goal, on average 1 / (1 - discount) steps ahead before it meets the end."""
+        """A trajectory goal, on average 1 / (1 - discount) steps ahead."""
         steps = torch.empty(i.shape, dtype=torch.float64, device=i.device)
         steps = steps.geometric_(1 - discount, generator=generator).long()
         return self.ahead(i, steps)
@@ -71,12 +71,7 @@ class Trajectories:
     def goals(
         self, i: Tensor, mixture: Mixture, generator: Generator, discount: float | None = None
     ) -> Tensor:
-        """Goals from a mixture of the state itself, its trajectory and all states.
-
-        Args:
-            mixture: the three probabilities; see `check_mixture`.
-            discount: of geometric trajectory goals; None for uniform ones.
-        """
+        """Goals from a mixture; trajectory goals are geometric with a discount, else uniform."""
         current, trajectory, _ = mixture
         if discount is None:
             goal = self.uniform(i, generator)
@@ -90,14 +85,11 @@ class Trajectories:
     def options(
         self, i: Tensor, length: int, mixture: Mixture, discount: float, generator: Generator
     ) -> tuple[Tensor, Tensor]:
-        """Where an option of OTA ends, and the goal it is judged by.
+        """Where an option of OTA ends, and the goal it is judged by: a success where both are equal.
 
         An option lasts `length` steps unless the trajectory, or the goal where that lies on it,
         ends it before. The offset of a goal is not scaled by `length`; the "current" goal is the
         option's end.
-
-        Returns:
-            end, goal; the option succeeds where they are equal.
         """
         current, trajectory, _ = mixture
         within = chance(i, trajectory / (1 - current + 1e-6), generator)
@@ -112,21 +104,18 @@ class Trajectories:
     ) -> tuple[Tensor, Tensor]:
         """A high-level actor's goal, and the state `steps` ahead that it should name.
 
-        Args:
-            mixture: the first entry must be 0; trajectory goals are uniform.
+        Trajectory goals are uniform. The state itself has no subgoal: a ValueError if it is asked
+        for as a goal.
 
         Returns:
             goal, target: min(i + steps, goal) for trajectory goals, else min(i + steps, f).
-
-        Raises:
-            ValueError: if the state itself is asked for as a goal, which has no subgoal.
         """
         if mixture[0] > 0:
             raise ValueError(f"actor_goals of a high policy must begin with 0, got {list(mixture)}")
         within = chance(i, mixture[1], generator)
         later = self.uniform(i, generator)
-        target = self.ahead(i, steps)
-        target = torch.where(within, torch.minimum(target, later), target)
+        end = self.ahead(i, steps)
+        target = torch.where(within, torch.minimum(end, later), end)
         return torch.where(within, later, self.anchors(i.shape, generator)), target
 
     def gather(self, *indices: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -7,17 +7,14 @@ each row the K nearest rows in state space are stored with their squared distanc
 `reach`: no row outside the list is closer than that. The best cost c of the list is the optimum of
 all rows if c < beta^2 reach, whatever the action and beta. Other queries are searched in full:
 
-- On a CPU by a KD-tree over [beta s, a] or by float32 products, which serve many far queries best:
-  whichever takes less time when such a number of queries is first met.
-- On CUDA by float32 products with all rows: the 8 groups of 32 rows with the smallest values are
-  compared in float64. No B x N matrix is held.
+- By float32 products with all rows: the 8 groups of 32 rows with the smallest values are compared
+  in float64. No B x N matrix is held.
+- On a CPU also by a KD-tree over [beta s, a], where that takes less time when such a number of
+  queries is first met; products serve many far queries best.
 
 Either returns some rows and a lower bound of the costs of all others, with room for rounding, and
 is proven as the lists are. What stays open, such as rows with many exact copies, is compared with
 all rows in float64. The lists are made by the same two searches, in state space.
-
-How many queries stay open is asked of the device in every batch. `budget` fixes their number, which
-a captured update would need, at the price that open queries beyond it are not exact.
 """
 
 import hashlib
@@ -37,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from offrl.data.dataset import once, store, write
+from offrl.data.table import take
 from offrl.errors import DataError
 from offrl.nets.kernels.opaque import opaque
 
@@ -55,8 +53,8 @@ log = logging.getLogger(__name__)
 class StateNeighbors:
     """Lists of state neighbors and the rows themselves.
 
-    Memory at N rows: N (12 K + 8) bytes of lists (200 MB for a million rows and K = 16; mapped from
-    the cache on a CPU) and 4 N (o + 2 a + 2) of rows; a tree takes 16 N (o + a) more.
+    N (12 K + 8) bytes of lists (200 MB for a million rows and K = 16; mapped from the cache on a
+    CPU) and 4 N (o + 2 a + 2) of rows; a tree takes 16 N (o + a) more.
 
     Attributes:
         act: (N, a) float32.
@@ -66,8 +64,8 @@ class StateNeighbors:
         square: (N, K) float64, squared state distances of the lists, ascending.
         reach: (N,) float64, a lower bound of the squared state distance of all rows outside.
         budget: queries per seed and batch that are searched in full, by products, so that an
-            update can be captured in a graph. None, as `build` leaves it, for as many as needed:
-            always exact, but the host waits for their number.
+            update can be captured in a graph; open queries beyond it are not exact. None, as
+            `build` leaves it, for as many as needed, but the host waits for their number.
         trees: over [beta s, a], of the values of beta met so far; on a CPU only.
         finders: the full search of each beta and each power of two of queries met so far.
     """
@@ -100,7 +98,6 @@ class StateNeighbors:
             digest: of the data set; with the states themselves and k it names the cache entry.
             k: length of the lists; changes the speed, never the answer.
             cache: lists are kept in `cache/neighbors/`; None keeps them in memory only.
-            progress: shows a bar over the rows.
 
         Raises:
             DataError: for states or actions that are not finite float32, or a damaged cache entry.
@@ -137,7 +134,7 @@ class StateNeighbors:
         Returns:
             row: (*S, B) int64.
             info: shares per seed, (*S,): `uncertified`, queries that the lists could not decide,
-                and `self_match`, rows that are their own neighbor. With a `budget` also `overflow`,
+                `self_match`, rows that are their own neighbor, and with a `budget` `overflow`,
                 undecided queries beyond it: they get the best row of their list.
         """
         names = ("uncertified", "self_match", "overflow")[: 2 if self.budget is None else 3]
@@ -207,10 +204,7 @@ class StateNeighbors:
         return candidates(self.keys, self.obs[index], pi, beta, GROUPS)
 
     def best(self, index: Tensor, pi: Tensor, beta: float, near: Tensor, floor: Tensor) -> Found:
-        """The best of the rows `near` (n, C) in float64 and whether it is proven.
-
-        index (*shape), pi (*shape, a), of n queries -> row int64 and bool of the same shape.
-        """
+        """The best of the rows `near` (n, C) in float64 and whether it is proven, (*index)."""
         obs, pi = self.obs[index.flatten()].double(), pi.flatten(0, -2).double()
         point = take(self.keys, near)  # (n, C, o + a + 2)
         split = obs.shape[-1]
@@ -218,11 +212,6 @@ class StateNeighbors:
         cost += beta**2 * (obs.unsqueeze(-2) - point[..., :split]).square().sum(-1)
         row, least = lowest(cost, near)
         return row.view_as(index), (least < floor).view_as(index)
-
-
-def take(values: Tensor, rows: Tensor) -> Tensor:
-    """values[rows], several times faster on a CPU: (N, *d), (*shape) -> (*shape, *d)."""
-    return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
 
 
 def lowest(cost: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,10 +222,7 @@ def lowest(cost: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def brute_force(obs: Tensor, act: Tensor, index: Tensor, pi: Tensor, beta: float) -> Tensor:
-    """The definition: float64 costs of every row, the lowest row on ties.
-
-    Data obs (N, o), act (N, a) and queries index (n,), pi (n, a) -> (n,) int64.
-    """
+    """The definition: float64 costs of every row. index (n,), pi (n, a) -> (n,) int64."""
     least = torch.full((len(index),), torch.inf, dtype=torch.float64, device=obs.device)
     best = torch.zeros_like(index)
     columns = [(obs[index, c], obs[:, c], beta**2) for c in range(obs.shape[-1])]
@@ -304,12 +290,9 @@ def make_keys(obs: Tensor, act: Tensor) -> Tensor:
 
 
 def candidates(keys: Tensor, obs: Tensor, pi: Tensor, beta: float, groups: int) -> Found:
-    """Rows that may be nearest, by float32 products with all rows, and the floor of the rest.
+    """Rows that may be nearest to obs (n, o) and pi (n, a), and the floor of the rest.
 
-    Args:
-        keys: (padded N, o + a + 2) from `make_keys`.
-        obs, pi: (n, o) and (n, a) queries.
-        groups: number of groups to return per query, of GROUP rows each.
+    Found by float32 products with all rows; so many groups of GROUP rows of the `keys`.
     """
     n, device = len(obs), obs.device
     ones = torch.ones(n, 1, device=device)
@@ -355,11 +338,7 @@ Lists = tuple[Tensor, Tensor, Tensor]  # rows, square and reach of StateNeighbor
 
 
 def cached_lists(obs: Tensor, k: int, progress: bool, digest: str, cache: Path) -> Lists:
-    """Lists from the cache, made on first use; nothing is left there if that is interrupted.
-
-    Raises:
-        DataError: if the entry is damaged.
-    """
+    """Lists from the cache, made on first use; nothing is left there if that is interrupted."""
     states = hashlib.sha256(obs.cpu().numpy().data).hexdigest()
     folder = cache / "neighbors" / f"{digest[:16]}-{states[:16]}-{obs.device.type}-k{k}-v{VERSION}"
     shapes = {"rows": (len(obs), k), "square": (len(obs), k), "reach": (len(obs),)}
@@ -383,14 +362,7 @@ def cached_lists(obs: Tensor, k: int, progress: bool, digest: str, cache: Path) 
 
 
 def state_lists(obs: Tensor, k: int, progress: bool) -> Lists:
-    """The k nearest states of every state.
-
-    Args:
-        obs: (N, o) float32.
-
-    Returns:
-        rows (N, k) int32, square (N, k) float64 and reach (N,) float64 of `StateNeighbors`.
-    """
+    """The k nearest states of every state (N, o): the lists of `StateNeighbors`."""
     size, device, none = len(obs), obs.device, obs[:, :0]
     keys = make_keys(obs, none)
     order = torch.arange(size, device=device)

@@ -38,6 +38,11 @@ def pack(fields: dict[str, Tensor], layout: Columns, lead: int) -> Tensor:
     return torch.cat(flat, -1)
 
 
+def take(values: Tensor, rows: Tensor) -> Tensor:
+    """values[rows], several times faster on a CPU: (N, *d), (*shape) -> (*shape, *d)."""
+    return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
+
+
 def unpack(rows: Tensor, layout: Columns) -> dict[str, Tensor]:
     """Fields of packed rows, views where the type allows; integers are exact below 2^24."""
     out = {}

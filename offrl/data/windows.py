@@ -111,9 +111,9 @@ def extend(
     if window is None:
         blank = obs.new_zeros(len(obs), length)
         window = dict.fromkeys(("return_to_go", "mask"), blank)
-        window |= {"obs": blank.new_zeros(len(obs), length, obs.shape[-1])}
-        window |= {"act": blank.new_zeros(len(obs), length, act_dim)}
-        window |= {"step_in_episode": blank.long()}
+        widths = {"obs": obs.shape[-1], "act": act_dim}
+        window |= {name: blank.new_zeros(*blank.shape, width) for name, width in widths.items()}
+        window["step_in_episode"] = blank.long()
     rest = window["return_to_go"][:, -1] - now["reward"] / scale
     new = {
         "obs": obs,
@@ -145,7 +145,7 @@ def asked_returns(name: str, config: Any, seeds: Seeds, device: torch.device) ->
     """The returns that a policy is asked for, divided by the config's scale: (n,).
 
     Raises:
-        ValueError: if there are none, or if the method, which has no seed axes, shall have some.
+        ValueError: if there are none, or for seed axes, which the methods do not have.
     """
     if seeds:
         raise ValueError(f"{name} carries no seed axis: make one per seed")
@@ -170,7 +170,6 @@ def window_stages(
     Args:
         algo: with `config.batch`, `config.context` and `config.scale`. Its `standardize` is made
             here: the authors of these methods add 1e-6 to the std, the engine's statistics 1e-3.
-        between: see `Stage`.
     """
     c, data = algo.config, task.data
     mean, std = data.statistics(eps=1e-6)

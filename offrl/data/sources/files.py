@@ -78,7 +78,6 @@ def load(path: Path, horizon: int | None = None, episodes: bool = False) -> Data
     Raises:
         DataError: if the file is missing, damaged, holds pickled objects, lacks a field, or its
             fields do not fit together; the message names the field and the remedy.
-        OSError: if the cache is not writable.
     """
     rule = Rule(horizon, episodes=episodes)
     data = rows_of(path, entry(path, "files"), f"files/{path.stem}", rule, {"source": "files"})
@@ -123,7 +122,6 @@ def converted(
     """The conversion of a file, made when the cache has none of this file as it is now.
 
     Args:
-        folder: the cache entry.
         rules: of the conversion; when they change it is made anew.
         fill: writes the arrays of a file into a folder and returns what it found, with `notes`.
         info: provenance to keep with the data.
@@ -163,11 +161,8 @@ def opened(
 ) -> Iterator[dict[str, Any]]:
     """The arrays of a file by name, HDF5 ones still on the disk: numeric, of equal length.
 
-    Args:
-        layout: says what the file should hold.
-
     Raises:
-        DataError: as for `load`.
+        DataError: as for `load`; `layout` says what a file without a field should hold.
     """
     with ExitStack() as stack:
         try:
@@ -240,11 +235,7 @@ def part(
 
 
 def convert(columns: dict[str, Any], place: Path, path: Path, rule: Rule) -> dict[str, Any]:
-    """Write the rows of a log into the folder `place`, block by block.
-
-    Args:
-        columns: arrays by D4RL's names, in memory or on the disk.
-        path: the file, for messages.
+    """Write the rows of a log, arrays in memory or on the disk, into the folder `place`.
 
     Returns:
         What was found: rows, episodes, unfinished, strays (rows whose next_observations is not
@@ -356,10 +347,9 @@ def counted(terminal: Tensor, horizon: int, after_terminal: int = 1) -> Tensor:
 
 
 def surviving(starts: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Episodes that have rows left.
+    """Episodes that have rows left, of those with the first rows `starts` (E,).
 
     Args:
-        starts: first rows of the episodes, int64 (E,).
         keep: rows that stay, bool (N,).
 
     Returns:

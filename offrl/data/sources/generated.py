@@ -58,8 +58,7 @@ def load(
         env: `halfcheetah`, `hopper`, `walker2d`; for "random" any environment with bounded
             continuous actions.
         dataset: one of DATASETS.
-        rows: transitions; None for D4RL's order of size: a million, 200k to 400k for
-            medium-replay.
+        rows: transitions; None for ROWS, or REPLAY_ROWS of medium-replay.
         workers: processes; 0 for one per core. The rows do not depend on it.
         seed: of the roll-outs.
         folder: of the policies.
@@ -67,8 +66,7 @@ def load(
     Raises:
         ValueError: unknown environment.
         DataError: unknown data set, no policies for the environment, or a process died.
-        OSError: the cache is not writable or the disk full. Whatever is raised, Ctrl-C included,
-            nothing half-made stays behind.
+        OSError: the cache is not writable or the disk full.
     """
     shares = recipe(env, dataset, rows, folder)
     total, key = sum(share.rows for share in shares), identity(env, shares, seed)
@@ -146,7 +144,7 @@ def described(
     """Name and provenance of rolled-out data, as `offrl.data.dataset.write` wants them.
 
     Args:
-        env, id: our name of the environment, which has the reference returns, and Gymnasium's.
+        env, id: our name of the environment, and Gymnasium's.
         info: what `roll_out` returned, and more.
     """
     reference, mean = scores.reference(env), info["mean_return"]

@@ -51,7 +51,7 @@ def load(dataset_id: str, download: bool = True) -> Dataset:
 
     Raises:
         DataError: malformed id, damaged data, observations or actions that do not flatten.
-        OSError: it is not here and could not be downloaded, or the cache is not writable.
+        OSError: it is not here and could not be downloaded.
     """
     place = place_of(dataset_id) / "data"
     folder = home() / "minari" / dataset_id
@@ -143,9 +143,7 @@ def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[
 def opened(place: Path) -> tuple[Any, dict[str, Any]]:
     """Minari's own reader of a folder, and the raw metadata.
 
-    Raises:
-        DataError: damaged, or without spaces; Minari would then build the environment that the
-            metadata name, which runs code.
+    Without spaces Minari would build the environment that the metadata name, which runs code.
     """
     import minari
 
@@ -187,11 +185,7 @@ def damaged(place: Path, error: Exception) -> DataError:
 
 
 def layout(space: Space, dataset_id: str = "") -> dict[str, int]:
-    """Path of every part of an observation, such as "desired_goal", in order, and its width.
-
-    Raises:
-        DataError: for parts that are not Boxes.
-    """
+    """Path of every part of an observation, such as "desired_goal", in order, and its width."""
     if isinstance(space, gymnasium.spaces.Dict):
         keys = sorted(space.spaces)
         if set(keys) == set(GOAL):
@@ -219,11 +213,7 @@ def join(value: Any, order: dict[str, int]) -> np.ndarray:
 
 
 def actions(space: Space, dataset_id: str) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
-    """What makes actions (T, a) in [-1, 1] of raw ones, or (T,) from 0; and that, for the record.
-
-    Raises:
-        DataError: for other spaces than Box and Discrete.
-    """
+    """What makes actions (T, a) in [-1, 1] of raw ones, or (T,) from 0, and that as a record."""
     if isinstance(space, Discrete):
         first = int(space.start)
         count = lambda raw: np.asarray(raw, np.int64).reshape(-1) - first  # noqa: E731
@@ -245,7 +235,7 @@ def actions(space: Space, dataset_id: str) -> tuple[Callable[[Any], np.ndarray],
 
 
 def free(dataset_id: str) -> Path:
-    """The folder of a data set to be written; ValueError if the id is malformed or taken."""
+    """The folder of a data set to be written; ValueError if the id is taken."""
     place = place_of(dataset_id)
     if place.exists():
         raise ValueError(f"there is a Minari data set {dataset_id} already, in {place}")
@@ -267,8 +257,8 @@ def export(data: Dataset, dataset_id: str, env: str | None = None, **metadata: s
         the folder of the data set.
 
     Raises:
-        ValueError: the id is malformed or taken.
-        DataError: the rows of an episode do not follow one another.
+        ValueError: the id is taken.
+        DataError: the id is malformed, or the rows of an episode do not follow one another.
     """
     import minari
 

@@ -52,7 +52,7 @@ def load(env: str, dataset: str) -> Dataset:
 
     Raises:
         DataError: if the file is missing, damaged, holds pickled objects, or its fields do not fit.
-        OSError: if the download fails or the cache is not writable.
+        OSError: if the download fails.
     """
     name = f"{env}-{dataset}-{ogbench.VERSION}"
     path, folder = home() / "ogbench" / f"{name}.npz", home() / "ogbench" / name
@@ -85,7 +85,6 @@ def generate(
     Raises:
         DataError: if there is no recipe for the data.
         ValueError: without the extra `ogbench`.
-        OSError: the cache is not writable or the disk full; nothing half-made stays behind.
     """
     family, _, maze = env.partition("-")
     recipe: Any
@@ -147,11 +146,7 @@ def write_npz(path: Path, chunks: Iterable[Arrays], rows: int, label: str) -> No
 
 
 def columns(path: Path) -> Arrays:
-    """The arrays that training reads, checked to fit together.
-
-    Raises:
-        DataError: as for `load`.
-    """
+    """The arrays that training reads; DataError as for `load`."""
     with files.opened(path, REQUIRED, (), LAYOUT) as arrays:
         last = arrays["terminals"].reshape(-1).astype(bool)
         if len(last) < 2 or not last[-1]:
@@ -163,11 +158,7 @@ def columns(path: Path) -> Arrays:
 
 
 def convert(path: Path, place: Path) -> dict[str, Any]:
-    """Write the transitions (s_i, a_i, s_{i+1}) of a file into the folder `place`.
-
-    Returns:
-        What was found: episodes, notes.
-    """
+    """Write the transitions (s_i, a_i, s_{i+1}) of a file into the folder `place`."""
     arrays = columns(path)
     last, act = arrays["terminals"], arrays["actions"]
     obs = arrays["observations"].reshape(len(last), -1)  # images are rows

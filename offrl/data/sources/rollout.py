@@ -61,14 +61,10 @@ def roll_out(
     workers: int = 0,
     label: str = "rolling out",
 ) -> dict[str, Any]:
-    """Play the shares one after the other and write their rows as a cache entry's arrays.
-
-    Meant for `offrl.data.dataset.write`, which makes the entry appear whole or not at all.
+    """Play the shares one after the other; for `offrl.data.dataset.write`, which gives a `place`.
 
     Args:
-        shares: policies with their numbers of rows.
         make_env: picklable maker of an environment with actions in [-1, 1].
-        place: folder that receives `<field>.npy`, `starts.npy`, `returns.npy`.
         workers: processes; 0 for one per core. The rows do not depend on it.
         label: of the progress bar.
 
@@ -79,7 +75,6 @@ def roll_out(
     Raises:
         DataError: no rows are asked for, or a process died. An error of a policy or an
             environment is raised as it is.
-        OSError: if the disk is full.
     """
     total, jobs = sum(share.rows for share in shares), []
     if total < 1:
