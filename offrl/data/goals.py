@@ -85,7 +85,7 @@ class Trajectories:
     def options(
         self, i: Tensor, length: int, mixture: Mixture, discount: float, generator: Generator
     ) -> tuple[Tensor, Tensor]:
-        """Where an option of OTA ends, and the goal it is judged by: a success where both are equal.
+        """Where an option of OTA ends, and the goal it is judged by; where equal, it succeeds.
 
         An option lasts `length` steps unless the trajectory, or the goal where that lies on it,
         ends it before. The offset of a goal is not scaled by `length`; the "current" goal is the

@@ -202,24 +202,23 @@ def damaged(path: Path, error: Exception) -> DataError:
 def examine(columns: dict[str, Any], path: Path) -> None:
     """Raises DataError if the columns of a log do not have their shapes."""
     obs, act = columns["observations"], columns["actions"]
-    if len(obs) < 2:
-        raise DataError(f"{path} holds {len(obs)} rows; a transition needs two")
-    if obs.ndim != 2:
-        raise DataError(f"{path}: observations must be (N, o), have shape {obs.shape}")
     following = columns.get("next_observations", obs).shape
-    if following != obs.shape:
-        raise DataError(
-            f"{path}: next_observations {following} and observations {obs.shape} differ"
-        )
     numbers = act.dtype.kind in "iu" and act.shape[1:] in ((), (1,))
-    if not numbers and not (act.dtype.kind == "f" and act.ndim == 2):
-        raise DataError(
-            f"{path}: actions must be real (N, a), or integers (N,) if discrete; "
-            f"have shape {act.shape} and type {act.dtype}"
-        )
-    for name in {"rewards", "terminals", "timeouts"} & set(columns):
-        if columns[name].size != len(obs):
-            raise DataError(f"{path}: {name} must be (N,), has shape {columns[name].shape}")
+    real = act.dtype.kind == "f" and act.ndim == 2
+    wrong = {
+        f"holds {len(obs)} rows; a transition needs two": len(obs) < 2,
+        f"observations must be (N, o), have shape {obs.shape}": obs.ndim != 2,
+        f"next_observations {following} and observations {obs.shape} differ": following
+        != obs.shape,
+        "actions must be real (N, a), or integers (N,) if discrete; "
+        f"have shape {act.shape} and type {act.dtype}": not (numbers or real),
+    }
+    for name in [n for n in ("rewards", "terminals", "timeouts") if n in columns]:
+        shape = columns[name].shape
+        wrong[f"{name} must be (N,), has shape {shape}"] = columns[name].size != len(obs)
+    for what, found in wrong.items():
+        if found:
+            raise DataError(f"{path}: {what}")
 
 
 def part(

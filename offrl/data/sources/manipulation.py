@@ -42,7 +42,6 @@ def play(name: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
 
     Args:
         name: such as "cube-double", "scene", "visual-puzzle-3x3".
-        kind: one of KINDS.
         length: T; an episode has T + 1 rows, the last of which is a state without a successor.
 
     Returns:
@@ -52,12 +51,8 @@ def play(name: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
     import gymnasium
 
     ogbench.register()
-    env: Any = gymnasium.make(
-        f"{name}-{ogbench.VERSION}",
-        terminate_at_goal=False,
-        mode="data_collection",
-        disable_env_checker=True,
-    ).unwrapped
+    how: Any = {"terminate_at_goal": False, "mode": "data_collection", "disable_env_checker": True}
+    env: Any = gymnasium.make(f"{name}-{ogbench.VERSION}", **how).unwrapped
     env.reset(seed=seed)
     np.random.seed(seed)  # noqa: NPY002
     name = name.removeprefix("visual-")

@@ -40,7 +40,6 @@ def play(maze: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
 
     Args:
         maze: one of "medium", "large", "giant", "teleport".
-        kind: one of KINDS.
         length: T; an episode has T + 1 rows, the last of which is a state without a successor.
 
     Returns:

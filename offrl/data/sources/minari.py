@@ -59,9 +59,9 @@ def load(dataset_id: str, download: bool = True) -> Dataset:
     stamp = lambda: [RULES, str(metadata), metadata.stat().st_mtime_ns]  # noqa: E731
 
     def current() -> bool:
-        if folder.exists() and not place.exists():
-            return True  # Minari's copy was deleted; an id with its version never changes
-        return folder.exists() and read(folder).info.get("stamp") == stamp()
+        if not folder.exists() or not place.exists():
+            return folder.exists()  # without Minari's copy; an id with its version never changes
+        return read(folder).info.get("stamp") == stamp()
 
     def make() -> None:
         if not place.exists():

@@ -12,8 +12,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,11 +32,11 @@ CHUNK = 10_000  # steps; ten full episodes of a MuJoCo robot, about a second of 
 Made = TypeVar("Made")
 
 
+@dataclass(frozen=True)
 class Uniform:
     """Uniformly random actions in [-1, 1]."""
 
-    def __init__(self, act_dim: int):
-        self.act_dim = act_dim
+    act_dim: int
 
     def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         return torch.rand(len(now["obs"]), self.act_dim, generator=now["generator"]) * 2 - 1, memory
