@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,17 @@ class Dataset:
     def act_dim(self) -> int:
         act = self.fields["act"]
         return int(act.max()) + 1 if self.discrete else act.shape[-1]
+
+    def with_fields(self, **fields: Tensor) -> "Dataset":
+        """The same rows with further fields, such as next_act; they count in the digest.
+
+        Raises:
+            DataError: for a field of another length.
+        """
+        for name, value in fields.items():
+            if len(value) != len(self):
+                raise DataError(f"{self.name}: {name} has {len(value)} rows, obs has {len(self)}")
+        return replace(self, fields=self.fields | fields)
 
     @cached_property
     def digest(self) -> str:
