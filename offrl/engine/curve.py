@@ -51,9 +51,6 @@ class Curve:
     final: dict[str, Tensor] | None = None
     seconds: float = 0.0
 
-    def state(self) -> dict[str, Any]:
-        return dict(vars(self))
-
     @property
     def score(self) -> float | None:
         """The newest value of the headline."""
