@@ -150,10 +150,10 @@ class Collector:
     def grouped(self, value: Tensor) -> Tensor:
         return value.view(*self.seeds, self.group, *value.shape[1:]).to(self.device)
 
-    def save(self, place: Path, spare: bool = False) -> dict[str, Any]:
+    def save(self, place: Path) -> dict[str, Any]:
         """The environments, what the policy is told next, and what the replay's `save` returns."""
         return {
-            "replay": self.replay.save(place, spare),
+            "replay": self.replay.save(place),
             "envs": None if self.obs is None else self.envs.state(),
             "obs": self.obs,
             "start": self.start,
