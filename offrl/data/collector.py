@@ -116,11 +116,11 @@ class Collector:
     def grouped(self, value: Tensor) -> Tensor:
         return value.view(*self.seeds, self.group, *value.shape[1:]).to(self.device)
 
-    def save(self, place: Path, spare: bool = False) -> dict[str, Any]:
+    def save(self, place: Path) -> dict[str, Any]:
         """The environments, what the policy is told next, and what the replay's `save` returns."""
         told = {name: getattr(self, name) for name in ("obs", "start", "reward", "memory")}
         envs = None if self.obs is None else self.envs.state()
-        return told | {"envs": envs, "replay": self.replay.save(place, spare)}
+        return told | {"envs": envs, "replay": self.replay.save(place)}
 
     def load(self, state: dict[str, Any], place: Path) -> None:
         """Inverse of `save`; where an environment cannot be restored, an episode begins."""

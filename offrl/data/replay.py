@@ -82,7 +82,7 @@ class Replay:
 
         return sample
 
-    def save(self, place: Path, spare: bool = False) -> dict[str, Any]:
+    def save(self, place: Path) -> dict[str, Any]:
         """Bring the rows since the last save to the disk; see `offrl.engine.method.Part`.
 
         Raises:
@@ -93,12 +93,11 @@ class Replay:
             rows = self.table.index_select(-2, self.slots(start, stop)).movedim(-2, 0)
             write(path, at, rows.cpu().numpy().tobytes())
         self.written = self.total
-        if not spare:
-            for path in place.parent.glob(f"{place.name}.replay-*"):
-                number = path.name.rpartition("-")[2]
-                if number.isdigit() and int(number) < self.needed // self.per_file:
-                    path.unlink()
-            self.needed = oldest
+        for path in place.parent.glob(f"{place.name}.replay-*"):
+            number = path.name.rpartition("-")[2]
+            if number.isdigit() and int(number) < self.needed // self.per_file:
+                path.unlink()
+        self.needed = oldest
         return {name: getattr(self, name) for name in ("total", "capacity", "row", "per_file")}
 
     def load(self, state: dict[str, Any], place: Path) -> None:

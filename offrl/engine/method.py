@@ -81,11 +81,10 @@ class Part(Protocol):
     `save` returns what belongs into the checkpoint. What is large it brings to files of its own
     whose names begin with `place`, by appending; `load` continues from both. Files may hold more
     than the checkpoint knows, from a session that was killed; what the checkpoint knows must stay
-    readable until `save` is called for the second time after it. `spare` calls do not count: what
-    they return stays in memory, and is written only if the run is stopped.
+    readable until `save` is called for the second time after it.
     """
 
-    def save(self, place: Path, spare: bool = False) -> dict[str, Any]: ...
+    def save(self, place: Path) -> dict[str, Any]: ...
 
     def load(self, state: dict[str, Any], place: Path) -> None: ...
 
