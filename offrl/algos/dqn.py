@@ -78,7 +78,7 @@ class DQN:
             action_features(features, batch["act"], self.actions),
             action_features(after, act, self.actions),
             batch["reward"],
-            self.network.pairs()[-1][0],
+            self.network.maps()[-1][0],
             self.config.discount,
             g=action_features(online, act, self.actions),
             terminal=batch["terminal"],
