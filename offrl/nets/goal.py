@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from offrl.nets.encoders import FEATURES, SIDE, Impala
+from offrl.nets.linear import Dims, Source
 from offrl.nets.mlp import MLP
 
 
@@ -24,13 +25,7 @@ class Sight(nn.Module):
         ValueError: for images of another size, or with seed axes, which encoders do not carry.
     """
 
-    def __init__(
-        self,
-        sizes: tuple[int, ...],
-        images: int = 0,
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
-    ):
+    def __init__(self, sizes: Dims, images: int = 0, seeds: Dims = (), generator: Source = None):
         super().__init__()
         for size in sizes[:images]:
             if size != 3 * SIDE**2:
@@ -58,9 +53,9 @@ class GoalRep(nn.Module):
         obs_dim: int,
         goal_dim: int,
         rep_dim: int,
-        hidden: tuple[int, ...],
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
+        hidden: Dims,
+        seeds: Dims = (),
+        generator: Source = None,
         images: bool = False,
     ):
         super().__init__()
@@ -88,11 +83,11 @@ class Values(nn.Module):
 
     def __init__(
         self,
-        sizes: tuple[int, ...],
-        hidden: tuple[int, ...],
+        sizes: Dims,
+        hidden: Dims,
         heads: int | None = None,
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
+        seeds: Dims = (),
+        generator: Source = None,
         images: int = 0,
     ):
         super().__init__()
@@ -116,11 +111,11 @@ class RepValues(nn.Module):
         self,
         obs_dim: int,
         rep_dim: int,
-        hidden: tuple[int, ...],
+        hidden: Dims,
         levels: int,
         heads: int,
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
+        seeds: Dims = (),
+        generator: Source = None,
         images: bool = False,
     ):
         super().__init__()
@@ -155,9 +150,9 @@ class GoalActor(nn.Module):
         obs_dim: int,
         goal_dim: int,
         outputs: int,
-        hidden: tuple[int, ...],
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
+        hidden: Dims,
+        seeds: Dims = (),
+        generator: Source = None,
         images: int = 0,
     ):
         super().__init__()
@@ -192,9 +187,7 @@ class GoalColumns(nn.Module):
 
     index: Tensor
 
-    def __init__(
-        self, obs_dim: int, columns: tuple[int, ...] = (), device: torch.device | None = None
-    ):
+    def __init__(self, obs_dim: int, columns: Dims = (), device: torch.device | None = None):
         super().__init__()
         if columns and not 0 <= min(columns) <= max(columns) < obs_dim:
             raise ValueError(

@@ -146,6 +146,5 @@ def weights(block: Block) -> list[Tensor]:
 
 
 def mixer(m: Mixer) -> list[Tensor]:
-    time = m.time
-    step = time.weight_delta, time.delta_bias, time.A_log.mT.contiguous().exp(), time.D
-    return [m.weight_in, time.conv, time.conv_bias, time.weight_x, *step, m.weight_out]
+    step = m.weight_delta, m.delta_bias, m.A_log.mT.contiguous().exp(), m.D
+    return [m.weight_in, m.conv, m.conv_bias, m.weight_x, *step, m.weight_out]
