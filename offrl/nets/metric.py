@@ -33,7 +33,7 @@ class IQE(nn.Module):
         super().__init__()
         if latent % COMPONENT:
             raise ValueError(f"the latent's size must be a multiple of {COMPONENT}, got {latent}")
-        self.sight = Sight((inputs,), int(images), seeds, generator)
+        self.sight = Sight((inputs,), images, seeds, generator)
         dims = (self.sight.size, *hidden, latent)
         self.net = MLP(dims, seeds, generator, "gelu", norm=True)
         self.mix = nn.Parameter(torch.zeros(*seeds, 1, device=device_of(generator)))

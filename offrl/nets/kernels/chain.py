@@ -20,7 +20,7 @@ Layer = Sequence[Tensor]
 
 class Kind(NamedTuple):
     activation: str
-    last: bool  # activation and norm stand behind the last map too
+    last: bool  # see `chain`
     each: int  # parameters of a layer but the last
 
 
@@ -138,25 +138,28 @@ class Chain(torch.autograd.Function):
         inputs, kept = ctx.saved_tensors[: len(asked) + 1], ctx.saved_tensors[len(asked) + 1 :]
         needs, (x, first, *_), (grad,) = [asked_x, *asked], inputs, grads
         if torch.is_grad_enabled():  # differentiated twice: ordinary autograd operators
-            whole = lambda x, *params: through(x, grouped(params, kind.each), kind, affine)  # noqa: E731
-            of_x, *others = again(whole, inputs, needs, grad)
+            with torch.enable_grad():
+                y = through(x, grouped(inputs[1:], kind.each), kind, affine)
+            wanted = [value for value, need in zip(inputs, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            of_x, *others = (next(found) if need else None for need in needs)
             return of_x, None, *others
-        found = [
+        results = [
             torch.empty_like(p, memory_format=torch.contiguous_format) if need else None
             for p, need in zip(inputs, needs, strict=True)
         ]
         # members may share one gradient of x; GELU's adds in any case, which decides its rounding
         shared = x.shape[:-2] != first.shape[:-2] or kind.activation == "gelu"
-        if shared and found[0] is not None:
-            found[0].zero_()
+        if shared and results[0] is not None:
+            results[0].zero_()
         parts = [matrices(p, first) for p in (grad, *inputs[1:])]
-        out = [[None] * len(parts[0]) if p is None else matrices(p, first) for p in found]
+        out = [[None] * len(parts[0]) if p is None else matrices(p, first) for p in results]
         size = len(kept) // len(parts[0])
         for m, (grad_m, *own) in enumerate(zip(*parts, strict=True)):
             of_x, *of = (part[m] for part in out)
             layers = zip(grouped(own, kind.each), grouped(of, kind.each), strict=True)
             gradients(grad_m, list(layers), kind, kept[m * size : (m + 1) * size], of_x, shared)
-        return found[0], None, *found[1:]
+        return results[0], None, *results[1:]
 
 
 def gradients(
@@ -198,14 +201,3 @@ def gradients(
             of_x.addmm_(grad, weight.mT)
         elif of_x is not None:
             matmul.multiply(grad, weight.mT, of_x)
-
-
-def again(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of function(*inputs) that are needed, by operators that autograd follows."""
-    with torch.enable_grad():
-        y = function(*inputs)
-    asked = [value for value, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, asked, grad, create_graph=True))
-    return tuple(next(found) if need else None for need in needs)
