@@ -1,6 +1,5 @@
 """Environments by name: Gymnasium's robots, other suites' tasks and any registered id."""
 
-import difflib
 import functools
 import inspect
 import logging
@@ -119,10 +118,9 @@ def env_id(name: str, version: str | None = None) -> str:
             "offrl.data.sources.d4rl.load reads its data"
         )
     known = [*ROBOTS, grid.NAME, *ogbench.NAMES, *gymnasium.registry]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"unknown environment {name!r}{hint}. Known are the robots {', '.join(ROBOTS)}; "
+        f"unknown environment {name!r}{dm_control.nearest(name, known)}. "
+        f"Known are the robots {', '.join(ROBOTS)}; "
         f"{dm_control.PREFIX}<domain>-<task> such as dmc-cheetah-run; OGBench's such as "
         f"{ogbench.NAMES[0]}; {grid.NAME}; and every id registered with Gymnasium"
     )
@@ -149,7 +147,8 @@ def factory(
         render: make RGB frames available.
         action_repeat: simulator's steps per action; the time limit counts the simulator's.
     """
-    return functools.partial(build, env_id(name, version), legacy_mass, render, action_repeat)
+    env_id(name, version)  # or an error, before an environment is made
+    return functools.partial(build, name, version, legacy_mass, render, action_repeat)
 
 
 def simulator_warning(message: str) -> None:
@@ -162,17 +161,18 @@ def simulator_warning(message: str) -> None:
 
 
 def build(
-    id: str, legacy_mass: bool, render: bool, action_repeat: int, **settings: Any
+    name: str,
+    version: str | None,
+    legacy_mass: bool,
+    render: bool,
+    action_repeat: int,
+    **settings: Any,
 ) -> gymnasium.Env:
     import mujoco
 
     mujoco.set_mju_user_warning(simulator_warning)
+    id, mode = env_id(name, version), "rgb_array" if render else None
     from_ogbench = ogbench.known(id.removesuffix(f"-{ogbench.VERSION}"))
-    if from_ogbench:
-        ogbench.register()  # in a process of its own nobody has done it
-    if id.startswith(dm_control.PREFIX) and id not in gymnasium.registry:
-        dm_control.register(id.removesuffix(f"-{dm_control.VERSION}"))
-    mode = "rgb_array" if render else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*out of date.*")  # v4, chosen on purpose
         try:

@@ -128,22 +128,25 @@ class Chain(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kind: Kind, *params: Tensor) -> Tensor:
         kept: list[Tensor] = []
         out = forward(x, params, kind, kept)
-        ctx.kind = kind
-        ctx.save_for_backward(x, *params, *kept)
+        ctx.kind, ctx.masked = kind, kind.last and kind.activation == "relu"
+        ctx.save_for_backward(x, *params, *kept, *([out] if ctx.masked else []))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kind, (asked_x, _, *asked) = ctx.kind, ctx.needs_input_grad
-        inputs, kept = ctx.saved_tensors[: len(asked) + 1], ctx.saved_tensors[len(asked) + 1 :]
+        count = len(asked) + 1
+        inputs, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         needs, (x, first, *_), (grad,) = [asked_x, *asked], inputs, grads
         if torch.is_grad_enabled():  # differentiated twice: ordinary autograd operators
-            with torch.enable_grad():
-                y = through(x, grouped(inputs[1:], kind.each), kind, affine)
+            y = through(x, grouped(inputs[1:], kind.each), kind, affine)
             wanted = [value for value, need in zip(inputs, needs, strict=True) if need]
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
             of_x, *others = (next(found) if need else None for need in needs)
             return of_x, None, *others
+        if ctx.masked:
+            *kept, result = kept
+            grad = torch.ops.aten.threshold_backward(grad, result, 0)
         results = [
             torch.empty_like(p, memory_format=torch.contiguous_format) if need else None
             for p, need in zip(inputs, needs, strict=True)
@@ -152,12 +155,13 @@ class Chain(torch.autograd.Function):
         shared = x.shape[:-2] != first.shape[:-2] or kind.activation == "gelu"
         if shared and results[0] is not None:
             results[0].zero_()
-        parts = [matrices(p, first) for p in (grad, *inputs[1:])]
+        weights = [p for i, p in enumerate(inputs[1:]) if i % kind.each != 1]  # all but biases
+        parts = [matrices(p, first) for p in (grad, *weights)]
         out = [[None] * len(parts[0]) if p is None else matrices(p, first) for p in results]
         size = len(kept) // len(parts[0])
         for m, (grad_m, *own) in enumerate(zip(*parts, strict=True)):
             of_x, *of = (part[m] for part in out)
-            layers = zip(grouped(own, kind.each), grouped(of, kind.each), strict=True)
+            layers = zip(grouped(own, kind.each - 1), grouped(of, kind.each), strict=True)
             gradients(grad_m, list(layers), kind, kept[m * size : (m + 1) * size], of_x, shared)
         return results[0], None, *results[1:]
 
@@ -173,7 +177,8 @@ def gradients(
     """The gradients of one network, from its output's (B, out).
 
     Args:
-        layers: parameters, and where their gradients are written, None for those not asked for.
+        layers: parameters but the bias, and where the gradients of all are written, None for those
+            not asked for.
         kept: what `run` kept.
         of_x: where the gradient of x is written, or added if `shared`.
     """
@@ -182,15 +187,13 @@ def gradients(
     asked = (any(place is not None for place in out) for _, out in layers)
     lowest = 0 if of_x is not None else list(asked).index(True)
     for i in reversed(range(lowest, len(layers))):
-        (weight, *_), out = layers[i]
+        (weight, *scale), out = layers[i]
         x, *more = kept[i * size : (i + 1) * size] if i < active else kept[-1:]
         if i < active and kind.activation == "gelu":
-            grad = gelu.backward(grad, more, layers[i][0], out)
-        elif i < active:  # in place, unless it is the caller's
-            place = torch.empty_like(grad) if i == len(layers) - 1 else grad
+            grad = gelu.backward(grad, more, scale, out)
+        elif i < len(layers) - 1:
             after = kept[(i + 1) * size]
-            torch.ops.aten.threshold_backward.grad_input(grad, after, 0, grad_input=place)
-            grad = place
+            torch.ops.aten.threshold_backward.grad_input(grad, after, 0, grad_input=grad)
         if out[0] is not None:
             matmul.weight_gradient(x, grad, out[0])
         if out[1] is not None:

@@ -37,15 +37,15 @@ def gate(x: Tensor) -> Tensor:
 
 
 def backward(
-    grad: Tensor, kept: Sequence[Tensor], layer: Sequence[Tensor], out: Sequence[Tensor | None]
+    grad: Tensor, kept: Sequence[Tensor], scale: Sequence[Tensor], out: Sequence[Tensor | None]
 ) -> Tensor:
     """The gradient before the GELU; those of a norm's scale and shift go into `out`, if asked."""
-    (before, share, *rest), scale = kept, [p[0] for p in layer[2:]]
+    before, share, *rest = kept
     if scale:
         y, *moments = rest
         asked = [True, *[place is not None for place in out[2:]]]
         grad, *slopes = torch.ops.aten.native_layer_norm_backward(
-            grad, y, y.shape[-1:], *moments, *scale, asked
+            grad, y, y.shape[-1:], *moments, scale[0][0], scale[1][0], asked
         )
         for slope, place in zip(slopes, out[2:], strict=True):
             if place is not None:
