@@ -20,7 +20,7 @@ import torch
 
 from offrl.envs.vector import physics, set_physics
 
-PREFIX, VERSION = "dmc-", "v0"
+PREFIX = "dmc-"
 HORIZON = 1000  # of every task of the suite but lqr, which has none of its own
 UNLIMITED = 1e10  # the bound of a motor without one (lqr); counts as 1
 # what tasks draw for their model, once (lqr) or at a reset: places and sizes of targets, tendons,
@@ -57,7 +57,7 @@ def register(name: str) -> str:
     if name not in tasks:
         known = ", ".join(tasks)
         raise ValueError(f"dm-control has no task {name!r}{nearest(name, tasks)} ({known})")
-    id, made = f"{name}-{VERSION}", "offrl.envs.dm_control:DMControl"
+    id, made = f"{name}-v0", "offrl.envs.dm_control:DMControl"
     if id not in gymnasium.registry:
         given = dict(zip(("domain", "task"), tasks[name], strict=True))
         gymnasium.register(id, made, max_episode_steps=HORIZON, kwargs=given)

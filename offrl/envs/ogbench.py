@@ -14,7 +14,6 @@ import gymnasium
 import numpy as np
 
 VERSION = "v0"
-TASKS = 5
 MAZES: dict[str, tuple[str, ...]] = {
     "pointmaze": ("medium", "large", "giant", "teleport"),
     "antmaze": ("medium", "large", "giant", "teleport"),

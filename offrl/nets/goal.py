@@ -102,8 +102,9 @@ class RepValues(nn.Module):
     ):
         super().__init__()
         levels = range(lead[0] if len(lead) > 1 else 1)
-        self.sights = nn.ModuleList(Sight(sizes, images, seeds, generator) for _ in levels)
-        dims = (self.sights[0].size, *hidden, 1)
+        sights = [Sight(sizes, images, seeds, generator) for _ in levels]
+        self.sights = nn.ModuleList(sights)
+        dims = (sights[0].size, *hidden, 1)
         self.net = MLP(dims, (*seeds, *lead), generator, "gelu", norm=True)
 
     def forward(self, *levels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
