@@ -65,10 +65,8 @@ class BEER:
         self.config, self.generator = c, generator
         self.actor = Actor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.critics = Critics(spec.obs_dim, spec.act_dim, c.hidden, 1, seeds, generator)
-        self.actor_target = target_copy(self.actor)
-        self.critics_target = target_copy(self.critics)
-        self.actor_opt = adam(self.actor, c.lr)
-        self.critics_opt = adam(self.critics, c.lr)
+        self.actor_target, self.critics_target = target_copy(self.actor), target_copy(self.critics)
+        self.actor_opt, self.critics_opt = adam(self.actor, c.lr), adam(self.critics, c.lr)
 
     def update(self, batch: Batch, turn: int) -> Metrics:
         metrics = descend(self.critics_opt, *self.critics_loss(batch))
@@ -97,17 +95,10 @@ class BEER:
         if c.norm_source == "mixed":
             with torch.no_grad():
                 g = self.critics.features(batch["next_obs"], self.actor(batch["next_obs"]))
-        weight, bias = self.critics.last
-        return beer_penalty(
-            f,
-            t,
-            batch["reward"].unsqueeze(-2),
-            weight,
-            c.discount,
-            g=g,
-            bias=bias if c.bias_aware else None,
-            terminal=batch["terminal"].unsqueeze(-2),
-        )
+        reward, terminal = (batch[name].unsqueeze(-2) for name in ("reward", "terminal"))
+        weight, last = self.critics.last
+        bias = last if c.bias_aware else None
+        return beer_penalty(f, t, reward, weight, c.discount, g=g, bias=bias, terminal=terminal)
 
     @torch.no_grad()
     def target(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from offrl.data.goals import STATES, goal_stages
+from offrl.data.goals import GOALS, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
 from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob, sampled
@@ -108,6 +108,4 @@ class CRL:
         return sampled(self.actor(now["obs"], self.goal(now["goal"])), now).clamp(-1, 1), memory
 
 
-METHOD = Method(
-    CRL, Config, stages=goal_stages(), fields=STATES, goals=True, stacks=lambda c: not c.images
-)
+METHOD = Method(CRL, Config, stages=goal_stages(), **GOALS)

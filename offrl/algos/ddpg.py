@@ -49,10 +49,8 @@ class DDPG:
         self.config, self.generator = c, generator
         self.actor = Actor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.critics = Critics(spec.obs_dim, spec.act_dim, c.hidden, 1, seeds, generator)
-        self.actor_target = target_copy(self.actor)
-        self.critics_target = target_copy(self.critics)
-        self.actor_opt = adam(self.actor, c.lr)
-        self.critics_opt = adam(self.critics, c.lr)
+        self.actor_target, self.critics_target = target_copy(self.actor), target_copy(self.critics)
+        self.actor_opt, self.critics_opt = adam(self.actor, c.lr), adam(self.critics, c.lr)
 
     def update(self, batch: Batch, turn: int) -> Metrics:
         metrics = descend(self.critics_opt, *self.critics_loss(batch))

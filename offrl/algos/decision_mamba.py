@@ -45,7 +45,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from offrl.data.windows import asked_returns, renewed, scenarios, window_stages
+from offrl.data.windows import SEQUENCE, asked_returns, renewed, window_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Run, Seeds, Spec, Stage, Task
 from offrl.engine.optim import adamw, descend, target_copy, warm_up
 from offrl.nets import Linear, Standardize
@@ -243,12 +243,4 @@ def stages(algo: DecisionMamba, task: Task, run: Run) -> list[Stage]:
     return window_stages(algo, task, run, [renewal] if algo.config.self_evolution else [])
 
 
-METHOD = Method(
-    DecisionMamba,
-    Config,
-    stages=stages,
-    fields=("obs", "act", "reward"),
-    episodes=True,
-    stacks=lambda c: False,
-    scenarios=scenarios,
-)
+METHOD = Method(DecisionMamba, Config, stages=stages, **SEQUENCE)

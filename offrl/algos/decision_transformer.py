@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.data.windows import act_taken, asked_returns, extend, scenarios, window_stages
+from offrl.data.windows import SEQUENCE, act_taken, asked_returns, extend, window_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adamw, descend, warm_up
 from offrl.nets import Linear, Standardize
@@ -111,12 +111,4 @@ class DecisionTransformer:
         return act, act_taken(window, act)
 
 
-METHOD = Method(
-    DecisionTransformer,
-    Config,
-    stages=window_stages,
-    fields=("obs", "act", "reward"),
-    episodes=True,
-    stacks=lambda c: False,
-    scenarios=scenarios,
-)
+METHOD = Method(DecisionTransformer, Config, stages=window_stages, **SEQUENCE)

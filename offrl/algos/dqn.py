@@ -74,15 +74,15 @@ class DQN:
             return loss, metrics
         with torch.no_grad():
             online = self.network.features(batch["next_obs"])
-        penalty, stats = beer_penalty(
-            action_features(features, batch["act"], self.actions),
-            action_features(after, act, self.actions),
-            batch["reward"],
+        places = (features, batch["act"]), (after, act), (online, act)
+        f, t, g = (action_features(*place, self.actions) for place in places)
+        weight, discount, mask = (
             self.network.pairs()[-1][0],
             self.config.discount,
-            g=action_features(online, act, self.actions),
-            terminal=batch["terminal"],
-            mask=act == batch["act"],
+            act == batch["act"],
+        )
+        penalty, stats = beer_penalty(
+            f, t, batch["reward"], weight, discount, g=g, terminal=batch["terminal"], mask=mask
         )
         loss = loss + self.config.beer * penalty.mean(-1)
         return loss, metrics | {"beer/open": stats["open"], "beer/cos": stats["cos"]}

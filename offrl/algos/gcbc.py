@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from offrl.data.goals import STATES, Trajectories, goal_stages
+from offrl.data.goals import GOALS, Trajectories, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
 from offrl.nets.goal import GoalActor, GoalColumns, sampled
@@ -63,6 +63,4 @@ def draw(c: Config, states: Trajectories, i: Tensor, generator: Generator) -> tu
     return {"goal": states.goals(i, c.actor_goals, generator)}, {}
 
 
-METHOD = Method(
-    GCBC, Config, stages=goal_stages(draw), fields=STATES, goals=True, stacks=lambda c: not c.images
-)
+METHOD = Method(GCBC, Config, stages=goal_stages(draw), **GOALS)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.data.goals import STATES, goal_stages
+from offrl.data.goals import GOALS, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend, polyak, target_copy
 from offrl.nets.goal import GoalActor, GoalColumns, Values, held, normal_log_prob, sampled
@@ -107,6 +107,4 @@ class GCIQL:
         return sampled(self.actor(now["obs"], self.goal(now["goal"])), now).clamp(-1, 1), memory
 
 
-METHOD = Method(
-    GCIQL, Config, stages=goal_stages(), fields=STATES, goals=True, stacks=lambda c: not c.images
-)
+METHOD = Method(GCIQL, Config, stages=goal_stages(), **GOALS)

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.data.goals import STATES, Trajectories, goal_stages
+from offrl.data.goals import GOALS, Trajectories, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend, polyak, target_copy
 from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized, sampled
@@ -153,6 +153,4 @@ def draw(c: Config, states: Trajectories, i: Tensor, generator: Generator) -> tu
     return places, {"success": (value_goal == i).float()}
 
 
-METHOD = Method(
-    HIQL, Config, stages=goal_stages(draw), fields=STATES, goals=True, stacks=lambda c: not c.images
-)
+METHOD = Method(HIQL, Config, stages=goal_stages(draw), **GOALS)

@@ -57,6 +57,9 @@ class Config:
     hidden: tuple[int, ...] = (64, 64)  # tanh units, policy and value apart
 
 
+MADE = ("log_prob", "advantage", "return", "value")  # fields that a rollout is given
+
+
 class PPO:
     def __init__(self, config: Config, spec: Spec, generator: Generator, seeds: Seeds = ()):
         c = config
@@ -131,9 +134,9 @@ class Rollouts:
             )
         self.minibatches = self.rows // c.batch
         data.keep(self.rows)
-        layout, scalar = data.replay.columns, ((), torch.float32)
-        fields: Any = {name: (layout[name].shape, layout[name].dtype) for name in ("obs", "act")}
-        fields |= dict.fromkeys(("log_prob", "advantage", "return", "value"), scalar)
+        layout = data.replay.columns
+        names = {"obs": "obs", "act": "act"} | dict.fromkeys(MADE, "reward")
+        fields = {name: (layout[n].shape, layout[n].dtype) for name, n in names.items()}
         self.columns, width = columns(fields)
         seeds, device = run.seeds, data.device
         self.table = torch.zeros(*seeds, self.rows, width, device=device)
@@ -162,14 +165,9 @@ class Rollouts:
         delta = reward + c.discount * (1 - last) * later - value
         advantage = accumulated(delta.flip(-2), c.discount * c.trace * (1 - end).flip(-2)).flip(-2)
         act = rows["act"].flatten(len(shape) - 2, len(shape) - 1)
-        fields = {
-            "obs": obs,
-            "act": act,
-            "log_prob": algo.actor.judge(obs, act)[0],
-            "advantage": advantage.flatten(-2),
-            "return": (advantage + value).flatten(-2),
-            "value": value.flatten(-2),
-        }
+        made = (x.flatten(-2) for x in (advantage, advantage + value, value))
+        log_prob = algo.actor.judge(obs, act)[0]
+        fields = {"obs": obs, "act": act} | dict(zip(MADE, (log_prob, *made), strict=True))
         self.table.copy_(pack(fields, self.columns, len(shape) - 1))
         if c.normalize:
             algo.observations.add(rows["obs"].flatten(-3, -2))
@@ -196,13 +194,8 @@ class Rollouts:
 
     def shuffle(self) -> None:
         """A new order for the next pass."""
-        uniform = torch.rand(
-            self.order.shape,
-            dtype=torch.float64,
-            generator=self.algo.generator,
-            device=self.order.device,
-        )
-        self.order.copy_(uniform.argsort(-1))
+        uniform = torch.empty(self.order.shape, dtype=torch.float64, device=self.order.device)
+        self.order.copy_(uniform.uniform_(generator=self.algo.generator).argsort(-1))
         self.place.zero_()
 
     def sampler(self) -> Sampler:

@@ -80,10 +80,8 @@ class PRDC:
         self.standardize = Standardize(spec.obs_dim, spec.obs_mean, spec.obs_std, generator.device)
         self.actor = Actor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.critics = Critics(spec.obs_dim, spec.act_dim, c.hidden, 2, seeds, generator)
-        self.actor_target = target_copy(self.actor)
-        self.critics_target = target_copy(self.critics)
-        self.actor_opt = adam(self.actor, c.lr)
-        self.critics_opt = adam(self.critics, c.lr)
+        self.actor_target, self.critics_target = target_copy(self.actor), target_copy(self.critics)
+        self.actor_opt, self.critics_opt = adam(self.actor, c.lr), adam(self.critics, c.lr)
         self.neighbors: StateNeighbors  # set by `stages`: a table of the data, not of the run
 
     def turn(self, step: int) -> int:

@@ -28,7 +28,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from offrl.data.goals import STATES, Trajectories, goal_stages, two_goals
+from offrl.data.goals import GOALS, Trajectories, goal_stages, two_goals
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
 from offrl.nets.goal import GoalActor, held, normal_log_prob, sampled
@@ -115,6 +115,4 @@ def draw(c: Config, states: Trajectories, i: Tensor, generator: Generator) -> tu
     return two_goals(c, states, i, generator, discount=0.99)
 
 
-METHOD = Method(
-    QRL, Config, stages=goal_stages(draw), fields=STATES, goals=True, stacks=lambda c: not c.images
-)
+METHOD = Method(QRL, Config, stages=goal_stages(draw), **GOALS)

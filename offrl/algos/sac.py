@@ -59,8 +59,7 @@ class SAC:
         start = torch.full(seeds, c.alpha, device=generator.device).log()
         self.temperature = nn.ParameterDict({"log": nn.Parameter(start)})
         self.target_entropy = -float(spec.act_dim)
-        self.actor_opt = adam(self.actor, c.lr)
-        self.critics_opt = adam(self.critics, c.lr)
+        self.actor_opt, self.critics_opt = adam(self.actor, c.lr), adam(self.critics, c.lr)
         self.temperature_opt = adam(self.temperature, c.lr)
 
     def update(self, batch: Batch, turn: int) -> Metrics:
@@ -88,16 +87,9 @@ class SAC:
             return loss, metrics
         with torch.no_grad():
             g = self.critics.features(batch["next_obs"], act)
-        reward = batch["reward"] - c.discount * alpha.unsqueeze(-1) * log_prob
-        penalty, stats = beer_penalty(
-            f,
-            t,
-            reward.unsqueeze(-2),
-            self.critics.last[0],
-            c.discount,
-            g=g,
-            terminal=batch["terminal"].unsqueeze(-2),
-        )
+        reward = (batch["reward"] - c.discount * alpha.unsqueeze(-1) * log_prob).unsqueeze(-2)
+        weight, terminal = self.critics.last[0], batch["terminal"].unsqueeze(-2)
+        penalty, stats = beer_penalty(f, t, reward, weight, c.discount, g=g, terminal=terminal)
         loss = loss + c.beer * penalty.mean((-2, -1))
         return loss, metrics | {f"beer/{name}": stats[name].mean(-1) for name in ("open", "cos")}
 

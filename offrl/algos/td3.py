@@ -55,10 +55,8 @@ class TD3:
         self.config, self.generator = c, generator
         self.actor = Actor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.critics = Critics(spec.obs_dim, spec.act_dim, c.hidden, 2, seeds, generator)
-        self.actor_target = target_copy(self.actor)
-        self.critics_target = target_copy(self.critics)
-        self.actor_opt = adam(self.actor, c.lr)
-        self.critics_opt = adam(self.critics, c.lr)
+        self.actor_target, self.critics_target = target_copy(self.actor), target_copy(self.critics)
+        self.actor_opt, self.critics_opt = adam(self.actor, c.lr), adam(self.critics, c.lr)
 
     def turn(self, step: int) -> int:
         """1 for an update of critics and actor, 0 for one of the critics alone."""
@@ -88,15 +86,9 @@ class TD3:
         """BEER's R (*S, E, B) for features f and t (*S, E, B, m), with statistics (*S, E)."""
         with torch.no_grad():
             g = self.critics.features(batch["next_obs"], self.actor(batch["next_obs"]))
-        return beer_penalty(
-            f,
-            t,
-            batch["reward"].unsqueeze(-2),
-            self.critics.last[0],
-            self.config.discount,
-            g=g,
-            terminal=batch["terminal"].unsqueeze(-2),
-        )
+        reward, terminal = (batch[name].unsqueeze(-2) for name in ("reward", "terminal"))
+        weight, discount = self.critics.last[0], self.config.discount
+        return beer_penalty(f, t, reward, weight, discount, g=g, terminal=terminal)
 
     @torch.no_grad()
     def target(self, batch: Batch) -> tuple[Tensor, Tensor]:

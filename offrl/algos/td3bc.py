@@ -51,10 +51,8 @@ class TD3BC:
         self.standardize = Standardize(spec.obs_dim, spec.obs_mean, spec.obs_std, generator.device)
         self.actor = Actor(spec.obs_dim, spec.act_dim, c.hidden, seeds, generator)
         self.critics = Critics(spec.obs_dim, spec.act_dim, c.hidden, 2, seeds, generator)
-        self.actor_target = target_copy(self.actor)
-        self.critics_target = target_copy(self.critics)
-        self.actor_opt = adam(self.actor, c.lr)
-        self.critics_opt = adam(self.critics, c.lr)
+        self.actor_target, self.critics_target = target_copy(self.actor), target_copy(self.critics)
+        self.actor_opt, self.critics_opt = adam(self.actor, c.lr), adam(self.critics, c.lr)
 
     def turn(self, step: int) -> int:
         """1 for an update of critics and actor, 0 for one of the critics alone."""

@@ -29,6 +29,11 @@ from offrl.errors import DataError
 from offrl.nets.encoders import cropped
 
 STATES = ("obs", "act", "next_obs")  # fields of a data set that its trajectories are made of
+GOALS: dict[str, Any] = {  # what a METHOD says of itself that learns from goals
+    "fields": STATES,
+    "goals": True,
+    "stacks": lambda config: not config.images,
+}
 BLOCK = 16_384  # rows that are checked at once
 Mixture = tuple[float, ...]  # probabilities of the state itself, a trajectory goal, a random goal
 

@@ -192,3 +192,11 @@ def window_stages(
         return windows(data, c.batch, c.context, c.scale, run.seeds, run.device, ready)
 
     return [Stage("train", run.steps, start, algo.update, between=between)]
+
+
+SEQUENCE: dict[str, Any] = {  # what a METHOD says of itself that learns from windows
+    "fields": ("obs", "act", "reward"),
+    "episodes": True,
+    "stacks": lambda config: False,
+    "scenarios": scenarios,
+}
