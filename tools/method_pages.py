@@ -36,7 +36,8 @@ def part(name: str) -> str:
     source = ROOT / "offrl" / "algos" / f"{name}.py"
     told = ast.get_docstring(ast.parse(source.read_text())) or ""
     about, differences = re.split(r"(?=Differences from)", told.split("\n\n", 1)[1])
-    head, rest = re.match(r"([\w' ]+)(.+)", differences, re.S).groups()
+    head = re.match(r"[\w' ]+", differences)[0]  # type: ignore[index]
+    rest = differences.removeprefix(head)
     rest = re.sub(r"^ *\((.+?)\):", r"\1:", rest.lstrip(": "), flags=re.S)
     return (
         f"\n## Equations\n\n{markdown(about)}\n\n"

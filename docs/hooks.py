@@ -1,0 +1,22 @@
+"""The site's pages that lie elsewhere in the repository: the README, three more, and pictures."""
+
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+
+
+def on_files(files, config):
+    root = Path(config.config_file_path).parent
+    pictures = (path.relative_to(root) for path in sorted((root / "benchmarks").rglob("*.png")))
+    for name in (*PAGES, *(path.as_posix() for path in pictures)):
+        files.append(File(name, str(root), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown, page, **_):
+    """Links as they are in the repository, from where the page is in the site."""
+    if page.file.src_uri in PAGES:
+        return markdown.replace("](docs/", "](")
+    return markdown.replace("../benchmarks/", "benchmarks/")
