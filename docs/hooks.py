@@ -1,7 +1,9 @@
-"""The site's pages that lie elsewhere in the repository: the README, three more, and pictures."""
+"""What the site shows that lies elsewhere: pages of the repository, pictures, docstrings."""
 
+import re
 from pathlib import Path
 
+import griffe
 from mkdocs.structure.files import File
 
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
@@ -20,3 +22,13 @@ def on_page_markdown(markdown, page, **_):
     if page.file.src_uri in PAGES:
         return markdown.replace("](docs/", "](")
     return markdown.replace("../benchmarks/", "benchmarks/")
+
+
+class SharedDescriptions(griffe.Extension):
+    """Takes `obs, act: sizes` of a docstring as one entry of two names, not a name and a type."""
+
+    def on_object(self, *, obj, **_):
+        if obj.docstring:
+            names = r"(?m)^( +)(\w+(?:, \w+)+)(?=:)"
+            joined = lambda found: found[1] + found[2].replace(", ", ",")  # noqa: E731
+            obj.docstring.value = re.sub(names, joined, obj.docstring.value)
