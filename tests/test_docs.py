@@ -27,14 +27,14 @@ from tools.method_pages import renewed
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 WORDS = 900  # of the README, at most
-HOSTED = "llm-trainers.md"  # whose Python needs other libraries and data
+SHOWN = ("design.md", "llm-trainers.md")  # pieces, and Python that needs other libraries
 EXTRAS = {"dmc-": "dm_control", "LunarLander": "Box2D"}
 EXTRAS |= dict.fromkeys(("pointmaze", "antmaze", "cube"), "ogbench")
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+    return re.findall(rf"^```{{?\.?{language}}}?\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
 def commands(page):
@@ -172,7 +172,7 @@ def logged(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name != HOSTED])
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name not in SHOWN])
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     told = {"__name__": "page"}
@@ -186,11 +186,11 @@ def trainings():
     found = {}
     for words in itertools.chain(*map(commands, PAGES)):
         name, given = script(words) or ("", [])
-        if name == "train" and not any(w.startswith(("-", "resume=")) for w in given):
-            values = {key: value[0] for key, value in cli.check_overrides(given).items()}
-            own = "." in str(values.get("dataset", ""))
+        if name == "train" and not any(word.startswith(("-", "resume=")) for word in given):
+            values = dict(word.split("=", 1) for word in given)
+            own = "." in values.get("dataset", "")
             if own or values.get("source") not in ("d4rl", "minari", "ogbench"):
-                found.setdefault((values["algo"], values.get("env"), own), given)
+                found.setdefault((values["algo"], values["env"], own), values)
     return list(found.values())
 
 
@@ -200,10 +200,10 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", trainings(), ids=" ".join)
-def test_trainings_run(words, cache, tmp_path, monkeypatch):
+@pytest.mark.parametrize("given", trainings(), ids=lambda given: " ".join(given.values()))
+def test_trainings_run(given, cache, tmp_path, monkeypatch):
     """Each with a few updates; offline methods on two thousand rows."""
-    given = dict(word.split("=", 1) for word in words)
+    given = dict(given)
     for start, module in EXTRAS.items():
         if given["env"].startswith(start):
             pytest.importorskip(module)
