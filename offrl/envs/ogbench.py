@@ -8,7 +8,6 @@ the reset's info holds the `goal`, an observation; a step pays 1 and ends the ep
 import warnings
 
 VERSION = "v0"
-TASKS = 5
 MAZES: dict[str, tuple[str, ...]] = {
     "pointmaze": ("medium", "large", "giant", "teleport"),
     "antmaze": ("medium", "large", "giant", "teleport"),
@@ -54,8 +53,7 @@ def register() -> None:
     try:
         import ogbench  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            "OGBench's environments need the extra: pip install 'offrl[ogbench]'"
-        ) from error
+        extra = "pip install 'offrl[ogbench]'"
+        raise ValueError(f"OGBench's environments need the extra: {extra}") from error
     # of a viewer that the manipulation tasks import and nobody opens
     warnings.filterwarnings("ignore", message=".*DISPLAY environment variable is missing")

@@ -28,9 +28,7 @@ class OwnRandomness(gymnasium.Wrapper):
             return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any):
-        if not self.draws_in_steps:
-            return self.env.step(action)
-        with self.swapped():
+        with self.swapped() if self.draws_in_steps else contextlib.nullcontext():
             return self.env.step(action)
 
     @contextlib.contextmanager

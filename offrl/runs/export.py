@@ -18,7 +18,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,6 @@ TOLERANCE = 1e-5  # of half the range of an action
 TOLD = "offrl.json"  # within a .pt2 file
 NEEDED = "pip install 'offrl[export]'"
 Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of scripts/export.py: run=DIR out=policy.onnx writes a policy as a file."""
-
-    run: str  # a run directory, a seed's folder, a checkpoint or a snapshot
-    out: str  # the file: .onnx, or .pt2 for torch.export
-    seed: int | None = None  # which of the run's seeds; null: its first
 
 
 class Step(nn.Module):

@@ -16,7 +16,7 @@ from torch import Generator
 
 from offrl import config as configuration
 from offrl.config import Resolved
-from offrl.engine import checkpoint
+from offrl.engine import checkpoint, optim
 from offrl.engine.method import Algorithm
 from offrl.engine.state import load_state, state_of
 from offrl.errors import ConfigError
@@ -26,6 +26,15 @@ from offrl.seeding import generator
 
 WIDEST = 1000  # columns whose range is told in an exported file
 NOT_GIVEN: Any = object()
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of scripts/export.py: a policy as a file."""
+
+    run: str  # a run directory, a seed's folder, a checkpoint or a snapshot
+    out: str  # the file: .onnx, or .pt2 for torch.export
+    seed: int | None = None  # which of the run's seeds; null: its first
 
 
 @dataclass(frozen=True)
@@ -235,12 +244,15 @@ def load_policy(place: str | Path, seed: int | None = None) -> Policy:
     if number not in held:
         raise ValueError(f"{place} has no seed {seed}; it has {', '.join(map(str, held))}")
     file = held[number]
-    resolved = configuration.from_yaml((folder / "config.yaml").read_text())
+    resolved = configuration.of_run(folder)
     signature, saved = Signature.read(folder), checkpoint.load(file)
     check_label(resolved, saved, file)
-    algo = algorithm(resolved, signature)
+    with optim.acting():
+        algo = algorithm(resolved, signature)
     index, count = saved["seeds"].index(number), len(saved["seeds"])
-    load_state(algo, of_seed(state_of(algo), saved["algo"], index, count, algo))
+    fresh = state_of(algo)
+    state = of_seed(fresh, saved["algo"] | {"generator": fresh["generator"]}, index, count)
+    load_state(algo, state)
     info = provenance(folder) | json.loads(signature.to_json())
     info |= {"options": dict(resolved.options), "seed": number}
     info |= {"step": saved.get("global_step", saved["step"]), "checkpoint": export.digest(file)}
@@ -254,28 +266,37 @@ def algorithm(
     device: torch.device | str = "cpu",
 ) -> Any:
     """The method of a run, untrained."""
-    method, stream = configuration.method(resolved.algo), generator(0, "evaluation", device=device)
-    return method.make(resolved.config(), signature.spec, stream, seeds)
+    stream = generator(0, "evaluation", device=device)
+    return resolved.method.make(resolved.config(), signature.spec, stream, seeds)
 
 
-def of_seed(fresh: Any, stored: Any, index: int, count: int, owner: Any = None) -> Any:
+def export_run(options: Options) -> None:
+    """Write the policy of a run to a file, and print what is in it."""
+    kept = load_policy(options.run, options.seed).export(options.out)
+    same = kept["parity"]
+    print(
+        f"{options.out}: inputs {', '.join(kept['inputs'])}; outputs {', '.join(kept['outputs'])}"
+    )
+    print(
+        f"actions within {same['largest']:.1g} of half their range of the library's, on "
+        f"{same['random']} random observations and {same['data']} of the training data"
+    )
+
+
+def of_seed(fresh: Any, stored: Any, index: int, count: int) -> Any:
     """The state of one of `count` stacked seeds, in the sizes of a single one.
 
-    What acting needs nothing of stays as it is in `fresh`: generators and optimizers.
+    What acting needs nothing of stays as it is in `fresh`: optimizers.
     """
-    if isinstance(fresh, dict) and isinstance(stored, dict):
-        idle = (torch.optim.Optimizer, Generator)
-        return {
-            key: fresh[key]
-            if key in fresh and isinstance(getattr(owner, key, None), idle)
-            else of_seed(fresh.get(key), part, index, count)
-            for key, part in stored.items()
-        }
+    if isinstance(stored, dict):
+        if "param_groups" in stored:
+            return fresh
+        own = fresh if isinstance(fresh, dict) else {}
+        return {key: of_seed(own.get(key), part, index, count) for key, part in stored.items()}
     if isinstance(fresh, (list, tuple)) and len(fresh) == len(stored):
-        pairs = zip(fresh, stored, strict=True)
-        return [of_seed(*pair, index, count) for pair in pairs]
+        return [of_seed(*pair, index, count) for pair in zip(fresh, stored, strict=True)]
     stacked = isinstance(fresh, torch.Tensor) and stored.shape == (count, *fresh.shape)
-    return stored[index] if stacked else stored
+    return stored[index] if stacked and count > 1 else stored
 
 
 def provenance(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.data.dataset import Dataset
 from offrl.engine.method import Batch, Spec
@@ -105,7 +104,7 @@ def signature(
         obs_space, space: of the environment's observations, and of its actions before they were
             scaled; None for a run without one.
     """
-    method, config = configuration.method(resolved.algo), resolved.config()
+    config = resolved.config()
     info: dict[str, Any] = data.info if data is not None else {}
     obs_shape = getattr(obs_space, "shape", None) or ()
     if math.prod(obs_shape) != spec.obs_dim:
@@ -125,7 +124,7 @@ def signature(
         actions=spec.act_dim,
         discrete=spec.discrete,
         players=spec.players,
-        goals=method.goals,
+        goals=resolved.method.goals,
         targets=tuple(getattr(config, "targets", ())),
         obs_names=tuple(info.get("obs_names", ())),
         act_names=tuple(info.get("act_names", ())),
