@@ -16,6 +16,7 @@ Outputs: action (batch, *action), float32, or int64 (batch,) if discrete; and me
 
 import hashlib
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -224,9 +225,13 @@ def saving(
         node.meta.pop("stack_trace", None)  # names the folders of this machine
     if path.suffix == ".pt2":
         return lambda told: torch.export.save(made, path, extra_files={TOLD: json.dumps(told)})
+    logger = logging.getLogger("torch.onnx")
+    level, named = logger.level, {"inputs": tuple({0: "batch"} for _ in inputs)}
+    logger.setLevel(logging.ERROR)  # it warns that torchvision is not installed
     try:
         found: Any = torch.onnx.export(
             made,
+            dynamic_shapes=named,
             input_names=inputs,
             output_names=outputs,
             opset_version=OPSET,
@@ -235,9 +240,11 @@ def saving(
         )
     except ImportError as error:
         raise Failed(f"writing ONNX needs the extra: {NEEDED} ({error})") from error
+    finally:
+        logger.setLevel(level)
 
     def save(told: dict[str, Any]) -> None:
-        found.model.metadata_props |= {name: json.dumps(value) for name, value in told.items()}
+        found.model.metadata_props.update({name: json.dumps(x) for name, x in told.items()})
         found.save(path, external_data=False)
 
     return save

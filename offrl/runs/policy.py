@@ -273,10 +273,8 @@ def algorithm(
 def export_run(options: Options) -> None:
     """Write the policy of a run to a file, and print what is in it."""
     kept = load_policy(options.run, options.seed).export(options.out)
-    same = kept["parity"]
-    print(
-        f"{options.out}: inputs {', '.join(kept['inputs'])}; outputs {', '.join(kept['outputs'])}"
-    )
+    inputs, outputs, same = (kept[name] for name in ("inputs", "outputs", "parity"))
+    print(f"{options.out}: inputs {', '.join(inputs)}; outputs {', '.join(outputs)}")
     print(
         f"actions within {same['largest']:.1g} of half their range of the library's, on "
         f"{same['random']} random observations and {same['data']} of the training data"
