@@ -33,6 +33,7 @@ from offrl.runs.signature import SAMPLE, Signature
 FORMAT = 1  # of the inputs, the outputs and what is told beside them
 OPSET = 18
 SUFFIXES = (".onnx", ".pt2")
+STEPS = 20  # of the episodes in which a policy with memory is compared
 TOLERANCE = 1e-5  # of half the range of an action
 TOLD = "offrl.json"  # within a .pt2 file
 NEEDED = "pip install 'offrl[export]'"
@@ -138,9 +139,12 @@ class Graph(nn.Module):
 
 def rows_of(step: Step, rows: int, names: Sequence[str]) -> dict[str, Tensor]:
     """The beginnings of so many episodes, but for the memory."""
-    wide, zero = torch.zeros(rows, step.signature.obs_dim), torch.zeros(rows)
-    told = {"obs": wide, "goal": wide + 1, "target": zero, "start": zero + 1, "reward": zero}
-    return {name: told[name] for name in names if name in told}
+    shape, wide = (rows,), (rows, step.signature.obs_dim)
+    shapes = {"obs": wide, "goal": wide, "target": shape, "start": shape, "reward": shape}
+    # apart, since the exporter takes one tensor given twice for one input
+    return {
+        name: torch.full(shapes[name], float(name == "start")) for name in names if name in shapes
+    }
 
 
 def remembered(step: Step, rows: int) -> Any:
@@ -345,7 +349,7 @@ def parity(step: Step, file: File, seen: Arrays) -> dict[str, Any]:
 
     Observations are drawn at random in the range of the training data, and taken from these data
     where some were kept; besides, all columns at their least and largest, and zeros. A policy with
-    memory plays them as episodes of which half begin anew in the middle.
+    memory meets them in episodes, of which half begin anew in the middle.
 
     Raises:
         Failed: if an action differs by more than `TOLERANCE`, or a discrete one that is no tie.
@@ -357,16 +361,20 @@ def parity(step: Step, file: File, seen: Arrays) -> dict[str, Any]:
     sample = seen.get("sample", np.zeros((0, wide[1]), np.float32))
     edges = np.broadcast_to(np.stack([low, high, 0 * low]).reshape(3, -1), (3, wide[1]))
     obs = np.concatenate([drawn, sample, edges.astype(np.float32)])
-    far, rows = 0.0, [1, 2, 3, 17]
-    for part in parts(obs, rows):
-        goal = obs[random.integers(len(obs), size=len(part))]
+    far, steps = 0.0, STEPS if file.names else 1
+    for part in episodes(random.permutation(obs), steps):
         memory: Any = (None, None)
-        for time in range(20 if file.names else 1):
-            target = random.choice(signature.targets or (0.0,), len(part)).astype(np.float32)
-            start = np.full(len(part), time == 0) | (np.arange(len(part)) % 2 == 0) & (time == 10)
-            reward = random.standard_normal(len(part)).astype(np.float32)
-            told = {"obs": np.roll(part, time, 0), "goal": goal, "target": target}
-            told |= {"start": start.astype(np.float32), "reward": reward}
+        for time, rows in enumerate(part):
+            count = len(rows)
+            start = np.full(count, time == 0) | (np.arange(count) % 2 == 0) & (time == steps // 2)
+            told = {
+                "obs": rows,
+                "goal": obs[random.integers(len(obs), size=count)],
+                "target": random.choice(signature.targets or (0.0,), count),
+                "start": start,
+                "reward": random.standard_normal(count),
+            }
+            told = {name: value.astype(np.float32) for name, value in told.items()}
             ours, theirs = step.run(told, memory[0]), file.run(told, memory[1])
             far = max(far, distance(step, told, memory[0], ours[0], theirs[0]))
             memory = ours[1], theirs[1]
@@ -378,13 +386,13 @@ def parity(step: Step, file: File, seen: Arrays) -> dict[str, Any]:
     return {"largest": far, "random": len(drawn), "data": len(sample)}
 
 
-def parts(obs: np.ndarray, sizes: Sequence[int]) -> Iterator[np.ndarray]:
-    """All rows, first a few at a time and then 256."""
-    first = 0
-    while first < len(obs):
-        sizes, size = sizes[1:], sizes[0] if sizes else 256
-        yield obs[first : first + size]
-        first += size
+def episodes(obs: np.ndarray, steps: int) -> Iterator[np.ndarray]:
+    """All observations (N, o) as (steps, rows, o) of few rows first; the last are padded."""
+    sizes = [1, 2, 3, 17]
+    while len(obs):
+        rows = min(sizes.pop(0) if sizes else 256, -(-len(obs) // steps))
+        part, obs = obs[: steps * rows], obs[steps * rows :]
+        yield np.resize(part, (steps, rows, obs.shape[1]))
 
 
 def distance(step: Step, told: Arrays, memory: Any, ours: np.ndarray, theirs: np.ndarray) -> float:
