@@ -19,8 +19,14 @@ OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
 
 
 def main() -> None:
-    """The console command: offrl train|evaluate|collect|report key=value ..."""
-    commands = {"train": train, "evaluate": evaluate, "collect": collect, "report": report}
+    """The console command: offrl train|evaluate|collect|report|describe key=value ..."""
+    commands = {
+        "train": train,
+        "evaluate": evaluate,
+        "collect": collect,
+        "report": report,
+        "describe": describe,
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
         sys.exit(2)
@@ -264,6 +270,15 @@ def report(argv: Sequence[str] | None = None) -> None:
 
     with readable_errors():
         make_report(options(Options, sys.argv[1:] if argv is None else argv))
+
+
+def describe(argv: Sequence[str] | None = None) -> None:
+    """A look at a data set before training: `dataset=log.hdf5 out=look`; exit 1 at an error."""
+    from offrl.runs.describe import Options, describe_data
+
+    with readable_errors():
+        found = describe_data(options(Options, sys.argv[1:] if argv is None else argv))
+        sys.exit(1 if found.errors else 0)
 
 
 def options(cls: type, argv: Sequence[str]) -> Any:

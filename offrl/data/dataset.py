@@ -112,6 +112,12 @@ class Dataset:
         std = (torch.as_tensor(square) / len(self)).sqrt()
         return mean.float(), (std + eps).float()
 
+    def describe(self, discount: float = 0.99, limit: int | None = None) -> Any:
+        """A look before training; print it. See `offrl.data.describe.describe`."""
+        from offrl.data.describe import describe
+
+        return describe(self, discount, limit)
+
 
 def bounds(ends: Tensor) -> Tensor:
     """First rows of the episodes, from flags (N,) that are true on the last row of each.

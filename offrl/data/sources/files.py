@@ -57,13 +57,16 @@ BLOCK = 1 << 16  # rows converted at a time
 DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-def load(path: Path, horizon: int | None = None, episodes: bool = False) -> Dataset:
+def load(
+    path: Path, horizon: int | None = None, episodes: bool = False, strict: bool = True
+) -> Dataset:
     """The rows of an HDF5 (.hdf5, .h5) or npz file, converted once and memory-mapped.
 
     Args:
         horizon: time limit of the environment, used where the file has no `timeouts`. Without
             both, episodes end at terminals only.
         episodes: keep every row; by default D4RL's rule for Q-learning drops some.
+        strict: refuse rows that do not follow one another; otherwise info["strays"] counts them.
 
     Raises:
         DataError: if the file is missing, damaged, holds pickled objects, lacks a field, or its
@@ -73,7 +76,7 @@ def load(path: Path, horizon: int | None = None, episodes: bool = False) -> Data
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     entry = home() / "files" / f"{path.stem}-{place}"
     data = cached(path, entry, f"files/{path.stem}", horizon, episodes=episodes)
-    if strays := data.info["strays"]:
+    if strict and (strays := data.info["strays"]):
         raise DataError(
             f"{path}: next_observations differs from the following row of observations in "
             f"{strays} rows that are neither terminal nor timeout; keep the rows in order of time "
