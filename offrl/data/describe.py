@@ -5,21 +5,28 @@ from a sample, which is the whole data set up to SAMPLE rows.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from offrl.data.findings import LEVELS, Finding, findings
+from offrl.data.description import Description
+from offrl.data.findings import findings
+from offrl.data.relations import (
+    DRIFT_BLOCKS,
+    correlations,
+    drift,
+    leaks,
+    side_by_side,
+    similar,
+    trend,
+)
 from offrl.data.stitches import Stitches, stitches, thinned
 
 SAMPLE = 200_000  # rows, one from each of as many equal stretches; fixed seed
 PAIRS = 50_000  # rows for correlations and drift
-COLUMNS = 512  # observed columns that are compared with one another at most
 SHOWN = 60  # columns whose correlations are kept
 BINS = 40
-DRIFT_BLOCKS = 10
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 BLOCK = 1 << 16
 
@@ -39,31 +46,6 @@ class Log(Protocol):
     def info(self) -> dict[str, Any]: ...
     @property
     def digest(self) -> str: ...
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a data set holds.
-
-    Attributes:
-        facts: plain numbers, lists and text by section, as they are written to JSON.
-        findings: what looks wrong, the worst first.
-    """
-
-    facts: dict[str, Any]
-    findings: list[Finding]
-
-    @property
-    def errors(self) -> int:
-        """Findings that make the data unusable as they are."""
-        return sum(finding.level == "error" for finding in self.findings)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return self.facts | {"findings": [vars(finding) for finding in self.findings]}
-
-    def __str__(self) -> str:
-        return "\n".join(lines(self))
 
 
 def describe(data: Log, discount: float = 0.99, limit: int | None = None) -> Description:
@@ -89,6 +71,7 @@ def describe(data: Log, discount: float = 0.99, limit: int | None = None) -> Des
         "rows": size,
         "episodes": len(starts),
         "sample": len(rows),
+        "pairs": min(PAIRS, len(rows)),
         "limit": limit,
         "strays": data.info.get("strays", 0),
         "discrete": array["act"].ndim == 1,
@@ -111,7 +94,9 @@ def describe(data: Log, discount: float = 0.99, limit: int | None = None) -> Des
             "values": correlations(values[:, few]).round(3).tolist(),
         }
         facts["leaks"] = leaks(names, values, array["act"][pairs])
-        facts["drift"] = drift(names, values, pairs, size, episodes_of(facts))
+        episode = np.searchsorted(starts, pairs, side="right") - 1
+        facts["drift"] = drift(names, values, pairs * DRIFT_BLOCKS // size, episodes_of(facts))
+        facts["drift"] |= trend(values, episode)
     return Description(facts, findings(facts))
 
 
@@ -154,7 +139,7 @@ def tables(
             edges += [(block == low).sum(0), (block == high).sum(0), (abs(block) > 0.99).sum(0)]
         sample = value[thinned(np.flatnonzero(finite), SAMPLE)]
         for i in range(width):
-            some = {"field": field, "name": names[i], "missing": int(bad[i])}
+            some: dict[str, Any] = {"field": field, "name": names[i], "missing": int(bad[i])}
             if count[i]:
                 some |= {
                     "min": float(low[i]),
@@ -208,7 +193,11 @@ def ends_of(array: Mapping[str, np.ndarray], starts: np.ndarray) -> dict[str, An
         "longest": int(lengths.max()),
     }
     ended, cut = lengths[terminal[last] == 1], lengths[timeout[last] == 1]
-    out["timeout_lengths"] = len(np.unique(cut))
+    values, counts = np.unique(cut, return_counts=True)
+    out |= {
+        "timeout_lengths": len(values),
+        "timeout_mode_share": float(max([0, *counts]) / max(len(cut), 1)),
+    }
     if len(ended):
         values, counts = np.unique(ended, return_counts=True)
         out |= {
@@ -338,120 +327,6 @@ def stitches_of(
     }
 
 
-def side_by_side(
-    array: Mapping[str, np.ndarray], columns: list[dict[str, Any]], rows: np.ndarray
-) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """Fields and names of the columns that vary, and their values in so many rows, (n, columns)."""
-    names, values = [], []
-    for field in ("obs", "act", "reward"):
-        mine = [column for column in columns if column["field"] == field]
-        live = [i for i, column in enumerate(mine) if not constant(column)]
-        live = thinned(np.array(live, np.int64), COLUMNS).tolist()
-        if live and not (field == "act" and array["act"].ndim == 1):
-            names += [(field, mine[i]["name"]) for i in live]
-            values.append(array[field][rows].reshape(len(rows), -1)[:, live].astype(np.float64))
-    return names, np.concatenate([np.zeros((len(rows), 0)), *values], -1)
-
-
-def constant(column: Mapping[str, Any]) -> bool:
-    """One value but for rounding; also a column without any finite value."""
-    if "std" not in column:
-        return True
-    return column["std"] < 1e-6 * max(abs(column["min"]), abs(column["max"]), 1e-30)
-
-
-def similar(names: list[tuple[str, str]], values: np.ndarray) -> list[dict[str, Any]]:
-    """Pairs of columns with a correlation above .9999, and whether they are equal."""
-    found = []
-    corr = correlations(values)
-    for i, j in np.argwhere(np.triu(np.abs(corr) > 0.9999, 1)).tolist():
-        (one, first), (other, second) = names[i], names[j]
-        equal = bool((values[:, i] == values[:, j]).all())
-        found.append({"fields": [one, other], "names": [first, second], "equal": equal})
-    return found[:1000]
-
-
-def correlations(values: np.ndarray) -> np.ndarray:
-    if len(values) < 3 or not values.shape[1]:
-        return np.zeros((values.shape[1],) * 2)
-    centered = values - values.mean(0)
-    centered /= np.maximum(np.sqrt((centered**2).sum(0)), 1e-300)
-    return centered.T @ centered
-
-
-def leaks(names: list[tuple[str, str]], values: np.ndarray, act: np.ndarray) -> dict[str, Any]:
-    """How well single columns tell the action, and how well all do by a linear model.
-
-    Returns:
-        best: [action, column, share explained] of the best single columns: R2, or for discrete
-            actions the accuracy of the most frequent action in each of 50 quantile bins;
-        linear: R2 of ridge regression on all columns, fitted on the first half and measured on the
-            second, one per continuous action.
-    """
-    seen = [i for i, (field, _) in enumerate(names) if field == "obs"]
-    acted = [i for i, (field, _) in enumerate(names) if field == "act"]
-    if not seen or len(values) < 100:
-        return {"best": [], "linear": []}
-    if act.ndim == 1:
-        kinds = int(act.max()) + 1
-        usual = float(np.bincount(act).max() / len(act))
-        best = max((accuracy(values[:, i], act, kinds), names[i][1]) for i in seen)
-        return {"best": [["act", best[1], best[0]]], "linear": [], "usual": usual}
-    if not acted:
-        return {"best": [], "linear": []}
-    square = correlations(values)[np.ix_(acted, seen)] ** 2
-    best_of = [
-        [names[acted[row]][1], names[seen[int(square[row].argmax())]][1], float(square[row].max())]
-        for row in range(len(acted))
-    ]
-    x = np.concatenate([values[:, seen], np.ones((len(values), 1))], -1)
-    x[:, :-1] = (x[:, :-1] - x[:, :-1].mean(0)) / x[:, :-1].std(0)
-    y, half = values[:, acted], len(values) // 2
-    gram = x[:half].T @ x[:half]
-    ridge = 1e-6 * np.trace(gram) / len(gram) * np.eye(len(gram))
-    error = y[half:] - x[half:] @ np.linalg.solve(gram + ridge, x[:half].T @ y[:half])
-    total = np.maximum(((y[half:] - y[half:].mean(0)) ** 2).sum(0), 1e-300)
-    return {"best": best_of, "linear": (1 - (error**2).sum(0) / total).tolist()}
-
-
-def accuracy(column: np.ndarray, act: np.ndarray, kinds: int, bins: int = 50) -> float:
-    edges = np.unique(np.quantile(column, np.linspace(0, 1, bins + 1)[1:-1]))
-    place = np.searchsorted(edges, column, side="right")
-    counts = np.bincount(place * kinds + act, minlength=(len(edges) + 1) * kinds)
-    return float(counts.reshape(-1, kinds).max(-1).sum() / len(act))
-
-
-def drift(
-    names: list[tuple[str, str]], values: np.ndarray, rows: np.ndarray, size: int, episodes: float
-) -> dict[str, Any]:
-    """Two-sample Kolmogorov-Smirnov distance of every column in each tenth of the rows to the rest.
-
-    `chance` is what the distance stays below by chance in 99 of 100 data sets, with an episode
-    counted as one draw and Bonferroni's correction for blocks and columns; above 1 no drift can be
-    told.
-    """
-    block = rows * DRIFT_BLOCKS // size
-    inside = block[:, None] == np.arange(DRIFT_BLOCKS)
-    table = np.zeros((len(names), DRIFT_BLOCKS))
-    for column in range(len(names)):
-        order = values[:, column].argsort(kind="stable")
-        value = values[order, column]
-        last = np.append(value[1:] != value[:-1], True)  # of equal values
-        own = inside[order].cumsum(0)[last]
-        rest = np.arange(1, len(order) + 1)[last][:, None] - own
-        counts = inside.sum(0)
-        gap = own / np.maximum(counts, 1) - rest / np.maximum(len(order) - counts, 1)
-        table[column] = np.where(counts > 0, np.abs(gap).max(0), 0)
-    draws = max(episodes / DRIFT_BLOCKS, 1e-9)
-    tests = DRIFT_BLOCKS * max(len(names), 1)
-    chance = np.sqrt(-np.log(0.005 / tests) / 2 * (1 / draws + 1 / (draws * (DRIFT_BLOCKS - 1))))
-    return {
-        "names": [name for _, name in names],
-        "distance": table.round(4).tolist(),
-        "chance": float(min(chance, 9.99)),
-    }
-
-
 # --- small things --------------------------------------------------------------------------------
 
 
@@ -483,97 +358,3 @@ def histogram(values: np.ndarray) -> dict[str, Any]:
     if high <= low:
         low, high = low - 0.5, high + 0.5
     return {"counts": np.histogram(values, BINS, (low, high))[0].tolist(), "low": low, "high": high}
-
-
-# --- text ----------------------------------------------------------------------------------------
-
-
-def lines(description: Description) -> list[str]:
-    """The description as text for a terminal of 100 columns."""
-    f = description.facts
-    lengths, ends = f["lengths"], f["ends"]
-    out = [
-        f"{f['name']}: {f['rows']:,} rows, {f['episodes']:,} episodes, digest {f['digest'][:12]}",
-        f"lengths     {quantiles(lengths)}, most often {lengths['mode']} "
-        f"({lengths['mode_share']:.0%})",
-        f"ends        {ends['terminals']:,} terminals, {ends['timeouts']:,} timeouts, "
-        f"{ends['open']:,} episodes end without a flag",
-    ]
-    if f.get("returns"):
-        gamma = f["discounted"]["discount"]
-        out += [
-            f"returns     {quantiles(f['returns'])}, mean {f['returns']['mean']:.4g}",
-            f"discounted  {quantiles(f['discounted'])}, mean {f['discounted']['mean']:.4g} "
-            f"(discount {gamma:g})",
-            f"reward      {quantiles(f['reward'])}, {f['reward']['zero']:.1%} zero, "
-            f"{f['reward']['distinct']:,} distinct",
-        ]
-    if f.get("actions"):
-        out.append(f"actions     {coverage(f)}")
-    if f.get("repeats"):
-        r = f["repeats"]
-        out.append(
-            f"repeats     {r['exact']:.2%} of the rows exactly, {r['near']:.2%} to 0.01 std, "
-            f"{r['episodes']} whole episodes"
-        )
-    if f["sample"] < f["rows"]:
-        out.append(
-            f"            (quantiles, distinct values, jumps' model: {f['sample']:,} rows; "
-            f"correlations and drift {min(PAIRS, f['sample']):,})"
-        )
-    out += ["", *table(f["columns"]), ""]
-    for finding in description.findings:
-        out.append(f"{finding.level:8}{finding.check}: {finding.text}")
-        if finding.remedy:
-            out.append(f"        {'remedy: ' + finding.remedy}")
-    counts = {
-        level: sum(x.level == level for x in description.findings) for level in reversed(LEVELS)
-    }
-    out.append(", ".join(f"{count} {level}{'s' * (count != 1)}" for level, count in counts.items()))
-    return out
-
-
-def quantiles(part: Mapping[str, Any]) -> str:
-    q = part["quantiles"]
-    return (
-        f"{part['min']:.4g} to {part['max']:.4g}, quartiles "
-        f"{q['0.25']:.4g} {q['0.5']:.4g} {q['0.75']:.4g}"
-    )
-
-
-def coverage(facts: Mapping[str, Any]) -> str:
-    a = facts["actions"]
-    if facts["discrete"]:
-        counts = np.array(a["counts"])
-        return (
-            f"{len(counts)} kinds, {(counts > 0).sum()} taken, the rarest "
-            f"{counts.min() / max(counts.sum(), 1):.2%}, entropy {a['entropy']:.2f} of the largest"
-        )
-    return f"{min(a['covered']):.0%} to {max(a['covered']):.0%} of [-1, 1] per column in 20 bins"
-
-
-def table(columns: list[dict[str, Any]], most: int = 60) -> list[str]:
-    """The columns as a table; of more than `most` the first ones of each field."""
-    head = f"{'column':20}{'min':>11}{'max':>11}{'mean':>11}{'std':>11}"
-    out, left = [head + f"{'at bounds':>11}{'distinct':>11}{'NaN':>9}"], 0
-    for field in ("obs", "act", "reward"):
-        mine = [column for column in columns if column["field"] == field]
-        left += max(len(mine) - most, 0)
-        for c in mine[:most]:
-            out.append(f"{c['name'][:19]:20}" + "".join(f"{cell:>11}" for cell in cells(c)[:-1]))
-            out[-1] += f"{cells(c)[-1]:>9}"
-    return [*out, f"... and {left} more columns"] if left else out
-
-
-def cells(column: Mapping[str, Any]) -> list[str]:
-    """Smallest, largest, mean, std, share at the bounds, distinct and missing values, as text.
-
-    The bounds of real actions are -1 and 1 (to 0.01), those of other columns their own.
-    """
-    missing = f"{column['missing']:,}"
-    if "std" not in column:
-        return [""] * 6 + [missing]
-    real = column["field"] == "act" and column["distinct"] > 2
-    bound = column["saturated"] if real else column["at_min"] + column["at_max"]
-    numbers = [f"{column[key]:.4g}" for key in ("min", "max", "mean", "std")]
-    return [*numbers, f"{min(bound, 1):.1%}", f"{column['distinct']:,}", missing]

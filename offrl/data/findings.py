@@ -94,7 +94,7 @@ def ends(f: Mapping[str, Any]) -> Iterator[Finding]:
             f"{f['limit']:,}",
             "compare scores with care, or check where episodes end",
         )
-    if not e["terminals"] and e["timeout_lengths"] > 1 and f["episodes"] >= MANY:
+    if not e["terminals"] and e["timeout_mode_share"] < ONE_LENGTH and f["episodes"] >= MANY:
         yield Finding(
             "note",
             "ends",
@@ -229,10 +229,8 @@ def columns(f: Mapping[str, Any]) -> Iterator[Finding]:
     still = [
         c["name"]
         for c in f["columns"]
-        if c["field"] != "reward"
-        and "std" in c
-        and c["std"] < 1e-6 * max(abs(c["min"]), abs(c["max"]), 1e-30)
-        and not (c["field"] == "act" and f["discrete"])
+        if c["field"] != "reward" and "std" in c and constant(c)
+        if not (c["field"] == "act" and f["discrete"])
     ]
     if still and f["rows"] > 1:
         yield Finding("warning", "columns", f"constant: {some(still)}", "leave them out")
@@ -369,19 +367,27 @@ def drifts(f: Mapping[str, Any]) -> Iterator[Finding]:
     d = f.get("drift")
     if not d:
         return
-    found = sorted(
-        ((max(row), name) for name, row in zip(d["names"], d["distance"], strict=True)),
-        reverse=True,
-    )
-    moved = [f"{name} ({most:.2f})" for most, name in found if most > max(DRIFT, d["chance"])]
+    most = [max(row) for row in d["distance"]]
+    moved = [
+        (distance, name)
+        for distance, name, trend in zip(most, d["names"], d["trend"], strict=True)
+        if distance > DRIFT and (distance > d["chance"] or abs(trend) > d["trend_chance"])
+    ]
     if moved:
         yield Finding(
             "warning",
             "drift",
             "a tenth of the rows differs from the rest (Kolmogorov-Smirnov distance) in "
-            f"{some(moved)}",
+            + some(f"{name} ({distance:.2f})" for distance, name in sorted(moved, reverse=True)),
             "the behavior or the process changed over time: split by time, or say why not",
         )
+
+
+def constant(column: Mapping[str, Any]) -> bool:
+    """One value but for rounding; also a column without any finite value."""
+    if "std" not in column:
+        return True
+    return column["std"] < 1e-6 * max(abs(column["min"]), abs(column["max"]), 1e-30)
 
 
 def some(names: Any, most: int = 4) -> str:

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binom
 
 FACTOR = 10.0  # times the median error of a column
 REFITS = 3
@@ -166,12 +165,24 @@ def period(
         if limit < 2 or len(at) < 3:
             continue
         hit = at[jump[at]]
-        chance = float(binom.logsf(len(hit) - 1, len(at), base))
+        chance = bound(len(hit), len(at), base)
         if len(hit) <= HIT * len(at) or chance >= least:
             continue
         if (np.median(model.errors(hit), 0) > LIFT).mean() >= 0.5:
             found, least = (int(limit), phase, len(hit) / len(at)), chance
     return found
+
+
+def bound(hits: int, trials: int, base: float) -> float:
+    """Chernoff's bound on the log-probability of so many hits or more, each of probability base.
+
+    -trials KL(hits / trials || base), 0 where the share of hits is not above base.
+    """
+    share = hits / trials
+    if not 0 < base < share:
+        return 0.0
+    rest = (1 - share) * np.log((1 - share) / (1 - base)) if share < 1 else 0.0
+    return float(-trials * (share * np.log(share / base) + rest))
 
 
 def lags(rows: np.ndarray, size: int, most: int = 64) -> list[int]:

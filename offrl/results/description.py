@@ -12,7 +12,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from offrl.data.describe import Description, cells, lines
+from offrl.data.description import Description, cells, lines
 
 MOST = 60  # columns in a table or a picture
 HEAD = ("column", "values", "min", "max", "mean", "std", "at bounds", "distinct", "NaN")
@@ -98,42 +98,39 @@ def sparkline(counts: list[int], width: int = 100, height: int = 18) -> str:
 
 
 def figure(path: Path, description: Description) -> None:
-    """Six panels as PNG: lengths, returns, rewards, actions, correlations and drift."""
+    """Lengths, returns, rewards, actions, correlations and drift as PNG."""
     f = description.facts
-    drawn, places = plt.subplots(2, 3, figsize=(13, 7.2), dpi=110)
-    panels = places.ravel()
-    bars(panels[0], f["lengths"]["histogram"], f"lengths of {f['episodes']:,} episodes", "steps")
-    if f.get("returns"):
-        bars(panels[1], f["returns"]["histogram"], "returns", "return of an episode")
-        gamma = f["discounted"]["discount"]
-        label = f"discounted by {gamma:g}"
-        bars(panels[1], f["discounted"]["histogram"], "returns", "return of an episode", label)
-        panels[1].legend(["plain", label], frameon=False)
-        bars(panels[2], f["reward"]["histogram"], "rewards", "reward of a row", log=True)
-    else:
-        empty(panels[1], "returns", "no rewards")
-        empty(panels[2], "rewards", "no rewards")
-    actions(panels[3], f)
-    correlations(panels[4], f)
-    drift(panels[5], f)
+    drawn = plt.figure(figsize=(14, 7.2), dpi=110)
+    grid = drawn.add_gridspec(2, 12)
+    upper = [drawn.add_subplot(grid[0, 3 * i : 3 * i + 3]) for i in range(4)]
+    lower = [drawn.add_subplot(grid[1, 4 * i : 4 * i + 4]) for i in range(3)]
+    bars(upper[0], f["lengths"], "lengths of the episodes", "steps")
+    gamma = f.get("discounted", {}).get("discount", 0)
+    bars(upper[1], f.get("returns"), "returns", "sum of an episode's rewards")
+    bars(upper[2], f.get("discounted"), "discounted returns", f"sum with discount {gamma:g}")
+    bars(upper[3], f.get("reward"), "rewards", "reward of a row", log=True)
+    actions(lower[0], f)
+    correlations(lower[1], f)
+    drift(lower[2], f)
     drawn.tight_layout()
     drawn.savefig(path)
     plt.close(drawn)
 
 
 def bars(
-    axes: plt.Axes,
-    part: Mapping[str, Any],
-    title: str,
-    xlabel: str,
-    label: str | None = None,
-    log: bool = False,
+    axes: plt.Axes, part: Mapping[str, Any] | None, title: str, xlabel: str, log: bool = False
 ) -> None:
-    edges = np.linspace(part["low"], part["high"], len(part["counts"]) + 1)
-    axes.stairs(part["counts"], edges, fill=True, alpha=0.6, label=label)
+    if not part:
+        return empty(axes, title, "no rewards")
+    if part["min"] == part["max"]:
+        return empty(axes, title, f"always {part['min']:.5g}")
+    counts, low, high = (part["histogram"][key] for key in ("counts", "low", "high"))
+    axes.stairs(counts, np.linspace(low, high, len(counts) + 1), fill=True, alpha=0.6)
     axes.set(title=title, xlabel=xlabel, ylabel="count")
+    axes.xaxis.set_major_locator(plt.MaxNLocator(5))
     if log:
         axes.set_yscale("log")
+    return None
 
 
 def empty(axes: plt.Axes, title: str, why: str) -> None:
@@ -150,7 +147,7 @@ def actions(axes: plt.Axes, facts: Mapping[str, Any]) -> None:
     if facts["discrete"]:
         axes.bar(np.arange(len(counts)), counts, color="C0", alpha=0.6)
         axes.set(title="actions", xlabel="action", ylabel="count")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         return None
     share = counts[:MOST] / np.maximum(counts[:MOST].sum(-1, keepdims=True), 1)
     image = axes.imshow(
@@ -188,7 +185,7 @@ def drift(axes: plt.Axes, facts: Mapping[str, Any]) -> None:
     axes.set(
         title="drift: distance of a tenth from the rest",
         xlabel="place in the data"
-        + (f" (chance reaches {chance:.2f})" if chance <= 1 else " (too few episodes to judge)"),
+        + (f" (chance reaches {chance:.2f})" if chance <= 1 else " (few episodes)"),
     )
     axes.figure.colorbar(image, ax=axes)
     return None

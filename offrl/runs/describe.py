@@ -6,7 +6,8 @@ from pathlib import Path
 
 from offrl.data import sources
 from offrl.data.dataset import Dataset, check_fits
-from offrl.data.describe import Description, describe
+from offrl.data.describe import describe
+from offrl.data.description import Description
 from offrl.envs.make import factory
 from offrl.envs.vector import sizes
 from offrl.results.description import figure, page
