@@ -308,7 +308,9 @@ def stitches_of(
             broken[at][: len(following)] = ~same.all(-1)
     inner[:-1] &= finite[1:]
     tested = np.flatnonzero(inner & finite)
-    found: Stitches = stitches(obs, array["act"], starts, tested, [limit] if limit else [])
+    found: Stitches = stitches(
+        obs, array["act"], starts, tested, [limit] if limit and limit > 1 else []
+    )
     broken &= inner
     gaps = np.diff(np.flatnonzero(broken))
     return {

@@ -61,6 +61,7 @@ def leaks(names: list[tuple[str, str]], values: np.ndarray, act: np.ndarray) -> 
     if not seen or len(values) < 100:
         return {"best": [], "linear": []}
     if act.ndim == 1:
+        act = np.maximum(act, 0)
         kinds = int(act.max()) + 1
         usual = float(np.bincount(act).max() / len(act))
         best = max((accuracy(values[:, i], act, kinds), names[i][1]) for i in seen)

@@ -13,21 +13,21 @@ policies) none was suspected with its flags and 16 were found without them; the 
 All thresholds are ours.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 FACTOR = 10.0  # times the median error of a column
 REFITS = 3
-COLUMNS = 128  # observed columns that are predicted at most, evenly spaced
+COLUMNS = 128  # observed columns that are predicted at most
 KINDS = 64  # discrete actions that are told apart at most
 SAMPLE = 200_000  # rows that the model is fitted on at most
 BLOCK = 1 << 16
 FLOOR = 1e-4  # of a column's std: the least median error
 AROUND = 3  # rows on either side which a lone jump exceeds by SPIKE
 SPIKE = 5.0
-CHANCE = -20.0  # log-probability of as many jumps at the limit's rows by chance
+CHANCE = -20.0  # log-probability of as many jumps at the limit's rows; half for a known limit
 HIT = 0.5  # of the limit's rows jump at least
 LIFT = 3.0  # median error of a column at the limit's rows that counts, in half of the columns
 FEW = 1e-3  # of the rows: fewer lone jumps prove nothing without a limit
@@ -73,7 +73,7 @@ def stitches(
     act: np.ndarray,
     starts: np.ndarray,
     tested: np.ndarray,
-    limits: Iterable[int] = (),
+    limits: Collection[int] = (),
 ) -> Stitches:
     """Look for lost ends of episodes; rows with NaN must be left out of `tested`.
 
@@ -82,7 +82,7 @@ def stitches(
         act: (N, a), or integers (N,) if discrete.
         starts: first rows of the known episodes, ascending.
         tested: rows whose following row is said to be of the same episode, int64 ascending.
-        limits: periods to try beside those that the jumps propose.
+        limits: periods, at least 2, that are known to be likely.
 
     Deterministic: samples are drawn with a fixed seed.
     """
@@ -115,7 +115,7 @@ class Model:
         first = obs[chosen].astype(np.float64)
         std = first.std(0)
         live = np.flatnonzero(std > 1e-6 * np.abs(first).max(0))
-        self.columns = live[np.unique(np.linspace(0, len(live) - 1, COLUMNS).astype(int))]
+        self.columns = thinned(live, COLUMNS)
         self.obs, self.act = obs, act
         self.mean, self.std = first[:, self.columns].mean(0), std[self.columns]
         self.kinds = int(act.max()) + 1 if act.ndim == 1 else 0
@@ -150,26 +150,26 @@ class Model:
 
 
 def period(
-    model: Model, jump: np.ndarray, alone: np.ndarray, tested: np.ndarray, limits: Iterable[int]
+    model: Model, jump: np.ndarray, alone: np.ndarray, tested: np.ndarray, limits: Collection[int]
 ) -> tuple[int | None, int, float]:
     """The period whose rows jump most unlikely by chance, its first row and share of jumps."""
     found: tuple[int | None, int, float] = (None, 0, 0.0)
-    least, size = CHANCE, len(jump)
+    least, size, named = 0.0, len(jump), set(limits)
     known = np.zeros(size, bool)
     known[tested] = True
     base = jump.sum() / len(tested)
-    for limit in dict.fromkeys([*limits, *lags(alone, size)]):
-        phase = int(np.bincount(alone % limit, minlength=1).argmax()) if len(alone) else limit - 1
+    for limit in sorted(named) + [lag for lag in lags(alone, size) if lag not in named]:
+        phase = int(np.bincount(alone % limit, minlength=1).argmax())
         at = np.arange(phase, size, limit)
         at = at[known[at]]
-        if limit < 2 or len(at) < 3:
-            continue
         hit = at[jump[at]]
+        if len(hit) < 2 or len(hit) <= HIT * len(at):
+            continue
         chance = bound(len(hit), len(at), base)
-        if len(hit) <= HIT * len(at) or chance >= least:
+        if chance >= min(least, CHANCE / 2 if limit in named else CHANCE):
             continue
         if (np.median(model.errors(hit), 0) > LIFT).mean() >= 0.5:
-            found, least = (int(limit), phase, len(hit) / len(at)), chance
+            found, least = (limit, phase, len(hit) / len(at)), chance
     return found
 
 
