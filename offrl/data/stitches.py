@@ -223,8 +223,9 @@ def thinned(rows: np.ndarray, most: int) -> np.ndarray:
     """At most so many of the rows, one from each of as many equal stretches, in order."""
     if len(rows) <= most:
         return rows
-    place = (np.arange(most) + np.random.default_rng(0).random(most)) * (len(rows) / most)
-    return rows[np.minimum(place.astype(np.int64), len(rows) - 1)]
+    edges = np.arange(most + 1) * len(rows) // most
+    inside = np.random.default_rng(0).random(most) * np.diff(edges)
+    return rows[edges[:-1] + inside.astype(np.int64)]
 
 
 def blocks(index: np.ndarray) -> Iterator[np.ndarray]:

@@ -115,3 +115,4 @@ def test_thinned_rows_are_spread_and_distinct():
     assert len(np.unique(rows)) == 100
     assert (rows // 20 == np.arange(100)).all()
     assert thinned(rows, 100) is rows
+    assert len(np.unique(thinned(np.arange(101), 100))) == 100
