@@ -120,7 +120,7 @@ def tables(
             continue
         value = array[field].reshape(len(finite), -1)
         width = value.shape[1]
-        names = named(field, width, info)
+        names = named(field, array[field].shape[1:], info)
         low, high = np.full(width, np.inf), np.full(width, -np.inf)
         bad, total = np.zeros(width, np.int64), np.zeros(width)
         for at, block in blocks(value):
@@ -156,15 +156,17 @@ def tables(
     return out, finite
 
 
-def named(field: str, width: int, info: Mapping[str, Any]) -> list[str]:
+def named(field: str, shape: tuple[int, ...], info: Mapping[str, Any]) -> list[str]:
     """Names of columns: the data's own, those of a dictionary's parts, or obs0, obs1, ..."""
+    width = int(np.prod(shape))
     own = info.get({"obs": "observation_names", "act": "action_names"}.get(field, ""))
     if own and len(own) == width:
         return [str(name) for name in own]
     parts = info.get("layout") or {}
     if field == "obs" and sum(parts.values()) == width and "" not in parts:
         return [f"{part}{i}" for part, count in parts.items() for i in range(count)]
-    return [field] if field == "reward" else [f"{field}{i}" for i in range(width)]
+    single = shape == () or field == "reward"
+    return [field] if single else [f"{field}{i}" for i in range(width)]
 
 
 def lengths_of(starts: np.ndarray, size: int) -> dict[str, Any]:

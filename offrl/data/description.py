@@ -43,8 +43,9 @@ def lines(description: Description) -> list[str]:
         f"digest {f['digest'][:12]}",
         f"lengths     {quantiles(lengths)}, most often {lengths['mode']} "
         f"({lengths['mode_share']:.0%})",
-        f"ends        {ends['terminals']:,} terminals, {ends['timeouts']:,} timeouts, "
-        f"{ends['open']:,} episodes end without a flag",
+        f"ends        {counted(ends['terminals'], 'terminal')}, "
+        f"{counted(ends['timeouts'], 'timeout')}, "
+        f"{counted(ends['open'], 'episode')} without either",
     ]
     if f.get("returns"):
         gamma = f["discounted"]["discount"]

@@ -25,6 +25,7 @@ FINITE_KINDS = 50  # values of every observed column at most: repeated rows are 
 DRIFT = 0.2  # Kolmogorov-Smirnov distance
 TOLD = 0.99  # R2 or accuracy of the action from one observed column
 LINEAR = 0.9975  # R2 of the action from all columns: noise below 5 % of the action's std
+SURE = 0.05  # held-out log-loss of a linear model of discrete actions, as a share of log kinds
 LONE = 1e-3  # of the rows jump alone
 
 
@@ -330,6 +331,14 @@ def behavior(f: Mapping[str, Any]) -> Iterator[Finding]:
                 "check that the column is known before the action is chosen; if it is, the "
                 "behavior is near-deterministic and importance sampling impossible",
             )
+    if k.get("usual", 1) < TOLD and k["loss"] is not None and k["loss"] < SURE:
+        yield Finding(
+            "warning",
+            "behavior",
+            "near-deterministic: a linear model of the observation tells the action (log-loss "
+            f"{k['loss']:.3f} of that of uniform actions)",
+            "do not use importance sampling",
+        )
     sure = sum(share > LINEAR for share in k["linear"])
     if sure:
         yield Finding(
@@ -359,7 +368,9 @@ def repeats(f: Mapping[str, Any]) -> Iterator[Finding]:
             "repeats",
             f"{r['exact']:.1%} of the rows repeat earlier ones exactly, {r['near']:.1%} to 0.01 std"
             + (": few states, as in a table" if finite else ""),
-            "" if finite else "split by episodes, and look for rows that were copied",
+            ""
+            if finite
+            else "split by episodes; look for copied rows (a process at rest repeats itself too)",
         )
 
 

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from offrl.data.findings import constant
-from offrl.data.stitches import thinned
+from offrl.data.stitches import KINDS, thinned
 
 COLUMNS = 512  # observed columns that are compared with one another at most
 DRIFT_BLOCKS = 10
@@ -55,6 +58,8 @@ def leaks(names: list[tuple[str, str]], values: np.ndarray, act: np.ndarray) -> 
             actions the accuracy of the most frequent action in each of 50 quantile bins;
         linear: R2 of ridge regression on all columns, fitted on the first half and measured on the
             second, one per continuous action.
+        usual: share of the most frequent discrete action.
+        loss: of discrete actions see `softmax_loss`, None if they are too many.
     """
     seen = [i for i, (field, _) in enumerate(names) if field == "obs"]
     acted = [i for i, (field, _) in enumerate(names) if field == "act"]
@@ -65,7 +70,8 @@ def leaks(names: list[tuple[str, str]], values: np.ndarray, act: np.ndarray) -> 
         kinds = int(act.max()) + 1
         usual = float(np.bincount(act).max() / len(act))
         best = max((accuracy(values[:, i], act, kinds), names[i][1]) for i in seen)
-        return {"best": [["act", best[1], best[0]]], "linear": [], "usual": usual}
+        loss = softmax_loss(standardized(values[:, seen]), act, kinds) if kinds <= KINDS else None
+        return {"best": [["act", best[1], best[0]]], "linear": [], "usual": usual, "loss": loss}
     if not acted:
         return {"best": [], "linear": []}
     square = correlations(values)[np.ix_(acted, seen)] ** 2
@@ -73,14 +79,44 @@ def leaks(names: list[tuple[str, str]], values: np.ndarray, act: np.ndarray) -> 
         [names[acted[row]][1], names[seen[int(square[row].argmax())]][1], float(square[row].max())]
         for row in range(len(acted))
     ]
-    x = np.concatenate([values[:, seen], np.ones((len(values), 1))], -1)
-    x[:, :-1] = (x[:, :-1] - x[:, :-1].mean(0)) / x[:, :-1].std(0)
+    x = standardized(values[:, seen])
     y, half = values[:, acted], len(values) // 2
     gram = x[:half].T @ x[:half]
     ridge = 1e-6 * np.trace(gram) / len(gram) * np.eye(len(gram))
     error = y[half:] - x[half:] @ np.linalg.solve(gram + ridge, x[:half].T @ y[:half])
     total = np.maximum(((y[half:] - y[half:].mean(0)) ** 2).sum(0), 1e-300)
     return {"best": best_of, "linear": (1 - (error**2).sum(0) / total).tolist()}
+
+
+def standardized(values: np.ndarray) -> np.ndarray:
+    """Columns of mean 0 and std 1, and a column of ones."""
+    scale = np.maximum(values.std(0), 1e-12)
+    return np.concatenate([(values - values.mean(0)) / scale, np.ones((len(values), 1))], -1)
+
+
+def softmax_loss(x: np.ndarray, act: np.ndarray, kinds: int, most: int = 20_000) -> float:
+    """Held-out log-loss of a linear softmax model of the action, as a share of log kinds.
+
+    0 for an action that the observation tells for sure, 1 for uniform ones. The model is fitted on
+    the first half and measured on the second.
+    """
+    rows = thinned(np.arange(len(x)), most)
+    inputs, targets = torch.from_numpy(x[rows]), torch.from_numpy(act[rows])
+    half = len(rows) // 2
+    weight = torch.zeros(x.shape[1], kinds, dtype=torch.float64, requires_grad=True)
+    search = torch.optim.LBFGS([weight], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        value = cross_entropy(inputs[:half] @ weight, targets[:half])
+        value = value + 1e-5 * weight.square().sum()
+        value.backward()
+        return value
+
+    search.step(loss)
+    with torch.no_grad():
+        value = cross_entropy(inputs[half:] @ weight, targets[half:])
+    return float(value) / np.log(max(kinds, 2))
 
 
 def accuracy(column: np.ndarray, act: np.ndarray, kinds: int, bins: int = 50) -> float:

@@ -232,6 +232,12 @@ CASES = {
         "behavior",
         "near-deterministic",
     ),
+    "a linear discrete behavior": (
+        replaced(act=lambda f: (f["obs"].sum(-1) > 0).astype(np.int64)),
+        "warning",
+        "behavior",
+        "near-deterministic: a linear model",
+    ),
     "actions outside": (lambda f: f.update(act=2 * f["act"]), "error", "actions", "outside"),
     "actions at the bounds": (
         replaced(act=lambda f: np.clip(4 * f["act"], -1, 1)),
@@ -430,6 +436,18 @@ def test_one_column_that_tells_a_discrete_action_is_found():
     kind, name, share = leaks(names, values, act)["best"][0]
     assert (kind, name) == ("act", "y")
     assert share > 0.97
+
+
+def test_the_loss_of_random_actions_is_that_of_uniform_ones():
+    rng = np.random.default_rng(0)
+    values, act = rng.normal(size=(4000, 2)), rng.integers(0, 3, 4000)
+    assert leaks([("obs", "x"), ("obs", "y")], values, act)["loss"] == pytest.approx(1, abs=0.01)
+    act = (rng.random(4000) < 1 / (1 + np.exp(-values[:, 0]))).astype(np.int64)
+    x = rng.normal(size=1_000_000)
+    odds = 1 / (1 + np.exp(-x))
+    exact = -(odds * np.log(odds) + (1 - odds) * np.log(1 - odds)).mean() / np.log(2)
+    found = leaks([("obs", "x"), ("obs", "y")], values, act)["loss"]
+    assert found == pytest.approx(exact, abs=0.02)
 
 
 def test_equal_and_affine_columns_are_told_apart():
