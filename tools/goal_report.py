@@ -71,7 +71,8 @@ def make_goal_report(options: Options) -> dict[str, Any]:
     write_json(out / "table.json", found)
     (out / "table.md").write_text(table(found))
     for task in {c["task"] for c in found}:
-        plots.curves(out / f"{task}.png", panels(task, found), "updates", "success (%)", (-2, 102))
+        drawn = {"success (%)": panels(task, found)}
+        plots.curves(out / f"{task}.png", drawn, "updates", (-2, 102))
     print(table(found))
     return {"cells": found}
 
