@@ -266,7 +266,7 @@ def repeats_of(
         rows = np.concatenate([f[at].reshape(len(f[at]), -1) for f in fields], -1)
         rows = rows.astype(np.float32) + 0.0  # one zero
         exact[at] = hashes(rows.view(np.uint32))
-        near[at] = hashes(np.nan_to_num(rows / scale).round().clip(-(2**60), 2**60))
+        near[at] = hashes((np.nan_to_num(rows) / scale).round().clip(-(2**60), 2**60))
     lengths = np.diff(starts, append=size)
     step = (np.arange(size) - np.repeat(starts, lengths)).astype(np.uint64)
     whole = np.add.reduceat(mixed(exact + step * np.uint64(0x9E3779B97F4A7C15)), starts)
@@ -310,8 +310,9 @@ def stitches_of(
             broken[at][: len(following)] = ~same.all(-1)
     inner[:-1] &= finite[1:]
     tested = np.flatnonzero(inner & finite)
+    begun = starts[finite[starts]]
     found: Stitches = stitches(
-        obs, array["act"], starts, tested, [limit] if limit and limit > 1 else []
+        obs, array["act"], begun, tested, [limit] if limit and limit > 1 else []
     )
     broken &= inner
     gaps = np.diff(np.flatnonzero(broken))
@@ -355,10 +356,11 @@ def spread(values: np.ndarray) -> dict[str, Any]:
 
 
 def histogram(values: np.ndarray) -> dict[str, Any]:
-    """Counts in BINS equal bins between the smallest and the largest value."""
+    """Counts in BINS equal bins from the smallest to the largest value."""
     if not len(values):
         return {"counts": [], "low": 0.0, "high": 0.0}
+    values = values.astype(np.float64)
     low, high = float(values.min()), float(values.max())
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
-    return {"counts": np.histogram(values, BINS, (low, high))[0].tolist(), "low": low, "high": high}
+    share = (values - low) / (high - low) if high > low else np.full(len(values), 0.5)
+    place = (share * BINS).astype(np.int64).clip(0, BINS - 1)
+    return {"counts": np.bincount(place, minlength=BINS).tolist(), "low": low, "high": high}

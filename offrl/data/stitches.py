@@ -75,7 +75,7 @@ def stitches(
     tested: np.ndarray,
     limits: Collection[int] = (),
 ) -> Stitches:
-    """Look for lost ends of episodes; rows with NaN must be left out of `tested`.
+    """Look for lost ends of episodes; rows with NaN are in neither `starts` nor `tested`.
 
     Args:
         obs: (N, o), may lie on the disk.
@@ -203,7 +203,7 @@ def returns(
     model: Model, alone: np.ndarray, starts: np.ndarray, ordinary: np.ndarray
 ) -> tuple[float, float]:
     """Whether lone jumps lead back to a start: `back` and `near` of `Stitches`."""
-    if not len(alone):
+    if not (len(alone) and len(starts)):
         return 0.0, 1.0
     first = model.states(thinned(starts, STARTS))
 

@@ -380,6 +380,20 @@ def test_rows_with_nan_are_counted_and_left_out():
     assert describe(dataset(**fields)).errors == 1
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [0, 1e-30, 1e30])
+@pytest.mark.parametrize("bad", [None, np.nan, np.inf])
+def test_tiny_huge_and_missing_numbers_are_described_without_a_warning(usual, scale, bad):
+    fields = {name: value[:60].copy() for name, value in usual.items()}
+    for name in ("obs", "reward", "next_obs"):
+        fields[name] *= scale
+    if bad is not None:
+        fields["obs"][[0, 30]] = bad
+    found = describe(dataset(**fields))
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert ("error", "values") in raised(found) or bad is None
+
+
 def test_data_without_rewards_have_no_returns():
     fields = {name: value for name, value in TINY.items() if name != "reward"}
     found = describe(dataset(**fields))
