@@ -199,8 +199,8 @@ def from_policies(
     folder = folder or home() / "collected" / name.replace("/", "-")
 
     def fill(place: Path) -> dict[str, Any]:
-        found = roll_out(shares, make_env, place, seed, workers, name)
-        return generated.described(f"collected/{name}", env, id, shares, found, info or {})
+        found = (info or {}) | roll_out(shares, make_env, place, seed, workers, name)
+        return generated.described(f"collected/{name}", env, id, shares, found)
 
     write(folder, fill)
     return read(folder)
@@ -231,16 +231,14 @@ def check_targets(out: Path | None, minari_id: str | None) -> None:
     if out is not None and not os.access(Path(out).absolute().parent, os.W_OK):
         raise OSError(f"cannot write {out}: its folder does not exist or is not writable")
     if minari_id is not None:
-        place = minari.root() / minari.valid(minari_id)
-        if place.exists():
-            raise ValueError(f"there is a Minari data set {minari_id} already, in {place}")
+        minari.free(minari_id)
 
 
 def store(data: Dataset, id: str, out: Path | None, minari_id: str | None, algorithm: str) -> None:
     if out is not None:
         to_file(data, Path(out))
     if minari_id is not None:
-        minari.export(data, minari_id, env=id, algorithm=algorithm, description=data.name)
+        minari.export(data, minari_id, env=id, algorithm_name=algorithm, description=data.name)
 
 
 def to_file(data: Dataset, path: Path) -> None:
