@@ -37,7 +37,7 @@ from offrl.errors import ConfigError
 class Settings:
     """Everything of a run that is not the method's own."""
 
-    env: str = "halfcheetah"  # environment; see README, "Environments"
+    env: str = "halfcheetah"  # environment; see docs/environments.md
     # name within the source, or a path to an HDF5 or npz file; navigate or play for OGBench's tasks
     dataset: str = "medium"
     # auto: a file where dataset is the path of one, else generated

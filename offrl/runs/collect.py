@@ -72,7 +72,7 @@ def collect_data(options: Options) -> Dataset:
     if out is not None:
         to_file(data, out)
     if o.minari is not None:
-        minari.export(data, o.minari, env=id, algorithm=algorithm, description=data.name)
+        minari.export(data, o.minari, env=id, algorithm_name=algorithm, description=data.name)
     info = data.info
     score = "" if info["mean_score"] is None else f", D4RL score {info['mean_score']:.1f}"
     mean = "no whole episode" if info["mean_return"] is None else f"{info['mean_return']:.1f}"
@@ -139,8 +139,8 @@ def from_policies(
     folder = home() / "collected" / name.replace("/", "-")
 
     def fill(place: Path) -> dict[str, Any]:
-        found = roll_out(shares, make_env, place, seed, workers, name)
-        return generated.described(f"collected/{name}", env, id, shares, found, info or {})
+        found = (info or {}) | roll_out(shares, make_env, place, seed, workers, name)
+        return generated.described(f"collected/{name}", env, id, shares, found)
 
     write(folder, fill)
     return read(folder)
@@ -168,9 +168,7 @@ def check_targets(out: Path | None, minari_id: str | None) -> None:
     if out is not None and not os.access(out.absolute().parent, os.W_OK):
         raise OSError(f"cannot write {out}: its folder does not exist or is not writable")
     if minari_id is not None:
-        place = minari.root() / minari.valid(minari_id)
-        if place.exists():
-            raise ValueError(f"there is a Minari data set {minari_id} already, in {place}")
+        minari.free(minari_id)
 
 
 def to_file(data: Dataset, path: Path) -> None:

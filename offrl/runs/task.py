@@ -13,7 +13,7 @@ from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.data import sources
 from offrl.data.dataset import Dataset, check, check_fits
-from offrl.engine.evaluate import Evaluator, evaluator_of
+from offrl.engine.evaluate import Evaluator, scenarios_of, width
 from offrl.engine.method import Method, Policy, Spec, Task
 from offrl.envs import ogbench
 from offrl.envs.make import VERSIONS, factory, tasks
@@ -117,7 +117,9 @@ def make_evaluator(
 ) -> Evaluator:
     """Roll-outs in the method's scenarios, or in the environment's tasks where it has none."""
     names = resolved.method.scenarios(resolved.config())
-    return evaluator_of(names, make_env(resolved), axes, episodes, seed, device)
+    make, seed = make_env(resolved), derive(seed, "evaluator")
+    situations, wide = scenarios_of(names, make), width(*episodes)
+    return Evaluator(make, axes, wide, seed, device, situations, "best" if names else "all")
 
 
 def check_task(resolved: Resolved, env: gymnasium.Env) -> None:

@@ -77,7 +77,7 @@ def rolled(place, shares, make_env=HOPPER, **options):
 
     def fill(folder):
         found.update(roll_out(shares, make_env, folder, **options))
-        return {"name": "test", "info": {}, "fields": list(rollout.FIELDS)}
+        return {"name": "test", "info": {}}
 
     write(place, fill)
     return read(place), found
@@ -337,7 +337,7 @@ def test_an_entry_tells_where_it_comes_from_and_is_made_once(shipped, here, monk
     assert info["mean_score"] == pytest.approx(
         100 * (info["mean_return"] + 20.272305) / (3234.3 + 20.272305)
     )
-    monkeypatch.setattr(generated, "generate", None)
+    monkeypatch.setattr(generated, "roll_out", None)
     assert generated.load("hopper", "medium", 300, folder=shipped).digest == data.digest
 
 
