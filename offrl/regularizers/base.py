@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.regularizers.coefficients import Coefficient, Schedule, value_of
-from offrl.regularizers.reductions import masked_reduce
+from offrl.regularizers.reductions import masked_reduce, times
 
 Stage = Literal["reward", "advantage", "token", "loss", "model"]
 STAGES: tuple[Stage, ...] = ("reward", "advantage", "token", "loss", "model")
@@ -320,7 +320,7 @@ class Compose(nn.Module):
                 if out.per_element is not None:
                     per = out.per_element
                     if stage == "loss" and total.token_weight is not None:
-                        per = per * total.token_weight
+                        per = times(total.token_weight, per)
                     number = count if part.reduction == "token-mean" else sequences
                     loss = loss + masked_reduce(per, x.mask, part.reduction, number)
                 elif out.loss is not None:
