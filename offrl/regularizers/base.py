@@ -371,11 +371,13 @@ def output(part: Regularizer, x: RegInputs) -> RegOutput:
     here: Any = x.elements()
     there: Any = whole.elements()
     ranks, loss = len(there) / len(own), out.loss
+    if loss is not None:
+        loss = ranks * loss - (ranks - 1) * torch.where(loss.isinf(), 0.0, loss.detach())
     place = (own,) if here.dim() == 1 else (own, slice(here.size(1)))
     return RegOutput(
         token_weight=None if out.token_weight is None else out.token_weight[place],
         per_element=None if out.per_element is None else out.per_element[place],
-        loss=None if loss is None else ranks * loss - (ranks - 1) * loss.detach(),
+        loss=loss,
         metrics=out.metrics,
         sync={name: value / ranks for name, value in out.sync.items()},
     )
