@@ -1,21 +1,26 @@
 """The command line: `offrl train ...` and the scripts. Grammar and launchers are Hydra's."""
 
+import dataclasses
 import inspect
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.data.sources import SUFFIXES
-from offrl.errors import ConfigError
+from offrl.errors import ConfigError, Diverged, Failed, Interrupted
 
 # flags of Hydra that are followed by a value
 HYDRA_FLAGS = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd"}
-USUAL = "prdc"  # the method that configs/train.yaml names
-OWN_KEYS = {"name", "tasks", "presets"}  # of configs/algo/<name>.yaml
+HELP = {"-h", "--help"}
+USUAL = "prdc"  # the method where none is named
+Words = Sequence[str] | None  # of a command; None: those that the program was started with
+Overrides = list[tuple[str, list[Any], str]]  # key, values (several in a sweep), word for Hydra
 
 
 def main() -> None:
@@ -27,78 +32,76 @@ def main() -> None:
     commands[sys.argv[1]](sys.argv[2:])
 
 
-def train(argv: Sequence[str] | None = None) -> None:
+def train(argv: Words = None) -> None:
     """Train one method: `algo=prdc env=halfcheetah dataset=medium seeds=4`.
 
     `--help` with the same words lists every setting with its value, origin and meaning.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with readable_errors():
-        overrides = check_overrides(argv)
-        if {"-h", "--help"} & set(argv):
-            explain(overrides)
-        elif "resume" in overrides:
-            resume(overrides, argv)
-        elif any(flag.startswith("-") for flag in argv):
-            sweep(argv)
+        flags, words = divided(argv)
+        overrides = overrides_of(words)
+        values = checked(overrides, sweeps=bool({"-m", "--multirun"} & set(flags)))
+        first = {key: several[0] for key, several in values.items()}
+        if HELP & set(flags):
+            explain(first)
+        elif "resume" in values:
+            resume(Path(str(first["resume"])), alone=len(argv) == 1)
+        elif flags:
+            sweep(flags, overrides)
         else:
-            run(compose(argv))
+            run(chosen(first))
 
 
-def explain(overrides: dict[str, list[Any]]) -> None:
-    """Print every setting as these overrides set it; of a sweep its first run."""
-    first = {key: values[0] for key, values in overrides.items() if key != "resume"}
-    algo = str(first.pop("algo", USUAL))
-    presets = ", ".join(["full", *configuration.shipped(algo).get("presets", {})])
+def explain(values: Mapping[str, Any]) -> None:
+    """Print every setting as these overrides set it."""
+    found = chosen({key: value for key, value in values.items() if key != "resume"})
+    presets = ", ".join(["full", *configuration.shipped(found.algo).get("presets", {})])
     print(
-        f"{inspect.getdoc(train)}\n\n{configuration.configured(algo, first).help()}\n"
+        f"{inspect.getdoc(train)}\n\n{found.help()}\n"
         f"methods: {', '.join(configuration.algorithms())}; files of your own: algo=mine.py\n"
         f"presets: {presets}\n"
         "resume=DIR continues a run; -m sweeps over comma-separated values; --hydra-help is Hydra's"
     )
 
 
-def check_overrides(argv: Sequence[str]) -> dict[str, list[Any]]:
-    """Look at every override before Hydra does, so that a misspelling is answered in words.
+def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags with their values, and the overrides."""
+    flags: list[str] = []
+    words: list[str] = []
+    for word, before in zip(argv, ["", *argv], strict=False):
+        (flags if word.startswith("-") or before in HYDRA_FLAGS else words).append(word)
+    return flags, words
 
-    Returns:
-        key -> the values it takes, more than one in a sweep; Hydra's own keys are left out.
+
+def overrides_of(words: Sequence[str]) -> Overrides:
+    """The overrides that the words mean.
+
+    What is no value in Hydra's grammar, such as a path with "=" or an umlaut, is taken literally.
 
     Raises:
-        ConfigError: unknown algorithm, key or preset, or a value that cannot be read.
+        ConfigError: for a word that is not of the form key=value, or cannot be read.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    before = ["", *argv]
-    words = [
-        word
-        for word, flag in zip(argv, before, strict=False)
-        if not word.startswith("-") and flag not in HYDRA_FLAGS
-    ]
+    parser, found = OverridesParser.create(), []
     for word in words:
-        if "=" not in word:
+        key, given, value = word.partition("=")
+        if not given:
             raise ConfigError(f"{word!r} is not of the form key=value")
-    try:
-        parsed = OverridesParser.create().parse_overrides(words)
-    except HydraException as error:
-        raise ConfigError(f"cannot read the command line: {error}") from error
-    values: dict[str, list[Any]] = {}
-    for override in parsed:
-        key = override.key_or_group
-        if key.split("/")[0].split(".")[0] == "hydra":
-            continue
-        if override.is_sweep_override():
-            if not {"-m", "--multirun"} & set(argv):
-                raise ConfigError(f"{key} has several values; a sweep needs -m")
-            values[key] = [unquoted(v) for v in override.sweep_iterator()]
-        else:
-            values[key] = [unquoted(override.value())]
-    for algo in values.get("algo", [USUAL]):
-        configuration.method(str(algo))
-        for key in values:
-            configuration.check_key(key, str(algo))
-    return values
+        try:
+            try:
+                override = parser.parse_override(word)
+            except HydraException:
+                word = f"{key}={quoted(value)}"
+                override = parser.parse_override(word)
+        except HydraException as error:
+            raise ConfigError(f"cannot read the command line: {error}") from error
+        sweeps = override.is_sweep_override()
+        values = override.sweep_iterator() if sweeps else [override.value()]
+        found.append((override.key_or_group, [unquoted(v) for v in values], word))
+    return found
 
 
 def unquoted(value: Any) -> Any:
@@ -110,60 +113,61 @@ def unquoted(value: Any) -> Any:
     return [unquoted(v) for v in value] if isinstance(value, list) else value
 
 
-def for_hydra(argv: Sequence[str]) -> list[str]:
-    """Our keys are checked by us and live outside Hydra's files: let Hydra add or override them."""
-    out = []
-    for word in argv:
-        if word.startswith("algo=") and configuration.is_own(path := word.removeprefix("algo=")):
-            out += ["algo=own", f"++algo.name={quoted(str(Path(path).absolute()))}"]
-            continue
-        key = word.split("=")[0]
-        own = "=" in word and not key.startswith(("-", "+", "~", "hydra")) and key != "algo"
-        out.append(f"++{word}" if own else word)
-    return out
+def quoted(text: object) -> str:
+    """A value that Hydra takes literally: it reads backslashes before a quote as escapes."""
+    doubled = re.sub(r"(\\+)('|$)", r"\1\1\2", str(text))
+    return "'" + doubled.replace("'", "\\'") + "'"
 
 
-def quoted(text: str) -> str:
-    """A value that Hydra takes literally."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def is_hydras(key: str) -> bool:
+    return re.split("[/.]", key)[0] == "hydra"
 
 
-def compose(argv: Sequence[str]) -> Resolved:
-    """The configuration of one run, composed by Hydra's API."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+def checked(overrides: Overrides, sweeps: bool) -> dict[str, list[Any]]:
+    """Look at every override before Hydra does, so that a misspelling is answered in words.
 
-    with initialize_config_dir(str(configuration.folder().absolute()), version_base="1.3"):
-        return resolve(hydra_compose("train", overrides=for_hydra(argv)), argv)
+    Returns:
+        key -> the values it takes, more than one in a sweep; Hydra's own keys are left out.
 
-
-def resolve(cfg: Any, words: Sequence[str]) -> Resolved:
-    """A composed Hydra configuration as settings with origins.
-
-    Args:
-        words: the overrides it was composed of.
+    Raises:
+        ConfigError: unknown algorithm or key, or several values without a sweep.
     """
-    from omegaconf import OmegaConf
+    values = {key: found for key, found, _ in overrides if not is_hydras(key)}
+    for key, found in values.items():
+        if len(found) > 1 and not sweeps:
+            raise ConfigError(f"{key} has several values; a sweep needs -m")
+    for algo in values.get("algo", [USUAL]):
+        configuration.method(str(algo))
+        for key in values:
+            configuration.check_key(key, str(algo))
+    return values
 
-    raw: Any = OmegaConf.to_container(cfg)
-    method = raw.pop("algo")
-    overrides = {f"algo.{k}": v for k, v in method.items() if k not in OWN_KEYS}
-    overrides |= {k: v for k, v in raw.items() if k != "hydra"}
-    resolved = configuration.configured(method["name"], overrides)
-    if any(word.startswith("algo=") for word in words):
-        resolved.origins["algo"] = "command line"
-    return resolved
+
+def chosen(values: Mapping[str, Any]) -> Resolved:
+    """The settings that overrides choose."""
+    given = {key: anchored(key, value) for key, value in values.items()}
+    found = configuration.configured(str(given.pop("algo", USUAL)), given)
+    if "algo" in values:
+        found.origins["algo"] = "command line"
+    return found
 
 
-def run(resolved: Resolved, folder: Path | None = None, resume: bool = False) -> dict[str, Any]:
+def anchored(key: str, value: Any) -> Any:
+    """The value, as an absolute path if it names a data file or a method's own.
+
+    A job of a sweep may start elsewhere than here, and a run may be continued elsewhere.
+    """
+    suffixes = {"dataset": SUFFIXES, "algo": (".py",)}.get(key, ())
+    return str(Path(value).absolute()) if Path(str(value)).suffix in suffixes else value
+
+
+def run(resolved: Resolved, resumed: Path | None = None) -> dict[str, Any]:
     """Print the settings, train, print the score."""
     from offrl.runs import train as experiment
     from offrl.runs.record import played_in
 
     print("\n".join(resolved.lines()), flush=True)
-    folder, result = experiment.train(
-        resolved, folder, resume, say=lambda line: print(line, flush=True)
-    )
+    folder, result = experiment.train(resolved, resumed)
     score, interval = result["score"], result["score"]["interval95"]
     spread = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
     data = f"data {result['dataset']['name']}; " if result["dataset"] else ""
@@ -177,93 +181,92 @@ def run(resolved: Resolved, folder: Path | None = None, resume: bool = False) ->
     return result
 
 
-def resume(overrides: dict[str, list[Any]], argv: Sequence[str]) -> None:
+def resume(folder: Path, alone: bool) -> None:
     """Continue a run exactly as it was configured."""
-    if len(overrides) > 1 or len(argv) > 1:
+    if not alone:
         raise ConfigError("resume=DIR continues a run as it was; give no other setting with it")
-    folder = Path(str(overrides["resume"][0]))
     if not (folder / "config.yaml").exists():
         raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
     if (folder / "result.json").exists():
         raise ConfigError(
             f"{folder} is finished: its score is in result.json; start a new run for more steps"
         )
-    run(configuration.from_yaml((folder / "config.yaml").read_text()), folder, resume=True)
+    run(configuration.of_run(folder), folder)
 
 
-def sweep(argv: Sequence[str]) -> None:
+def sweep(flags: Sequence[str], overrides: Overrides) -> None:
     """Hand over to Hydra: -m with any launcher, --cfg and the rest."""
     import hydra
 
-    # a job may start elsewhere than here, so the places of runs and files are made absolute
-    words = [anchored(word) for word in argv]
-    if not any(word.startswith("runs=") for word in words):
-        # beside the others: Hydra's parser takes overrides in one piece
-        place = next((i for i, word in enumerate(words) if "=" in word), len(words))
-        words.insert(place, f"runs={Path('runs').absolute()}")
-    sys.argv = [sys.argv[0], *for_hydra(words)]
+    # our keys are checked by us and live outside Hydra's files: let Hydra add or override them
+    given = {}
+    for key, values, word in [("runs", ["runs"], ""), *overrides]:
+        if is_hydras(key):
+            given[key] = word
+        elif key in ("algo", "dataset", "runs"):
+            places = (
+                Path(str(v)).absolute() if key == "runs" else anchored(key, v) for v in values
+            )
+            name = "algo.name" if key == "algo" else key
+            given[key] = f"++{name}={','.join(map(quoted, places))}"
+        else:
+            given[key] = f"++{word.lstrip('+')}"
+    sys.argv = [sys.argv[0], *flags, *given.values()]
     stored = str(configuration.folder().absolute())
     hydra.main(version_base="1.3", config_path=stored, config_name="train")(sweep_job)()
 
 
-def anchored(word: str) -> str:
-    """The override with an absolute path if it names a folder of runs or a data file."""
-    key, _, value = word.partition("=")
-    is_path = key == "runs" or (key == "dataset" and Path(value).suffix in SUFFIXES)
-    return f"{key}={Path(value).absolute()}" if is_path else word
-
-
 def sweep_job(cfg: Any) -> float:
     """One run of a sweep; importable, since launchers send it to other processes."""
-    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    return float(run(resolve(cfg, HydraConfig.get().overrides.task))["score"]["iqm"])
+    values: Any = OmegaConf.to_container(cfg)
+    options = values.pop("algo")
+    values |= {"algo" if k == "name" else f"algo.{k}": v for k, v in options.items()}
+    return float(run(chosen(values))["score"]["iqm"])
 
 
-class readable_errors:
+@contextmanager
+def readable_errors() -> Iterator[None]:
     """Turns the library's own errors into one line and an exit status.
 
     OFFRL_DEBUG=1 shows the traceback instead.
     """
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        from offrl.errors import Diverged, Failed, Interrupted
-
-        if error is None or os.environ.get("OFFRL_DEBUG"):
-            return
-        if isinstance(error, (Interrupted, KeyboardInterrupt)):
-            print(f"\n{str(error) or 'stopped'}", file=sys.stderr)
-            sys.exit(130)
-        if isinstance(error, (ValueError, OSError, Diverged, Failed)):
-            print(f"\nerror: {error}", file=sys.stderr)
-            sys.exit(2)
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt, ValueError, OSError, Diverged, Failed) as error:
+        if os.environ.get("OFFRL_DEBUG"):
+            raise
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        told = (str(error) or "stopped") if stopped else f"error: {error}"
+        print(f"\n{told}", file=sys.stderr)
+        sys.exit(130 if stopped else 2)
 
 
-def evaluate(argv: Sequence[str] | None = None) -> None:
+def evaluate(argv: Words = None) -> None:
     """Score a run directory or checkpoint: `run=runs/... episodes=100 video=film.gif`."""
     from offrl.runs.evaluate import Options, evaluate_run
 
-    with readable_errors():
-        evaluate_run(options(Options, sys.argv[1:] if argv is None else argv))
+    command(evaluate_run, Options, argv)
 
 
-def collect(argv: Sequence[str] | None = None) -> None:
+def collect(argv: Words = None) -> None:
     """Make a data set from policies: `env=hopper dataset=medium rows=1_000_000`."""
     from offrl.runs.collect import Options, collect_data
 
-    with readable_errors():
-        collect_data(options(Options, sys.argv[1:] if argv is None else argv))
+    command(collect_data, Options, argv)
 
 
-def report(argv: Sequence[str] | None = None) -> None:
+def report(argv: Words = None) -> None:
     """Table and pictures of finished runs: `runs=[runs] out=benchmarks/mine`."""
     from offrl.runs.report import Options, make_report
 
+    command(make_report, Options, argv)
+
+
+def command(work: Callable[[Any], object], cls: type, argv: Words) -> None:
     with readable_errors():
-        make_report(options(Options, sys.argv[1:] if argv is None else argv))
+        work(options(cls, sys.argv[1:] if argv is None else argv))
 
 
 def options(cls: type, argv: Sequence[str]) -> Any:
@@ -272,33 +275,23 @@ def options(cls: type, argv: Sequence[str]) -> Any:
     Raises:
         ConfigError: unknown key (the nearest is named), wrong type, or a missing value.
     """
-    import dataclasses
-
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    hints = configuration.fields_of(cls)
-    if {"-h", "--help"} & set(argv):
-        print(cls.__doc__)
+    if HELP & set(argv):
+        print(inspect.getdoc(cls))
+        for name, told in configuration.meanings(cls).items():
+            if told:
+                print(f"{name}={configuration.spelled(getattr(cls, name, '...'))}\n    {told}")
         sys.exit(0)
-    for word in argv:
-        if "=" not in word:
-            raise ConfigError(f"{word!r} is not of the form key=value")
-    values = {}
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(argv))
-    except HydraException as error:
-        raise ConfigError(f"cannot read the command line: {error}") from error
-    for override in overrides:
-        key = override.key_or_group
+    hints, given = configuration.fields_of(cls), {}
+    for key, values, _ in overrides_of(argv):
         if key not in hints:
             raise ConfigError(
                 f"there is no option {key!r}{configuration.nearest(key, hints)}; "
                 f"known: {', '.join(hints)}"
             )
-        values[key] = configuration.convert(key, unquoted(override.value()), hints[key])
+        value = values if len(values) > 1 else values[0]
+        given[key] = configuration.convert(key, value, hints[key])
     for field in dataclasses.fields(cls):
         optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
-        if not optional and field.name not in values:
+        if not optional and field.name not in given:
             raise ConfigError(f"{field.name}= is missing; known options: {', '.join(hints)}")
-    return cls(**values)
+    return cls(**given)

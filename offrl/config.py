@@ -5,7 +5,6 @@ command line. An override equal to a default is still an override: origins are r
 guessed from values.
 """
 
-import dataclasses
 import difflib
 import fnmatch
 import functools
@@ -17,6 +16,8 @@ import re
 import sys
 import types
 import typing
+import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from offrl.errors import ConfigError
 class Settings:
     """Everything of a run that is not the method's own."""
 
-    env: str = "halfcheetah"  # environment; see README, "Environments"
+    env: str = "halfcheetah"  # environment; see docs/environments.md
     # name within the source, or a path to an HDF5 or npz file; navigate or play for OGBench's tasks
     dataset: str = "medium"
     # auto: a file where dataset is the path of one, else generated
@@ -85,8 +86,8 @@ class Resolved:
     @property
     def task(self) -> str:
         """What task patterns match, and what a run's folder is called."""
-        online = method(self.algo).online
-        return self.settings.env if online else f"{self.settings.env}-{self.data_name}"
+        env = self.settings.env
+        return env if self.method.online else f"{env}-{self.data_name}"
 
     @property
     def data_name(self) -> str:
@@ -96,32 +97,32 @@ class Resolved:
         """
         name = self.settings.dataset
         path = Path(name)
-        if path.suffix not in (".npz", ".h5", ".hdf5"):
+        if path.suffix not in sources.SUFFIXES:
             return name.replace("/", "-")
         published = re.fullmatch(rf"{re.escape(self.settings.env)}[-_](.+)-v\d+", path.stem)
         return published[1] if published else path.stem
 
+    @property
+    def method(self) -> Method:
+        return method(self.algo)
+
     def config(self) -> Any:
         """The method's Config."""
-        return method(self.algo).config(**self.options)
+        return self.method.config(**self.options)
 
     def seeds(self) -> list[int]:
         return list(range(self.settings.seed, self.settings.seed + self.settings.seeds))
 
     def lines(self) -> list[str]:
         """Every value with its origin, one per line."""
-        rows = [("algo", self.algo)]
-        rows += [(f"algo.{name}", value) for name, value in self.options.items()]
-        rows += list(dataclasses.asdict(self.settings).items())
-        width = max(len(name) for name, _ in rows)
-        return [
-            f"{name:<{width}} = {spelled(value)}  ({self.origins.get(name, 'default')})"
-            for name, value in rows
-        ]
+        rows = {"algo": self.algo} | {f"algo.{name}": v for name, v in self.options.items()}
+        rows |= vars(self.settings)
+        width, origin = max(map(len, rows)), defaultdict(lambda: "default", self.origins)
+        return [f"{k:<{width}} = {spelled(v)}  ({origin[k]})" for k, v in rows.items()]
 
     def help(self) -> str:
         """Every setting and option with its value here, its origin and its meaning."""
-        parts = [(Settings, self.settings, ""), (method(self.algo).config, self.config(), "algo.")]
+        parts = [(Settings, self.settings, ""), (self.method.config, self.config(), "algo.")]
         lines = []
         for cls, values, prefix in parts:
             told = meanings(cls)
@@ -134,15 +135,15 @@ class Resolved:
         return "\n".join(lines)
 
     def to_yaml(self) -> str:
+        options = {name: plain(value) for name, value in self.options.items()}
         return yaml.safe_dump(
-            {
-                "algo": self.algo,
-                "options": {k: plain(v) for k, v in self.options.items()},
-                "settings": dataclasses.asdict(self.settings),
-                "origins": self.origins,
-            },
-            sort_keys=False,
+            vars(self) | {"options": options, "settings": vars(self.settings)}, sort_keys=False
         )
+
+
+def of_run(folder: Path) -> Resolved:
+    """What is stored in a run directory; raises as `from_yaml`."""
+    return from_yaml((folder / "config.yaml").read_text())
 
 
 def from_yaml(text: str) -> Resolved:
@@ -153,7 +154,7 @@ def from_yaml(text: str) -> Resolved:
     """
     try:
         raw = yaml.safe_load(text)
-        hints = typing.get_type_hints(method(raw["algo"]).config)
+        hints = fields_of(method(raw["algo"]).config)
         options = {k: convert(k, v, hints[k]) for k, v in raw["options"].items()}
         return Resolved(Settings(**raw["settings"]), raw["algo"], options, raw["origins"])
     except (KeyError, TypeError, yaml.YAMLError) as error:
@@ -207,7 +208,8 @@ def own_method(path: Path) -> Method:
     """The METHOD of a user's file, which is run once."""
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    name = f"offrl_own_{path.stem}"
+    place = zlib.crc32(str(path).encode())  # two files may have the same name
+    name = f"offrl_own_{path.stem}_{place}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -265,13 +267,16 @@ def meanings(cls: type) -> dict[str, str]:
     return found
 
 
+def parts_of(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if union else (hint,)
+
+
 def words_of(hint: Any) -> list[Any]:
     """The values that a type names: those of a Literal, also within a union."""
-    if typing.get_origin(hint) is Literal:
-        return list(typing.get_args(hint))
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return [word for part in typing.get_args(hint) for word in words_of(part)]
-    return []
+    literals = (part for part in parts_of(hint) if typing.get_origin(part) is Literal)
+    return [word for part in literals for word in typing.get_args(part)]
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
@@ -280,38 +285,24 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     Raises:
         ConfigError: "<name> must be <type>, got <value>".
     """
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in parts:
-            return None
-        words = words_of(hint)
-        if value in words:
-            return value
-        kinds = [p for p in parts if p is not type(None) and typing.get_origin(p) is not Literal]
-        try:
-            return convert(name, value, kinds[0] if kinds else Literal[*words])
-        except ConfigError as error:
-            also = f"; {', '.join(words)} would do too" if words and kinds else ""
-            raise ConfigError(f"{error}{also}") from None
-    if origin is Literal:
-        if value in parts:
-            return value
-        raise ConfigError(f"{name} must be one of {', '.join(map(str, parts))}, got {value!r}")
-    if origin is dict and isinstance(value, dict):
+    parts, words = parts_of(hint), words_of(hint)
+    if value in words or (value is None and type(None) in parts):
         return value
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(convert(f"{name} entry", entry, parts[0]) for entry in value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    matches = isinstance(hint, type) and isinstance(value, hint)
-    if matches and not (hint is int and isinstance(value, bool)):
+    kinds = [p for p in parts if p is not type(None) and typing.get_origin(p) is not Literal]
+    if not kinds:
+        raise ConfigError(f"{name} must be one of {', '.join(map(str, words))}, got {value!r}")
+    kind = kinds[0]
+    plain_kind = typing.get_origin(kind) or kind
+    if plain_kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(convert(f"{name} entry", entry, typing.get_args(kind)[0]) for entry in value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if kind in (float, str) or (kind is int and float(value).is_integer()):
+            return kind(value)
+    elif kind is not int and isinstance(value, plain_kind):
         return value
-    wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-    raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+    wanted = kind.__name__ if isinstance(kind, type) else str(kind)
+    also = f"; {', '.join(words)} would do too" if words else ""
+    raise ConfigError(f"{name} must be {wanted}, got {value!r}{also}")
 
 
 def check_key(key: str, algo: str) -> None:
@@ -331,18 +322,8 @@ def check_key(key: str, algo: str) -> None:
 
 
 COUNTS = (
-    "seeds",
-    "threads",
-    "log_every",
-    "eval_every",
-    "eval_episodes",
-    "final_episodes",
-    "snapshot_every",
-    "rows",
-    "action_repeat",
-    "envs",
-    "algo.steps",
-    "algo.batch",
+    *("seeds", "threads", "log_every", "eval_every", "eval_episodes", "final_episodes"),
+    *("snapshot_every", "rows", "action_repeat", "envs", "algo.steps", "algo.batch"),
 )
 
 
@@ -350,9 +331,8 @@ def check_ranges(values: Mapping[str, Any]) -> None:
     """Raises ConfigError for a count below 1, or training that ends within its warm-up."""
     for name in COUNTS:
         if isinstance(values.get(name), int) and values[name] < 1:
-            raise ConfigError(
-                f"{name.removeprefix('algo.')} must be at least 1, got {values[name]}"
-            )
+            short = name.removeprefix("algo.")
+            raise ConfigError(f"{short} must be at least 1, got {values[name]}")
     steps, warmup = values["algo.steps"], values.get("algo.warmup", 0)
     if steps <= warmup:
         raise ConfigError(
@@ -380,48 +360,37 @@ def resolve(
         ConfigError: unknown key, wrong type, unknown preset.
     """
     config = method(algo).config
-    options, settings = fields_of(config), fields_of(Settings)
-    presets = {"full": {}, **(presets or {})}
-    values: dict[str, Any] = {f"algo.{f.name}": f.default for f in dataclasses.fields(config)}
-    values |= {f.name: f.default for f in dataclasses.fields(Settings)}
+    options, presets = fields_of(config), {"full": {}, **(presets or {})}
+    hints = fields_of(Settings) | {f"algo.{name}": hint for name, hint in options.items()}
+    values = vars(Settings()) | {f"algo.{name}": v for name, v in vars(config()).items()}
     origins: dict[str, str] = {}
 
-    def put(key: str, value: Any, origin: str) -> None:
-        key = "algo.steps" if key == "steps" else key
-        check_key(key, algo)
-        short = key.removeprefix("algo.")
-        hint = options[short] if key.startswith("algo.") else settings[key]
-        values[key] = convert(key, value, hint)
-        origins[key] = origin
+    def put(given: Mapping[str, Any], origin: str) -> None:
+        for key, value in given.items():
+            key = "algo.steps" if key == "steps" else key
+            check_key(key, algo)
+            values[key], origins[key] = convert(key, value, hints[key]), origin
 
-    def qualified(name: str) -> str:
-        return f"algo.{name}" if name in options else name
+    def put_stored(given: Mapping[str, Any], origin: str) -> None:
+        put({f"algo.{k}" if k in options else k: v for k, v in given.items()}, origin)
 
-    for key, value in overrides.items():  # first pass: env, dataset and preset decide the rest
-        put(key, value, "command line")
+    def settings() -> Settings:
+        return Settings(**{name: values[name] for name in fields_of(Settings)})
+
+    put(overrides, "command line")  # env, dataset and preset decide the rest
     if ogbench.known(values["env"]) and "dataset" not in overrides:
-        put("dataset", ogbench.default_dataset(values["env"]), f"env {values['env']}")
+        put({"dataset": ogbench.default_dataset(values["env"])}, f"env {values['env']}")
     preset = values["preset"]
     if preset not in presets:
-        raise ConfigError(
-            f"there is no preset {preset!r}{nearest(preset, presets)}; "
-            f"{algo} has {', '.join(presets)}"
-        )
-    settings_now = Settings(**{name: values[name] for name in settings})
-    task = Resolved(settings_now, algo, {}).task
-    source = sources.settled(settings_now.source, settings_now.dataset)
+        wrong = f"there is no preset {preset!r}{nearest(preset, presets)}"
+        raise ConfigError(f"{wrong}; {algo} has {', '.join(presets)}")
+    task = Resolved(settings(), algo, {}).task
+    source = sources.settled(values["source"], values["dataset"])
     for pattern, group in (tasks or {}).items():
         if fnmatch.fnmatchcase(f"{source}:{task}" if ":" in pattern else task, pattern):
-            for name, value in group.items():
-                put(qualified(name), value, f"task {pattern}")
-    for name, value in presets[preset].items():
-        put(qualified(name), value, f"preset {preset}")
-    for key, value in overrides.items():
-        put(key, value, "command line")
+            put_stored(group, f"task {pattern}")
+    put_stored(presets[preset], f"preset {preset}")
+    put(overrides, "command line")
     check_ranges(values)
-    return Resolved(
-        Settings(**{name: values[name] for name in settings}),
-        algo,
-        {name: values[f"algo.{name}"] for name in options},
-        origins,
-    )
+    chosen = {name: values[f"algo.{name}"] for name in options}
+    return Resolved(settings(), algo, chosen, origins)

@@ -76,24 +76,19 @@ def locked(path: Path, busy: Callable[[], None], remedy: str) -> Iterator[None]:
         OSError: if the place is not writable or its file system has no locks.
     """
     lock = FileLock(path, fallback_to_soft=False)
-    if not acquired(lock, wait=False, remedy=remedy):
-        busy()
-        acquired(lock, wait=True, remedy=remedy)
+    for wait in (False, True):
+        try:
+            lock.acquire(blocking=wait)
+            break
+        except Timeout:
+            busy()
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"cannot lock files in {path.parent}: {reason}; {remedy}") from error
     try:
         yield
     finally:
         lock.release()
-
-
-def acquired(lock: FileLock, wait: bool, remedy: str) -> bool:
-    try:
-        lock.acquire(blocking=wait)
-    except Timeout:
-        return False
-    except OSError as error:
-        folder, reason = Path(lock.lock_file).parent, error.strerror or error
-        raise OSError(f"cannot lock files in {folder}: {reason}; {remedy}") from error
-    return True
 
 
 @contextmanager

@@ -116,24 +116,16 @@ def test_processes_and_resumed_runs_keep_the_products_a_run_was_started_with(mon
 def resumed(folder, monkeypatch, **changes):
     """What products a run goes on with whose run.json was changed."""
     about = json.loads((folder / "run.json").read_text()) | changes
-    kept = {name: value for name, value in about.items() if value is not None}
-    (folder / "run.json").write_text(json.dumps(kept))
+    (folder / "run.json").write_text(json.dumps(about))
     seen = []
     monkeypatch.setattr(experiment, "fit", lambda *args: seen.append(matmul.chosen) or Curve())
     monkeypatch.setattr(experiment, "finish", lambda *args: {})
     try:
         run = configuration.from_yaml((folder / "config.yaml").read_text())
-        experiment.train(run, folder, resume=True)
+        experiment.train(run, folder)
     finally:
         matmul.use(())
     return seen
-
-
-def test_a_run_without_stored_products_goes_on_with_the_machines(monkeypatch):
-    train("algo=bc", "env=hopper", write_data(), "steps=40", "eval_every=20", *SIZES)
-    monkeypatch.setattr(matmul, "measured", lambda: ["forward"])
-    Path("home/matmul.json").unlink()
-    assert resumed(only_run(), monkeypatch, matmul=None) == [{"forward"}]
 
 
 def test_a_run_does_not_go_on_with_products_that_are_gone(monkeypatch):
@@ -503,8 +495,8 @@ def test_the_command_that_continues_a_run_is_the_one_that_began_it(monkeypatch):
 
 
 def test_the_method_is_of_the_command_line_if_it_is_given_there():
-    assert cli.compose(["env=hopper"]).lines()[0].endswith("= prdc  (default)")
-    assert cli.compose(["algo=prdc"]).lines()[0].endswith("= prdc  (command line)")
+    assert cli.chosen({"env": "hopper"}).lines()[0].endswith("= prdc  (default)")
+    assert cli.chosen({"algo": "prdc"}).lines()[0].endswith("= prdc  (command line)")
 
 
 def test_help_lists_every_setting_with_value_origin_choices_and_meaning(capsys):

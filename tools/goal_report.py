@@ -59,7 +59,7 @@ def make_goal_report(options: Options) -> dict[str, Any]:
     for folder in options.runs:
         for path in sorted(Path(folder).rglob("result.json")):
             result = json.loads(path.read_text())
-            resolved = configuration.from_yaml((path.parent / "config.yaml").read_text())
+            resolved = configuration.of_run(path.parent)
             if ogbench.known(resolved.settings.env):
                 result["order"] = order(path.parent, resolved)
                 rows[result["task"], label(resolved), result["steps"]].append(result)
@@ -71,7 +71,8 @@ def make_goal_report(options: Options) -> dict[str, Any]:
     write_json(out / "table.json", found)
     (out / "table.md").write_text(table(found))
     for task in {c["task"] for c in found}:
-        plots.curves(out / f"{task}.png", panels(task, found), "updates", "success (%)", (-2, 102))
+        drawn = {"success (%)": panels(task, found)}
+        plots.curves(out / f"{task}.png", drawn, "updates", (-2, 102))
     print(table(found))
     return {"cells": found}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from offrl.results.plots import learning_curve
+from offrl.results.plots import curves
 
 HERE = Path(__file__).parent
 
@@ -18,11 +18,6 @@ for path in sorted(HERE.glob("*-metrics.csv")):
             if row["stage"] == "evaluation" and row["name"] == "return"
         ]
     steps, returns = np.array(points).T
-    learning_curve(
-        HERE / f"{env}.png",
-        steps,
-        returns[None],
-        f"SAC on {env} (v5), seed 0",
-        "return of 10 deterministic episodes",
-        "environment steps",
-    )
+    panel = {f"SAC on {env} (v5)": {"seed 0": (steps, returns[None])}}
+    rows = {"return of 10 deterministic episodes": panel}
+    curves(HERE / f"{env}.png", rows, "environment steps")

@@ -74,7 +74,7 @@ class CRL:
         g = self.goal.size
         self.phi = Latents((o, a), c, seeds, generator)
         self.psi = Latents((g,), c, seeds, generator)
-        self.actor = GoalActor(o, g, a, c.hidden, seeds, generator, 2 * c.images)
+        self.actor = GoalActor((o, g), a, c.hidden, seeds, generator, 2 * c.images)
         self.opt = adam(nn.ModuleList([self.phi, self.psi, self.actor]), c.lr)
 
     def update(self, batch: Batch, turn: int) -> Metrics:

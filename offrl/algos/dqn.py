@@ -77,7 +77,7 @@ class DQN:
         places = (features, batch["act"]), (after, act), (online, act)
         f, t, g = (action_features(*place, self.actions) for place in places)
         weight, discount, mask = (
-            self.network.pairs()[-1][0],
+            self.network.maps()[-1][0],
             self.config.discount,
             act == batch["act"],
         )

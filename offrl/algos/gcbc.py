@@ -43,7 +43,7 @@ class GCBC:
         self.config, self.generator = c, generator
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
         g = self.goal.size
-        self.actor = GoalActor(o, g, spec.act_dim, c.hidden, seeds, generator, 2 * c.images)
+        self.actor = GoalActor((o, g), spec.act_dim, c.hidden, seeds, generator, 2 * c.images)
         self.opt = adam(self.actor, c.lr)
 
     def update(self, batch: Batch, turn: int) -> Metrics:

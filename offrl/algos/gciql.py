@@ -58,10 +58,10 @@ class GCIQL:
         self.config, self.generator = c, generator
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
         g = self.goal.size
-        self.values = Values((o, g), c.hidden, None, seeds, generator, 2 * c.images)
+        self.values = Values((o, g), c.hidden, 0, seeds, generator, 2 * c.images)
         self.critics = Values((o, g, a), c.hidden, HEADS, seeds, generator, 2 * c.images)
         self.critics_target = target_copy(self.critics)
-        self.actor = GoalActor(o, g, a, c.hidden, seeds, generator, 2 * c.images)
+        self.actor = GoalActor((o, g), a, c.hidden, seeds, generator, 2 * c.images)
         self.opt = adam(nn.ModuleList([self.values, self.critics, self.actor]), c.lr)
 
     def update(self, batch: Batch, turn: int) -> Metrics:

@@ -59,7 +59,7 @@ class GCIVL:
         g = self.goal.size
         self.values = Values((o, g), c.hidden, HEADS, seeds, generator, 2 * c.images)
         self.values_target = target_copy(self.values)
-        self.actor = GoalActor(o, g, spec.act_dim, c.hidden, seeds, generator, 2 * c.images)
+        self.actor = GoalActor((o, g), spec.act_dim, c.hidden, seeds, generator, 2 * c.images)
         self.opt = adam(nn.ModuleList([self.values, self.actor]), c.lr)
 
     def update(self, batch: Batch, turn: int) -> Metrics:

@@ -76,12 +76,12 @@ class OTA:
         c, o = config, spec.obs_dim
         self.config, self.generator = c, generator
         self.goal = GoalColumns(o, c.goal_columns, generator.device)
-        g = self.goal.size
-        self.rep = GoalRep(o, g, c.rep_dim, c.hidden, seeds, generator, c.images)
-        self.values = RepValues(o, c.rep_dim, c.hidden, LEVELS, HEADS, seeds, generator, c.images)
+        g, known = self.goal.size, (o, c.rep_dim)
+        self.rep = GoalRep((o, g), c.rep_dim, c.hidden, seeds, generator, c.images)
+        self.values = RepValues(known, c.hidden, (LEVELS, HEADS), seeds, generator, c.images)
         self.values_target = target_copy(self.values)
-        self.high = GoalActor(o, g, c.rep_dim, c.hidden, seeds, generator, 2 * c.images)
-        self.low = GoalActor(o, c.rep_dim, spec.act_dim, c.hidden, seeds, generator, int(c.images))
+        self.high = GoalActor((o, g), c.rep_dim, c.hidden, seeds, generator, 2 * c.images)
+        self.low = GoalActor(known, spec.act_dim, c.hidden, seeds, generator, c.images)
         self.opt = adam(nn.ModuleList([self.rep, self.values, self.high, self.low]), c.lr)
 
     def update(self, batch: Batch, turn: int) -> Metrics:

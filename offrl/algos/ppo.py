@@ -213,7 +213,7 @@ class Rollouts:
 
         return sample
 
-    def save(self, place: Path, spare: bool = False) -> dict[str, Any]:
+    def save(self, place: Path) -> dict[str, Any]:
         names = ("table", "order", "place", "running", "iteration")
         return {name: getattr(self, name) for name in names}
 

@@ -58,7 +58,7 @@ class QRL:
         self.metric = IQE(o, c.hidden, c.latent, seeds, generator, c.images)
         dims = (c.latent + a, *c.hidden, c.latent)
         self.model = MLP(dims, seeds, generator, "gelu", norm=True)
-        self.actor = GoalActor(o, o, a, c.hidden, seeds, generator, 2 * c.images)
+        self.actor = GoalActor((o, o), a, c.hidden, seeds, generator, 2 * c.images)
         zero = torch.zeros(seeds, device=generator.device)
         self.multiplier = nn.ParameterDict({"log": nn.Parameter(zero)})  # lambda = 1 at first
         self.opt = adam(nn.ModuleList([self.metric, self.model, self.actor, self.multiplier]), c.lr)

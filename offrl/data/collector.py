@@ -2,35 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from offrl.data.dataset import FIELDS
 from offrl.data.replay import Replay
 from offrl.engine.method import Algorithm, Run, Task
+from offrl.envs.vector import Vector
 
 Choose = Callable[[int], dict[str, Any] | None]  # number of an environment -> options of its reset
-
-
-class Environments(Protocol):
-    """n environments stepped together; see offrl.envs.vector.Vector."""
-
-    count: int
-    obs_dim: int
-    act_dim: int
-    discrete: bool
-    players: tuple[int, ...]
-    goal: Tensor | None
-    on_episode: Choose
-
-    def reset(self) -> Tensor: ...
-
-    def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
-
-    def state(self) -> dict[str, Any]: ...
-
-    def load(self, state: dict[str, Any], obs: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Collector:
@@ -51,7 +33,7 @@ class Collector:
 
     def __init__(
         self,
-        envs: Environments,
+        envs: Vector,
         seeds: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
         on_episode: Choose | None = None,
@@ -83,17 +65,10 @@ class Collector:
 
     def keep(self, capacity: int) -> None:
         """Store the newest `capacity` rows of each seed."""
-        scalar: tuple[tuple[int, ...], torch.dtype] = ((), torch.float32)
         obs = ((self.envs.obs_dim,), torch.float32)
         act = ((), torch.int64) if self.envs.discrete else ((self.envs.act_dim,), torch.float32)
-        fields = {
-            "obs": obs,
-            "act": act,
-            "reward": scalar,
-            "next_obs": obs,
-            "terminal": scalar,
-            "timeout": scalar,
-        }
+        wide: dict[str, Any] = {"obs": obs, "act": act, "next_obs": obs}
+        fields = {name: wide.get(name, ((), torch.float32)) for name in FIELDS}
         self.replay = Replay(capacity, fields, self.seeds, self.device)
 
     def random(self, steps: int, generator: Generator) -> None:
@@ -132,34 +107,20 @@ class Collector:
         """Apply actions (*S, n, a) in [-1, 1], or int64 (*S, n), and store the transitions."""
         obs = self.observe()
         flat = act.detach().flatten(0, len(self.seeds)).to("cpu")
-        *found, now = map(self.grouped, self.envs.step(flat))
-        next_obs, reward, terminal, timeout = found
-        self.replay.add(
-            {
-                "obs": obs,
-                "act": act.detach(),
-                "reward": reward,
-                "next_obs": next_obs,
-                "terminal": terminal,
-                "timeout": timeout,
-            }
-        )
+        next_obs, reward, terminal, timeout, now = map(self.grouped, self.envs.step(flat))
+        row = (obs, act.detach(), reward, next_obs, terminal, timeout)
+        self.replay.add(dict(zip(FIELDS, row, strict=True)))
         self.obs, self.start = now, terminal + timeout
         self.reward = reward * (1 - self.start)
 
     def grouped(self, value: Tensor) -> Tensor:
         return value.view(*self.seeds, self.group, *value.shape[1:]).to(self.device)
 
-    def save(self, place: Path, spare: bool = False) -> dict[str, Any]:
+    def save(self, place: Path) -> dict[str, Any]:
         """The environments, what the policy is told next, and what the replay's `save` returns."""
-        return {
-            "replay": self.replay.save(place, spare),
-            "envs": None if self.obs is None else self.envs.state(),
-            "obs": self.obs,
-            "start": self.start,
-            "reward": self.reward,
-            "memory": self.memory,
-        }
+        told = {name: getattr(self, name) for name in ("obs", "start", "reward", "memory")}
+        envs = None if self.obs is None else self.envs.state()
+        return told | {"envs": envs, "replay": self.replay.save(place)}
 
     def load(self, state: dict[str, Any], place: Path) -> None:
         """Inverse of `save`; where an environment cannot be restored, an episode begins."""
@@ -170,13 +131,13 @@ class Collector:
         self.obs, anew = map(self.grouped, self.envs.load(state["envs"], obs))
         self.start = state["start"].to(self.device).maximum(anew)
         self.reward = state["reward"].to(self.device) * (1 - anew)
-        self.memory = moved(state["memory"], self.device)
+        self.memory = each(state["memory"], lambda part: part.to(self.device))
 
 
-def moved(memory: Any, device: torch.device) -> Any:
-    """A policy's memory on another device."""
+def each(memory: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A policy's memory with every tensor changed; it may lie in dicts, tuples and lists."""
     if isinstance(memory, dict):
-        return {key: moved(part, device) for key, part in memory.items()}
+        return {key: each(part, change) for key, part in memory.items()}
     if isinstance(memory, (list, tuple)):
-        return type(memory)(moved(part, device) for part in memory)
-    return memory.to(device) if isinstance(memory, Tensor) else memory
+        return type(memory)(each(part, change) for part in memory)
+    return change(memory) if isinstance(memory, Tensor) else memory

@@ -5,18 +5,18 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from offrl.errors import DataError
 from offrl.system import locked
@@ -24,6 +24,8 @@ from offrl.system import locked
 logger = logging.getLogger(__name__)
 
 FIELDS = ("obs", "act", "reward", "next_obs", "terminal", "timeout")
+WRITABLE = "set OFFRL_HOME to a folder that is writable"
+Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,7 @@ class Dataset:
     @property
     def lengths(self) -> Tensor:
         """Rows of every episode, int64 (E,)."""
-        end = torch.tensor([len(self)], dtype=self.starts.dtype, device=self.starts.device)
-        return torch.diff(self.starts, append=end)
+        return torch.diff(self.starts, append=self.starts.new_tensor([len(self)]))
 
     @property
     def obs_dim(self) -> int:
@@ -79,11 +80,11 @@ class Dataset:
         """The same rows with further fields, such as next_act; they count in the digest.
 
         Raises:
-            ValueError: for a field of another length.
+            DataError: for a field of another length.
         """
         for name, value in fields.items():
             if len(value) != len(self):
-                raise ValueError(f"{name} has {len(value)} rows, {self.name} has {len(self)}")
+                raise DataError(f"{self.name}: {name} has {len(value)} rows, obs has {len(self)}")
         return replace(self, fields=self.fields | fields)
 
     @cached_property
@@ -102,15 +103,11 @@ class Dataset:
 
         Summed in float64 in blocks, so the result does not depend on where the data lies.
         """
-        obs, total, square = self.fields["obs"], 0.0, 0.0
         rows = min(1 << 18, (1 << 28) // self.obs_dim + 1)  # images are wide
-        for block in obs.split(rows):
-            total = total + block.double().sum(0)
-        mean = torch.as_tensor(total) / len(self)
-        for block in obs.split(rows):
-            square = square + (block.double() - mean).square().sum(0)
-        std = (torch.as_tensor(square) / len(self)).sqrt()
-        return mean.float(), (std + eps).float()
+        blocks, zero = self["obs"].split(rows), torch.zeros((), dtype=torch.float64)
+        mean = sum((block.double().sum(0) for block in blocks), zero) / len(self)
+        square = sum(((block.double() - mean).square().sum(0) for block in blocks), zero)
+        return mean.float(), ((square / len(self)).sqrt() + eps).float()
 
 
 def bounds(ends: Tensor) -> Tensor:
@@ -118,18 +115,19 @@ def bounds(ends: Tensor) -> Tensor:
 
     A trailing piece without an end flag counts as an episode.
     """
-    last = torch.nonzero(ends)[:, 0]
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), last + 1])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(ends)[:, 0] + 1])
     return starts[starts < len(ends)]
+
+
+def episode_of(starts: Tensor, size: int) -> Tensor:
+    """Number of the episode of every row, int64 (N,)."""
+    return torch.searchsorted(starts, torch.arange(size), right=True) - 1
 
 
 def episode_sums(values: Tensor, starts: Tensor) -> Tensor:
     """Sum of a row-wise value over every episode, float64 (E,)."""
-    index = torch.zeros(len(values), dtype=torch.int64)
-    index[starts[1:]] = 1
-    return torch.zeros(len(starts), dtype=torch.float64).index_add_(
-        0, index.cumsum(0), values.double()
-    )
+    sums = torch.zeros(len(starts), dtype=torch.float64)
+    return sums.index_add_(0, episode_of(starts, len(values)), values.double())
 
 
 # --- checks on entry -----------------------------------------------------------------------------
@@ -154,24 +152,21 @@ def check(data: Dataset, needs: Iterable[str]) -> None:
                 f"{data.name} has no field {name!r}, which the algorithm needs; "
                 f"it holds {', '.join(data.fields)}"
             )
-        value = data.fields[name]
+        value = data[name]
         if len(value) != size:
             raise DataError(f"{data.name}: {name} has {len(value)} rows, obs has {size}")
         if value.is_floating_point():
             reject(data, name, ~value.isfinite(), "is NaN or infinite", "remove or repair the row")
+        if name in ("terminal", "timeout"):
+            reject(data, name, (value != 0) & (value != 1), "is neither 0 nor 1", "store flags")
     if "next_obs" in needs and data["next_obs"].shape != data["obs"].shape:
         raise DataError(
             f"{data.name}: next_obs {tuple(data['next_obs'].shape)} "
             f"and obs {tuple(data['obs'].shape)} differ in shape"
         )
     if "act" in needs and not data.discrete:
-        reject(
-            data,
-            "act",
-            data["act"].abs() > 1 + 1e-5,
-            "lies outside [-1, 1]",
-            "rescale the actions by the environment's action bounds",
-        )
+        remedy = "rescale the actions by the environment's action bounds"
+        reject(data, "act", data["act"].abs() > 1 + 1e-5, "lies outside [-1, 1]", remedy)
     if "reward" in needs and data["reward"].dim() == 1 and size > 1:
         reward = data["reward"]
         if bool(reward.min() == reward.max()):
@@ -179,23 +174,17 @@ def check(data: Dataset, needs: Iterable[str]) -> None:
                 f"{data.name}: reward is {float(reward[0]):g} in every row, so there is nothing "
                 "to learn from; check that the reward field was filled"
             )
-    for name in {"terminal", "timeout"} & set(needs):
-        value = data[name]
-        reject(data, name, (value != 0) & (value != 1), "is neither 0 nor 1", "store flags")
     starts = data.starts
     if len(starts) == 0 or starts[0] != 0 or starts[-1] >= size or (starts.diff() <= 0).any():
         raise DataError(f"{data.name}: episode starts must ascend from 0 and stay below {size}")
 
 
 def reject(data: Dataset, name: str, bad: Tensor, what: str, remedy: str) -> None:
-    rows = bad.view(len(data), -1).any(-1)
-    if rows.any():
-        row = int(rows.nonzero()[0, 0])
-        count = int(rows.sum())
-        value = data[name][row].tolist()
+    rows = bad.view(len(data), -1).any(-1).nonzero()[:, 0].tolist()
+    if rows:
         raise DataError(
-            f"{data.name}: {name} {what} in {count} of {len(data)} rows, first in row {row} "
-            f"({value}); {remedy}"
+            f"{data.name}: {name} {what} in {len(rows)} of {len(data)} rows, first in row "
+            f"{rows[0]} ({data[name][rows[0]].tolist()}); {remedy}"
         )
 
 
@@ -212,39 +201,18 @@ def check_fits(data: Dataset, obs_dim: int, act_dim: int, env: str) -> None:
 # --- the cache: flat arrays, memory-mapped -------------------------------------------------------
 
 
-def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
-    """Make a cache entry at `folder` or nothing at all.
+def cached(folder: Path, fill: Callable[[Path], dict[str, Any]], stamp: Any = None) -> Dataset:
+    """The cache entry at `folder`, made by `fill` unless it is there; see `once` and `write`.
 
     Args:
-        fill: writes `<field>.npy`, `starts.npy` and `returns.npy` into the folder it is given and
-            returns the entry's `name` and `info`.
-
-    Raises:
-        OSError: if the place is not writable or the disk is full; nothing is left behind.
+        stamp: an entry whose info has another one is made anew.
     """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise OSError(
-            f"cannot write the data cache {folder.parent}: {error.strerror or error}; "
-            "set OFFRL_HOME to a folder that is writable"
-        ) from error
-    try:
-        new = temporary / "new"
-        new.mkdir()
-        meta = fill(new)
-        (new / "meta.json").write_text(json.dumps(meta, indent=1))
-        if folder.exists():
-            os.replace(folder, temporary / "old")  # whole until it is gone, for those who read it
-        os.replace(new, folder)
-    except OSError as error:
-        raise OSError(
-            f"cannot write the data cache {folder}: {error.strerror or error}; "
-            "free some space or set OFFRL_HOME to another disk; nothing was left behind"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def ready() -> bool:
+        return folder.exists() and (stamp is None or read(folder).info.get("stamp") == stamp)
+
+    once(folder, ready, lambda: write(folder, fill))
+    return read(folder)
 
 
 def once(folder: Path, ready: Callable[[], bool], make: Callable[[], None]) -> None:
@@ -262,46 +230,91 @@ def once(folder: Path, ready: Callable[[], bool], make: Callable[[], None]) -> N
                 make()
 
 
-@contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> AbstractContextManager[None]:
     """Hold an entry's lock: runs that start together make a data set once, the others wait."""
-    try:
+    with told(folder.parent, WRITABLE):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"cannot write the data cache {folder.parent}: {error.strerror or error}; "
-            "set OFFRL_HOME to a folder that is writable"
-        ) from error
-
-    def busy() -> None:
-        logger.warning("another process is making %s; waiting for it", folder)
-
+    busy = partial(logger.warning, "another process is making %s; waiting for it", folder)
     remedy = "set OFFRL_HOME to a writable folder of a local disk"
-    with locked(folder.parent / f".{folder.name}.lock", busy, remedy):
+    return locked(folder.parent / f".{folder.name}.lock", busy, remedy)
+
+
+@contextmanager
+def told(place: Path, remedy: str) -> Iterator[None]:
+    """Errors of the system within say that the cache cannot be written, and what to do."""
+    try:
         yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write the data cache {place}: {reason}; {remedy}") from error
 
 
-def allocate(path: Path, kind: type | np.dtype, shape: tuple[int, ...]) -> np.memmap:
-    """A new .npy file, mapped for writing, whose blocks on the disk are already its own.
+def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
+    """Make a cache entry at `folder` or nothing at all.
 
-    Without them a disk that fills up while the rows are written kills the process by SIGBUS. macOS
-    cannot be asked for them; on Windows a file has its blocks as soon as it has its size.
+    Args:
+        fill: writes `<field>.npy`, `starts.npy` and `returns.npy` into the folder it is given and
+            returns the entry's `name` and `info`.
 
     Raises:
-        OSError: if the disk has no room for it.
+        OSError: if the place is not writable or the disk is full; nothing is left behind.
     """
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
+    with told(folder.parent, WRITABLE):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+        )
+    remedy = "free some space or set OFFRL_HOME to another disk; nothing was left behind"
+    with temporary, told(folder, remedy):
+        new, old = Path(temporary.name, "new"), Path(temporary.name, "old")
+        new.mkdir()
+        meta = fill(new) | {"fields": [f for f in FIELDS if (new / f"{f}.npy").exists()]}
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        if folder.exists():
+            os.replace(folder, old)  # whole until it is gone, for those who read it
+        os.replace(new, folder)
+
+
+def stream(place: Path, chunks: Iterable[Arrays], rows: int, label: str | None = None) -> list[str]:
+    """Write chunks of rows one after the other into `<name>.npy` in `place`, and name these.
+
+    Plain writes tell of a full disk: a mapped file would end the process, and np.save may lose the
+    last 4 kB without an error.
+
+    Args:
+        rows: of all chunks together.
+        label: of a progress bar; None for no bar.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    with ExitStack() as stack:
+        bar = tqdm(total=rows, desc=label, unit="step", unit_scale=True, disable=label is None)
+        stack.enter_context(bar)
+        files: dict[str, Any] = {}
+        for chunk in chunks:
+            for name, array in chunk.items():
+                if name not in files:
+                    files[name] = stack.enter_context((place / f"{name}.npy").open("wb"))
+                    head = {"descr": array.dtype.str, "fortran_order": False}
+                    head["shape"] = (rows, *array.shape[1:])
+                    np.lib.format.write_array_header_2_0(files[name], head)
+                files[name].write(np.ascontiguousarray(array).data)
+            bar.update(len(array))
+    return list(files)
 
 
 def store(path: Path, array: np.ndarray) -> None:
-    """np.save, which on a full disk may lose the last 4 kB of a file without an error."""
-    file = allocate(path, array.dtype, array.shape)
-    file[...] = array
-    file.flush()
+    """Write one .npy file as `stream` does."""
+    stream(path.parent, [{path.stem: array}], len(array))
+
+
+def store_episodes(place: Path, starts: Tensor, reward: Tensor) -> Tensor:
+    """Write `starts.npy` (E,) and `returns.npy` of rewards (N,); the returns, float64 (E,)."""
+    returns = episode_sums(reward, starts)
+    store(place / "starts.npy", starts.numpy())
+    store(place / "returns.npy", returns.numpy())
+    return returns
 
 
 def read(folder: Path) -> Dataset:
@@ -312,14 +325,11 @@ def read(folder: Path) -> Dataset:
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        arrays = {
-            name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))
-            for name in [*meta["fields"], "starts", "returns"]
-        }
+        load = lambda name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))  # noqa: E731
+        fields = {name: load(name) for name in meta["fields"]}
+        return Dataset(fields, load("starts"), load("returns"), meta["name"], meta["info"])
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"the cache entry {folder} is damaged ({error}); delete it") from error
-    starts, returns = arrays.pop("starts"), arrays.pop("returns")
-    return Dataset(arrays, starts, returns, meta["name"], meta["info"])
 
 
 def home() -> Path:

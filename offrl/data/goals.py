@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.dataset import Dataset
+from offrl.data.dataset import Dataset, episode_of
 from offrl.data.samplers import BUDGET, gatherer
 from offrl.engine.method import Batch, Run, Sampler, Stage, Task
 from offrl.errors import DataError
@@ -57,15 +57,15 @@ class Trajectories:
         size, device = len(self.valid), self.valid.device
         return self.valid[torch.randint(size, shape, generator=generator, device=device)]
 
-    def ahead(self, i: Tensor, steps: int) -> Tensor:
+    def ahead(self, i: Tensor, steps: int | Tensor) -> Tensor:
         """min(i + steps, f)."""
         return torch.minimum(i + steps, self.last[i])
 
     def geometric(self, i: Tensor, discount: float, generator: Generator) -> Tensor:
-        """A trajectory goal, on average 1 / (1 - discount) steps ahead before it meets the end."""
+        """A trajectory goal, on average 1 / (1 - discount) steps ahead."""
         steps = torch.empty(i.shape, dtype=torch.float64, device=i.device)
         steps = steps.geometric_(1 - discount, generator=generator).long()
-        return torch.minimum(i + steps, self.last[i])
+        return self.ahead(i, steps)
 
     def uniform(self, i: Tensor, generator: Generator) -> Tensor:
         """A trajectory goal from the rest of the trajectory."""
@@ -76,12 +76,7 @@ class Trajectories:
     def goals(
         self, i: Tensor, mixture: Mixture, generator: Generator, discount: float | None = None
     ) -> Tensor:
-        """Goals from a mixture of the state itself, its trajectory and all states.
-
-        Args:
-            mixture: the three probabilities; see `check_mixture`.
-            discount: of geometric trajectory goals; None for uniform ones.
-        """
+        """Goals from a mixture; trajectory goals are geometric with a discount, else uniform."""
         current, trajectory, _ = mixture
         if discount is None:
             goal = self.uniform(i, generator)
@@ -95,14 +90,11 @@ class Trajectories:
     def options(
         self, i: Tensor, length: int, mixture: Mixture, discount: float, generator: Generator
     ) -> tuple[Tensor, Tensor]:
-        """Where an option of OTA ends, and the goal it is judged by.
+        """Where an option of OTA ends, and the goal it is judged by; where equal, it succeeds.
 
         An option lasts `length` steps unless the trajectory, or the goal where that lies on it,
         ends it before. The offset of a goal is not scaled by `length`; the "current" goal is the
         option's end.
-
-        Returns:
-            end, goal; the option succeeds where they are equal.
         """
         current, trajectory, _ = mixture
         within = chance(i, trajectory / (1 - current + 1e-6), generator)
@@ -117,21 +109,18 @@ class Trajectories:
     ) -> tuple[Tensor, Tensor]:
         """A high-level actor's goal, and the state `steps` ahead that it should name.
 
-        Args:
-            mixture: the first entry must be 0; trajectory goals are uniform.
+        Trajectory goals are uniform. The state itself has no subgoal: a ValueError if it is asked
+        for as a goal.
 
         Returns:
             goal, target: min(i + steps, goal) for trajectory goals, else min(i + steps, f).
-
-        Raises:
-            ValueError: if the state itself is asked for as a goal, which has no subgoal.
         """
         if mixture[0] > 0:
             raise ValueError(f"actor_goals of a high policy must begin with 0, got {list(mixture)}")
         within = chance(i, mixture[1], generator)
         later = self.uniform(i, generator)
-        target = self.ahead(i, steps)
-        target = torch.where(within, torch.minimum(target, later), target)
+        end = self.ahead(i, steps)
+        target = torch.where(within, torch.minimum(end, later), end)
         return torch.where(within, later, self.anchors(i.shape, generator)), target
 
     def gather(self, *indices: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -169,32 +158,28 @@ def trajectories(
     Raises:
         DataError: if a row's next_obs is not the following row's obs inside an episode.
     """
-    device, size, episodes = torch.device(device), len(data), data.episodes
-    starts, lengths = data.starts.cpu(), data.lengths.cpu()
-    first = starts + torch.arange(episodes)  # state of every episode's first row
-    episode = torch.arange(episodes).repeat_interleave(lengths)
-    valid = torch.arange(size) + episode  # state of every row
-    last = (first + lengths).repeat_interleave(lengths + 1)
-    ends = starts + lengths - 1
+    size, number = len(data), episode_of(data.starts.cpu(), len(data))
+    valid = torch.arange(size) + number  # state of every row
+    ends = data.starts.cpu() + data.lengths.cpu() - 1
+    finals = valid[ends] + 1  # last state of every episode
+    last = finals.repeat_interleave(data.lengths.cpu() + 1)
     fields = {}
     for name in ("obs", "act"):
         value = data[name].cpu()
-        fields[name] = value.new_zeros(size + episodes, *value.shape[1:])
+        fields[name] = value.new_zeros(size + data.episodes, *value.shape[1:])
         fields[name][valid] = value
     following = data["next_obs"].cpu()
-    fields["obs"][first + lengths] = following[ends]
-    inside = torch.ones(size, dtype=torch.bool)
-    inside[ends] = False
-    stray = torch.zeros_like(inside)
+    fields["obs"][finals] = following[ends]
+    stray = torch.zeros(size, dtype=torch.bool)
     for rows in torch.arange(size).split(BLOCK):  # of images all at once would fill the memory
-        apart = fields["obs"][valid[rows] + 1] != following[rows]
-        stray[rows] = apart.flatten(1).any(-1) & inside[rows]
+        stray[rows] = (fields["obs"][valid[rows] + 1] != following[rows]).flatten(1).any(-1)
     if stray.any():
         raise DataError(
             f"{data.name}: next_obs differs from the following row's obs in {int(stray.sum())} "
             f"rows inside of episodes, first in row {int(stray.nonzero()[0, 0])}; goals are drawn "
             "along trajectories, so the rows of an episode must follow each other"
         )
+    device = torch.device(device)
     gather = gatherer(fields, device, budget=budget)
     return Trajectories(gather, valid.to(device), last.to(device))
 

@@ -7,17 +7,14 @@ each row the K nearest rows in state space are stored with their squared distanc
 `reach`: no row outside the list is closer than that. The best cost c of the list is the optimum of
 all rows if c < beta^2 reach, whatever the action and beta. Other queries are searched in full:
 
-- On a CPU by a KD-tree over [beta s, a] or by float32 products, which serve many far queries best:
-  whichever takes less time when such a number of queries is first met.
-- On CUDA by float32 products with all rows: the 8 groups of 32 rows with the smallest values are
-  compared in float64. No B x N matrix is held.
+- By float32 products with all rows: the 8 groups of 32 rows with the smallest values are compared
+  in float64. No B x N matrix is held.
+- On a CPU also by a KD-tree over [beta s, a], where that takes less time when such a number of
+  queries is first met; products serve many far queries best.
 
 Either returns some rows and a lower bound of the costs of all others, with room for rounding, and
 is proven as the lists are. What stays open, such as rows with many exact copies, is compared with
 all rows in float64. The lists are made by the same two searches, in state space.
-
-How many queries stay open is asked of the device in every batch. `budget` fixes their number, which
-a captured update would need, at the price that open queries beyond it are not exact.
 """
 
 import hashlib
@@ -25,7 +22,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from offrl.data.dataset import once, store, write
+from offrl.data.table import take
 from offrl.errors import DataError
 from offrl.nets.kernels.opaque import opaque
 
@@ -45,9 +43,7 @@ GROUP = 32  # rows whose smallest float32 value decides whether they are compare
 GROUPS = 8  # of these per query of the full search by products
 NEAREST = 4  # rows per query of the full search by the tree
 SCORES = {"cpu": 1 << 19, "cuda": 1 << 24}  # float32 scores held at a time: caches of each kind
-RADIUS = (
-    1.0  # state distance at which the tree ends a list; costs below beta^2 RADIUS^2 need no more
-)
+RADIUS = 1.0  # state distance where the tree ends a list; costs below beta^2 RADIUS^2 need no more
 
 Found = tuple[Tensor, Tensor]  # rows (n, C) int64; floor (n,): all other rows cost at least that
 log = logging.getLogger(__name__)
@@ -57,8 +53,8 @@ log = logging.getLogger(__name__)
 class StateNeighbors:
     """Lists of state neighbors and the rows themselves.
 
-    Memory at N rows: N (12 K + 8) bytes of lists (200 MB for a million rows and K = 16; mapped from
-    the cache on a CPU) and 4 N (o + 2 a + 2) of rows; a tree takes 16 N (o + a) more.
+    N (12 K + 8) bytes of lists (200 MB for a million rows and K = 16; mapped from the cache on a
+    CPU) and 4 N (o + 2 a + 2) of rows; a tree takes 16 N (o + a) more.
 
     Attributes:
         act: (N, a) float32.
@@ -68,8 +64,8 @@ class StateNeighbors:
         square: (N, K) float64, squared state distances of the lists, ascending.
         reach: (N,) float64, a lower bound of the squared state distance of all rows outside.
         budget: queries per seed and batch that are searched in full, by products, so that an
-            update can be captured in a graph. None, as `build` leaves it, for as many as needed:
-            always exact, but the host waits for their number.
+            update can be captured in a graph; open queries beyond it are not exact. None, as
+            `build` leaves it, for as many as needed, but the host waits for their number.
         trees: over [beta s, a], of the values of beta met so far; on a CPU only.
         finders: the full search of each beta and each power of two of queries met so far.
     """
@@ -102,7 +98,6 @@ class StateNeighbors:
             digest: of the data set; with the states themselves and k it names the cache entry.
             k: length of the lists; changes the speed, never the answer.
             cache: lists are kept in `cache/neighbors/`; None keeps them in memory only.
-            progress: shows a bar over the rows.
 
         Raises:
             DataError: for states or actions that are not finite float32, or a damaged cache entry.
@@ -139,29 +134,27 @@ class StateNeighbors:
         Returns:
             row: (*S, B) int64.
             info: shares per seed, (*S,): `uncertified`, queries that the lists could not decide,
-                and `self_match`, rows that are their own neighbor. With a `budget` also `overflow`,
+                `self_match`, rows that are their own neighbor, and with a `budget` `overflow`,
                 undecided queries beyond it: they get the best row of their list.
         """
-        names = ("uncertified", "self_match", *(() if self.budget is None else ("overflow",)))
+        names = ("uncertified", "self_match", "overflow")[: 2 if self.budget is None else 3]
 
         def find(index: Tensor, pi: Tensor) -> tuple[Tensor, ...]:
-            row, info = self.find(index.reshape(-1, index.shape[-1]), pi, beta)
-            return row.view(index.shape), *(info[name].view(index.shape[:-1]) for name in names)
+            row, *shares = self.find(index.reshape(-1, index.shape[-1]), pi, beta)
+            return row.view(index.shape), *(share.view(index.shape[:-1]) for share in shares)
 
-        if self.budget is None:  # looks at values: how many queries stay open
-            row, *shares = opaque(find, index, pi)
-        else:
-            row, *shares = find(index, pi)
+        looks = self.budget is None  # at values: how many queries stay open
+        row, *shares = opaque(find, index, pi) if looks else find(index, pi)
         return row, dict(zip(names, shares, strict=True))
 
-    def find(self, query: Tensor, pi: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """`nearest` for query (S, B)."""
+    def find(self, query: Tensor, pi: Tensor, beta: float) -> tuple[Tensor, ...]:
+        """`nearest` for query (S, B): row, and the shares in the order of their names."""
         pi = pi.nan_to_num().reshape(*query.shape, -1)
         listed = take(self.rows, query).long()  # (S, B, K)
         cost = (pi.unsqueeze(-2).double() - take(self.act, listed)).square().sum(-1)
         row, least = lowest(cost + beta**2 * take(self.square, query), listed)  # (S, B)
         gap = beta**2 * take(self.reach, query) - least  # positive: certified
-        info = {"uncertified": (gap <= 0).float().mean(-1)}
+        overflow = []
         if self.budget is None:
             hard = (gap <= 0).nonzero(as_tuple=True)
             if len(hard[0]):
@@ -169,14 +162,12 @@ class StateNeighbors:
         else:
             worst, at = gap.topk(min(self.budget, gap.shape[-1]), largest=False)  # (S, budget)
             i, p = query.gather(-1, at), pi.take_along_dim(at.unsqueeze(-1), -2)
-            found, proven = self.best(
-                i, p, beta, *self.products(i.flatten(), p.flatten(0, 1), beta)
-            )
+            near = self.products(i.flatten(), p.flatten(0, 1), beta)
+            found, proven = self.best(i, p, beta, *near)
             settled = proven & (worst <= 0)
             row.scatter_(-1, at, torch.where(settled, found, row.gather(-1, at)))
-            info["overflow"] = ((gap <= 0).sum(-1) - settled.sum(-1)) / gap.shape[-1]
-        info["self_match"] = (row == query).float().mean(-1)
-        return row, info
+            overflow = [((gap <= 0).sum(-1) - settled.sum(-1)) / gap.shape[-1]]
+        return row, (gap <= 0).float().mean(-1), (row == query).float().mean(-1), *overflow
 
     def search(self, index: Tensor, pi: Tensor, beta: float, least: Tensor) -> Tensor:
         """Full search: index (n,), pi (n, a), a cost within reach (n,) -> (n,) int64."""
@@ -191,18 +182,19 @@ class StateNeighbors:
 
     def finder(self, index: Tensor, pi: Tensor, beta: float, least: Tensor) -> Callable[..., Found]:
         """Products; on a CPU a tree if that takes less time for these queries."""
-        ways = {"products": lambda i, p, _: self.products(i, p, beta)}
-        if self.act.is_cuda:
-            return ways["products"]
-        if beta not in self.trees:
-            self.trees[beta] = Tree(torch.cat([beta * self.obs.double(), self.act], -1))
-        tree = self.trees[beta]
+
+        def by_products(index: Tensor, pi: Tensor, least: Tensor) -> Found:
+            return self.products(index, pi, beta)
 
         def by_tree(index: Tensor, pi: Tensor, least: Tensor) -> Found:
             points = torch.cat([beta * self.obs[index].double(), pi], -1)
-            return tree.find(points, NEAREST, float(least.max()))
+            return self.trees[beta].find(points, NEAREST, float(least.max()))
 
-        ways["tree"] = by_tree
+        if self.act.is_cuda:
+            return by_products
+        if beta not in self.trees:
+            self.trees[beta] = Tree(torch.cat([beta * self.obs.double(), self.act], -1))
+        ways = {"products": by_products, "tree": by_tree}
         name = fastest(ways, index, pi, least)
         log.info("about %d neighbors that the lists leave open are found by %s", len(index), name)
         return ways[name]
@@ -212,10 +204,7 @@ class StateNeighbors:
         return candidates(self.keys, self.obs[index], pi, beta, GROUPS)
 
     def best(self, index: Tensor, pi: Tensor, beta: float, near: Tensor, floor: Tensor) -> Found:
-        """The best of the rows `near` (n, C) in float64 and whether it is proven.
-
-        index (*shape), pi (*shape, a), of n queries -> row int64 and bool of the same shape.
-        """
+        """The best of the rows `near` (n, C) in float64 and whether it is proven, (*index)."""
         obs, pi = self.obs[index.flatten()].double(), pi.flatten(0, -2).double()
         point = take(self.keys, near)  # (n, C, o + a + 2)
         split = obs.shape[-1]
@@ -223,11 +212,6 @@ class StateNeighbors:
         cost += beta**2 * (obs.unsqueeze(-2) - point[..., :split]).square().sum(-1)
         row, least = lowest(cost, near)
         return row.view_as(index), (least < floor).view_as(index)
-
-
-def take(values: Tensor, rows: Tensor) -> Tensor:
-    """values[rows], several times faster on a CPU: (N, *d), (*shape) -> (*shape, *d)."""
-    return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
 
 
 def lowest(cost: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,10 +222,7 @@ def lowest(cost: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def brute_force(obs: Tensor, act: Tensor, index: Tensor, pi: Tensor, beta: float) -> Tensor:
-    """The definition: float64 costs of every row, the lowest row on ties.
-
-    Data obs (N, o), act (N, a) and queries index (n,), pi (n, a) -> (n,) int64.
-    """
+    """The definition: float64 costs of every row. index (n,), pi (n, a) -> (n,) int64."""
     least = torch.full((len(index),), torch.inf, dtype=torch.float64, device=obs.device)
     best = torch.zeros_like(index)
     columns = [(obs[index, c], obs[:, c], beta**2) for c in range(obs.shape[-1])]
@@ -309,12 +290,9 @@ def make_keys(obs: Tensor, act: Tensor) -> Tensor:
 
 
 def candidates(keys: Tensor, obs: Tensor, pi: Tensor, beta: float, groups: int) -> Found:
-    """Rows that may be nearest, by float32 products with all rows, and the floor of the rest.
+    """Rows that may be nearest to obs (n, o) and pi (n, a), and the floor of the rest.
 
-    Args:
-        keys: (padded N, o + a + 2) from `make_keys`.
-        obs, pi: (n, o) and (n, a) queries.
-        groups: number of groups to return per query, of GROUP rows each.
+    Found by float32 products with all rows; so many groups of GROUP rows of the `keys`.
     """
     n, device = len(obs), obs.device
     ones = torch.ones(n, 1, device=device)
@@ -322,7 +300,9 @@ def candidates(keys: Tensor, obs: Tensor, pi: Tensor, beta: float, groups: int) 
     values = torch.empty(n, len(keys) // GROUP, device=device)
     tile = max(1, SCORES[device.type] // GROUP // max(1, n)) * GROUP
     buffer = torch.empty(n * min(tile, len(keys)), device=device)
-    with full_precision():
+    with ExitStack() as stack:  # products in float32, whatever the run allows elsewhere
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
         for start in range(0, len(keys), tile):
             block = keys[start : start + tile]
             scores = torch.mm(query, block.T, out=buffer[: n * len(block)].view(n, len(block)))
@@ -342,17 +322,6 @@ def candidates(keys: Tensor, obs: Tensor, pi: Tensor, beta: float, groups: int) 
     return rows, bound - error
 
 
-@contextmanager
-def full_precision():
-    """Float32 products in float32, whatever the run allows elsewhere (TF32, bfloat16)."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def fastest(ways: dict[str, Callable[..., Found]], *sample: Tensor) -> str:
     """Name of the way that takes the least time for a sample; the answers are the same."""
     seconds: dict[str, float] = {}
@@ -369,11 +338,7 @@ Lists = tuple[Tensor, Tensor, Tensor]  # rows, square and reach of StateNeighbor
 
 
 def cached_lists(obs: Tensor, k: int, progress: bool, digest: str, cache: Path) -> Lists:
-    """Lists from the cache, made on first use; nothing is left there if that is interrupted.
-
-    Raises:
-        DataError: if the entry is damaged.
-    """
+    """Lists from the cache, made on first use; nothing is left there if that is interrupted."""
     states = hashlib.sha256(obs.cpu().numpy().data).hexdigest()
     folder = cache / "neighbors" / f"{digest[:16]}-{states[:16]}-{obs.device.type}-k{k}-v{VERSION}"
     shapes = {"rows": (len(obs), k), "square": (len(obs), k), "reach": (len(obs),)}
@@ -392,18 +357,12 @@ def cached_lists(obs: Tensor, k: int, progress: bool, digest: str, cache: Path) 
             raise ValueError("rows outside the data")
     except (OSError, ValueError) as error:
         raise DataError(f"the cache entry {folder} is damaged ({error}); delete it") from error
-    return torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1]), torch.from_numpy(arrays[2])
+    rows, square, reach = map(torch.from_numpy, arrays)
+    return rows, square, reach
 
 
 def state_lists(obs: Tensor, k: int, progress: bool) -> Lists:
-    """The k nearest states of every state.
-
-    Args:
-        obs: (N, o) float32.
-
-    Returns:
-        rows (N, k) int32, square (N, k) float64 and reach (N,) float64 of `StateNeighbors`.
-    """
+    """The k nearest states of every state (N, o): the lists of `StateNeighbors`."""
     size, device, none = len(obs), obs.device, obs[:, :0]
     keys = make_keys(obs, none)
     order = torch.arange(size, device=device)

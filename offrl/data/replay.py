@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.table import columns, pack, unpack
+from offrl.data.table import columns, pack, take, unpack
 from offrl.engine.method import Batch, Sampler
 
 FILES = 16  # that a full ring is spread over,
@@ -48,6 +48,7 @@ class Replay:
         self.total = 0  # rows that were added, per seed
         self.written = 0  # rows below are in files, or too old to be needed
         self.needed = 0  # first row that the last checkpoint needs
+        self.row_bytes = 4 * math.prod(self.row)
         self.per_file = max(-(-capacity // FILES), LEAST // self.row_bytes, 1)
 
     def add(self, rows: Batch) -> None:
@@ -72,38 +73,31 @@ class Replay:
         """
 
         def sample(generator: Generator) -> Batch:
-            uniform = torch.rand(
-                *self.seeds,
-                batch,
-                dtype=torch.float64,
-                generator=generator,
-                device=self.table.device,
-            )
+            shape, device = (*self.seeds, batch), self.table.device
+            uniform = torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
             row = (uniform * self.size.unsqueeze(-1)).long()  # (*S, B)
             index = row + self.first.unsqueeze(-1)
-            flat = self.table.view(-1, self.row[-1])
-            rows = flat.index_select(0, index.flatten()).view(*index.shape, -1)
+            rows = take(self.table.view(-1, self.row[-1]), index)
             return unpack(rows, self.columns) | {"index": row}
 
         return sample
 
-    def save(self, place: Path, spare: bool = False) -> dict[str, Any]:
+    def save(self, place: Path) -> dict[str, Any]:
         """Bring the rows since the last save to the disk; see `offrl.engine.method.Part`.
 
         Raises:
             OSError: if the disk is full or not writable; the last checkpoint stays complete.
         """
         oldest = max(0, self.total - self.capacity)
-        for path, start, stop in self.pieces(place, max(oldest, self.written), self.total):
+        for path, start, stop, at in self.pieces(place, max(oldest, self.written), self.total):
             rows = self.table.index_select(-2, self.slots(start, stop)).movedim(-2, 0)
-            write(path, self.offset(start), rows.cpu().numpy().tobytes())
+            write(path, at, rows.cpu().numpy().tobytes())
         self.written = self.total
-        if not spare:
-            for path in place.parent.glob(f"{place.name}.replay-*"):
-                number = path.name.rpartition("-")[2]
-                if number.isdigit() and int(number) < self.needed // self.per_file:
-                    path.unlink()
-            self.needed = oldest
+        for path in place.parent.glob(f"{place.name}.replay-*"):
+            number = path.name.rpartition("-")[2]
+            if number.isdigit() and int(number) < self.needed // self.per_file:
+                path.unlink()
+        self.needed = oldest
         return {name: getattr(self, name) for name in ("total", "capacity", "row", "per_file")}
 
     def load(self, state: dict[str, Any], place: Path) -> None:
@@ -121,27 +115,19 @@ class Replay:
             )
         self.per_file = state["per_file"]
         self.needed = max(0, total - capacity)
-        for path, start, stop in self.pieces(place, self.needed, total):
-            rows = read(path, self.offset(start), (stop - start, *self.row))
-            rows = rows.movedim(0, -2).to(self.table.device)
-            self.table.index_copy_(-2, self.slots(start, stop), rows)
+        for path, start, stop, at in self.pieces(place, self.needed, total):
+            rows = read(path, at, (stop - start, *self.row)).movedim(0, -2)
+            self.table.index_copy_(-2, self.slots(start, stop), rows.to(self.table.device))
         self.total = self.written = total
         self.size.fill_(min(total, self.capacity))
 
-    def pieces(self, place: Path, start: int, stop: int) -> Iterator[tuple[Path, int, int]]:
-        """Files of rows start to stop, each with the first of them and the one after the last."""
+    def pieces(self, place: Path, start: int, stop: int) -> Iterator[tuple[Path, int, int, int]]:
+        """Files of rows start to stop: path, first of them, one after the last, bytes before."""
         for number in range(start // self.per_file, -(-stop // self.per_file)):
-            first = number * self.per_file
+            first = max(start, number * self.per_file)
             path = place.with_name(f"{place.name}.replay-{number:06d}")
-            yield path, max(start, first), min(stop, first + self.per_file)
-
-    @property
-    def row_bytes(self) -> int:
-        return 4 * math.prod(self.row)
-
-    def offset(self, row: int) -> int:
-        """Bytes before a row in its file."""
-        return row % self.per_file * self.row_bytes
+            before = first % self.per_file * self.row_bytes
+            yield path, first, min(stop, (number + 1) * self.per_file), before
 
 
 def write(path: Path, offset: int, content: bytes) -> None:

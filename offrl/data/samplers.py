@@ -1,12 +1,13 @@
 """Samplers: functions generator -> Batch over a fixed data set."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from offrl.data.dataset import Dataset
-from offrl.data.table import columns, pack, unpack
+from offrl.data.table import columns, pack, take, unpack
 from offrl.engine.method import Batch, Sampler
 
 BUDGET = 8 << 30  # bytes of transitions that are held on the training device
@@ -51,33 +52,21 @@ def gatherer(
 ) -> Callable[[Tensor], Batch]:
     """Index (*I,) on the device -> fields (*I, ...) there; see `transitions`."""
     size = len(next(iter(fields.values())))
-    first = {name: value[:1].to(device) for name, value in fields.items()}
+
+    def ready(rows: Any) -> Batch:
+        taken = {name: value[rows].to(device) for name, value in fields.items()}
+        return transform(taken) if transform else taken
+
     layout, width = columns(
-        {
-            name: (tuple(value.shape[1:]), value.dtype)
-            for name, value in (transform(first) if transform else first).items()
-        }
+        {name: (tuple(value.shape[1:]), value.dtype) for name, value in ready(slice(1)).items()}
     )
-
     if size * width * 4 > budget:
-
-        def gather(index: Tensor) -> Batch:
-            rows = index.cpu()
-            taken = {name: value[rows].to(device) for name, value in fields.items()}
-            return transform(taken) if transform else taken
-
-        return gather
-
+        return lambda index: ready(index.cpu())
     table = torch.empty(size, width, device=device)
     for start in range(0, size, 1 << 18):
-        block = {name: v[start : start + (1 << 18)].to(device) for name, v in fields.items()}
-        table[start : start + (1 << 18)] = pack(transform(block) if transform else block, layout, 1)
-
-    def select(index: Tensor) -> Batch:
-        rows = table.index_select(0, index.flatten()).view(*index.shape, -1)
-        return unpack(rows, layout)
-
-    return select
+        rows = slice(start, start + (1 << 18))
+        table[rows] = pack(ready(rows), layout, 1)
+    return lambda index: unpack(take(table, index), layout)
 
 
 def mixed(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from offrl.data.collector import each
 from offrl.data.dataset import Dataset
 from offrl.data.samplers import BUDGET, gatherer, prepare
 from offrl.engine.method import Batch, Run, Sampler, Seeds, Stage, Task
@@ -106,31 +107,23 @@ def extend(
     Returns:
         Fields (B, length, ...) as `windows`, zero on pads; the last action is zero.
     """
-    count = len(now["obs"])
+    start, obs = now["start"].bool(), now["obs"]
     if window is None:
-        blank = now["obs"].new_zeros(count, length)
-        window = {
-            "obs": blank.new_zeros(count, length, now["obs"].shape[-1]),
-            "act": blank.new_zeros(count, length, act_dim),
-            "return_to_go": blank,
-            "step_in_episode": blank.long(),
-            "mask": blank,
-        }
-    start = now["start"].bool()
+        blank = obs.new_zeros(len(obs), length)
+        window = dict.fromkeys(("return_to_go", "mask"), blank)
+        widths = {"obs": obs.shape[-1], "act": act_dim}
+        window |= {name: blank.new_zeros(*blank.shape, width) for name, width in widths.items()}
+        window["step_in_episode"] = blank.long()
     rest = window["return_to_go"][:, -1] - now["reward"] / scale
     new = {
-        "obs": now["obs"],
+        "obs": obs,
         "act": torch.zeros_like(window["act"][:, 0]),
         "return_to_go": torch.where(start, goal, rest),
         "step_in_episode": torch.where(start, 0, window["step_in_episode"][:, -1] + 1),
         "mask": torch.ones_like(rest),
     }
-    return {
-        name: torch.cat(
-            [torch.where(per_step(start, value), 0, value[:, 1:]), new[name].unsqueeze(1)], 1
-        )
-        for name, value in window.items()
-    }
+    kept = lambda value: torch.where(per_step(start, value), 0, value[:, 1:])  # noqa: E731
+    return {name: torch.cat([kept(window[name]), new[name].unsqueeze(1)], 1) for name in new}
 
 
 def act_taken(window: Batch, act: Tensor) -> Batch:
@@ -144,19 +137,15 @@ def per_step(flags: Tensor, like: Tensor) -> Tensor:
 
 
 def renewed(memory: Any, start: Tensor) -> Any:
-    """Memory of tensors in dicts, tuples and lists, with zeros in the rows where start (B,) is."""
-    if isinstance(memory, Tensor):
-        return torch.where(per_step(start, memory), 0, memory)
-    if isinstance(memory, dict):
-        return {name: renewed(part, start) for name, part in memory.items()}
-    return type(memory)(renewed(part, start) for part in memory)
+    """A policy's memory with zeros in the rows where start (B,) is 1."""
+    return each(memory, lambda part: torch.where(per_step(start, part), 0, part))
 
 
 def asked_returns(name: str, config: Any, seeds: Seeds, device: torch.device) -> Tensor:
     """The returns that a policy is asked for, divided by the config's scale: (n,).
 
     Raises:
-        ValueError: if there are none, or if the method, which has no seed axes, shall have some.
+        ValueError: if there are none, or for seed axes, which the methods do not have.
     """
     if seeds:
         raise ValueError(f"{name} carries no seed axis: make one per seed")
@@ -181,7 +170,6 @@ def window_stages(
     Args:
         algo: with `config.batch`, `config.context` and `config.scale`. Its `standardize` is made
             here: the authors of these methods add 1e-6 to the std, the engine's statistics 1e-3.
-        between: see `Stage`.
     """
     c, data = algo.config, task.data
     mean, std = data.statistics(eps=1e-6)

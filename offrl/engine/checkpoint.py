@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 2  # 1 listed networks by method and held the whole replay
+FORMAT = 2
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -35,10 +35,10 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         FileNotFoundError: if there is none.
         ValueError: if the file is damaged, or holds anything but tensors and plain values.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path} is not a checkpoint of this library: damaged, cut short, or holding objects "

@@ -1,5 +1,6 @@
 """The learning curve: points played here or in a process of its own, rows of metrics in order."""
 
+import contextlib
 import multiprocessing
 import signal
 from collections.abc import Callable
@@ -51,15 +52,13 @@ class Curve:
     final: dict[str, Tensor] | None = None
     seconds: float = 0.0
 
-    def state(self) -> dict[str, Any]:
-        return dict(vars(self))
-
     @property
     def score(self) -> float | None:
         """The newest value of the headline."""
         return float(self.points[-1][self.headline].mean()) if self.points else None
 
 
+@dataclass
 class Points:
     """Adds points to the curve and rows to the log, in the order of their steps.
 
@@ -67,29 +66,24 @@ class Points:
     values are there, so that a run that dies in between plays it again. While a worker plays, the
     rows that come after it wait.
 
-    Args:
+    Attributes:
         evaluate: plays a point here; None for a run without points.
         worker: plays them beside the training instead.
     """
 
-    def __init__(
-        self,
-        evaluate: Evaluate | None,
-        schedule: Schedule,
-        curve: Curve,
-        log: Log,
-        worker: "AsyncEvaluator | None" = None,
-    ):
-        self.evaluate, self.schedule, self.worker = evaluate, schedule, worker
-        self.curve, self.log = curve, log
-        self.pending: int | None = None
-        self.playing = False
-        self.waiting: list[Row] = []
+    evaluate: Evaluate | None
+    schedule: Schedule
+    curve: Curve
+    log: Log
+    worker: "AsyncEvaluator | None" = None
+    pending: int | None = None
+    playing: bool = False
+    waiting: list[Row] = field(default_factory=list)
 
     @property
     def last(self) -> int | None:
         """The step of the newest point, played or not."""
-        return self.pending if self.pending is not None else next(iter(self.curve.steps[-1:]), None)
+        return self.pending if self.pending is not None else max(self.curve.steps, default=None)
 
     def play(self, algo: Algorithm, path: Path, here: bool = False) -> None:
         """Play the pending point, of the checkpoint at `path`, which `algo` equals."""
@@ -101,12 +95,11 @@ class Points:
 
     def put(self, point: dict[str, Tensor]) -> None:
         assert self.pending is not None
-        step, self.pending, self.playing = self.pending, None, False
-        self.curve.steps.append(step)
+        self.curve.steps.append(self.pending)
         self.curve.points.append(point)
-        for name, values in point.items():
-            means = values.double().mean(-1).reshape(-1).tolist()
-            self.log.write(step, "evaluation", {name: means})
+        means = {name: x.double().mean(-1).reshape(-1).tolist() for name, x in point.items()}
+        self.log.write(self.pending, "evaluation", means)
+        self.pending, self.playing = None, False
 
     def row(self, step: int, stage: str, means: dict[str, list[float]]) -> None:
         """One row of each metric, in the file once the point before it is there."""
@@ -126,9 +119,8 @@ class Points:
         """Wait for the point that is being played, and write what waited for it."""
         if self.playing and self.worker is not None:
             self.put(self.worker.result())
-        for row in self.waiting:
-            self.log.write(*row)
-        self.waiting = []
+        while self.waiting:
+            self.log.write(*self.waiting.pop(0))
 
 
 class AsyncEvaluator:
@@ -195,18 +187,13 @@ class AsyncEvaluator:
 def serve(player: Callable[[], Play], orders: Any) -> None:
     """Body of the process, which ends when the training is gone."""
     play = None
-    while True:
-        try:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            found: Any
             path = orders.recv()
-        except EOFError:
-            return
-        found: Any
-        try:
-            play = play or player()
-            found = play(path)
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        try:
+            try:
+                play = play or player()
+                found = play(path)
+            except Exception as error:
+                found = f"{type(error).__name__}: {error}"
             orders.send(found)
-        except OSError:  # the training is gone
-            return

@@ -33,48 +33,29 @@ class Scenario:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-class Bias:
+def biases(past: Tensor, discount: float, each: int) -> Tensor:
     """A method's estimates of its discounted return, minus what the rest of the episode paid.
 
-    Means over the steps of an episode. Where it was cut off, only steps count whose return the cut
-    weighs by a hundredth or less; nan if there are none.
+    Means over the steps of an episode, (n, each). Where it was cut off, only steps count whose
+    return the cut weighs by a hundredth or less; nan if there are none.
 
     Args:
-        algo: with `estimate` and `config.discount`; see `engine.method.Policy`.
-        count: of environments.
-        each: episodes of each.
-
-    Attributes:
-        values: (count, each).
+        past: estimate, reward, terminal and timeout of the steps of n environments, (T, 4, n).
+        each: episodes of each environment.
     """
-
-    def __init__(self, algo: Any, count: int, each: int):
-        self.estimate, self.discount = algo.estimate, algo.config.discount
-        fades = 0 < self.discount < 1
-        self.tail = math.ceil(math.log(0.01) / math.log(self.discount)) if fades else 0
-        self.values = torch.zeros(count, each)
-        self.past: list[Tensor] = []  # (2, count) each: estimate and reward
-        self.begin = [0] * count
-
-    def add(
-        self,
-        now: Now,
-        act: Tensor,
-        reward: Tensor,
-        terminal: Tensor,
-        timeout: Tensor,
-        finished: Tensor,
-    ) -> None:
-        """One step of all environments, before `finished` counts the episodes that end with it."""
-        self.past.append(torch.stack([self.estimate(now, act).flatten().cpu(), reward]))
-        for i in (terminal + timeout).nonzero().flatten().tolist():
-            if finished[i] < self.values.shape[1]:
-                guess, paid = torch.stack(self.past[self.begin[i] :])[..., i].T.numpy()
-                rest = lfilter([1.0], [1.0, -self.discount], paid[::-1])[::-1]
-                whole = len(rest) if terminal[i] else max(0, len(rest) - self.tail)
-                known = (guess - rest)[:whole]
-                self.values[i, finished[i]] = float(known.mean()) if whole else math.nan
-            self.begin[i] = len(self.past)
+    fades = 0 < discount < 1
+    tail = math.ceil(math.log(0.01) / math.log(discount)) if fades else 0
+    found = torch.full((past.shape[-1], each), math.nan)
+    for i, (guesses, rewards, terminal, timeout) in enumerate(past.permute(2, 1, 0)):
+        begin = 0
+        for k, end in enumerate((terminal + timeout).nonzero().flatten().tolist()[:each]):
+            guess, paid = guesses[begin : end + 1].numpy(), rewards[begin : end + 1].numpy()
+            rest = lfilter([1.0], [1.0, -discount], paid[::-1])[::-1]
+            whole = len(rest) if terminal[end] else max(0, len(rest) - tail)
+            if whole:
+                found[i, k] = float((guess - rest)[:whole].mean())
+            begin = end + 1
+    return found
 
 
 class Evaluator:
@@ -132,7 +113,7 @@ class Evaluator:
 
         Returns:
             Of the headline `return` (undiscounted), `length` and, where the method estimates its
-            returns, `bias` (see `Bias`), (*S, episodes), or (*S, scenarios * episodes) of "all";
+            returns, `bias` (see `biases`), (*S, episodes), or (*S, scenarios * episodes) of "all";
             then (*S, episodes) of every scenario with a name, `return/<name>` and so on.
 
         Raises:
@@ -148,23 +129,18 @@ class Evaluator:
         memory, start, reward = None, torch.ones(count), torch.zeros(count)
         scenario = self.grouped(rows // self.width % len(self.scenarios))
         obs = self.envs.reset()
-        bias = Bias(algo, count, each) if hasattr(algo, "estimate") else None
+        estimate: Any = getattr(algo, "estimate", None)
+        past: list[Tensor] = []  # of the estimates
         while bool((finished < each).any()):
-            now: Now = {
-                "obs": self.grouped(obs),
-                "start": self.grouped(start),
-                "reward": self.grouped(reward),
-                "scenario": scenario,
-                "explore": explore,
-                "generator": generator,
-            }
-            if self.envs.goal is not None:
-                now["goal"] = self.grouped(self.envs.goal)
+            now: Now = {"scenario": scenario, "explore": explore, "generator": generator}
+            seen = {"obs": obs, "start": start, "reward": reward, "goal": self.envs.goal}
+            now |= {name: self.grouped(x) for name, x in seen.items() if x is not None}
             act, memory = algo.act(now, memory)
             step = self.envs.step(act.flatten(0, len(self.seeds)).cpu())
             _, reward, terminal, timeout, obs = step
-            if bias is not None:
-                bias.add(now, act, reward, terminal, timeout, finished)
+            if estimate is not None:
+                guess = estimate(now, act).flatten().cpu()
+                past.append(torch.stack([guess, reward, terminal, timeout]))
             running = (finished < each).float()
             slot = finished.clamp(max=each - 1)
             returns[rows, slot] += reward * running
@@ -175,20 +151,21 @@ class Evaluator:
             if tick is not None and bool(done.any()):
                 tick(int(done.sum()))
         played = {"return": returns, "length": lengths}
-        return self.named(played if bias is None else played | {"bias": bias.values})
+        if estimate is not None:
+            played["bias"] = biases(torch.stack(past), algo.config.discount, each)  # type: ignore
+        return self.named(played)
 
     def named(self, played: dict[str, Tensor]) -> dict[str, Tensor]:
         """The headline and the scenarios of values (environments, episodes of each)."""
         shape = (*self.seeds, len(self.scenarios), -1)
         values = {key: value.view(shape) for key, value in played.items()}
-        if self.headline == "all":
-            found = {key: value.flatten(-2) for key, value in values.items()}
+        best = values["return"].mean(-1).argmax(-1)[..., None, None]
+        if self.headline == "best":
+            found = {k: v.take_along_dim(best, -2).squeeze(-2) for k, v in values.items()}
+        elif self.headline == "first":
+            found = {k: v.select(-2, 0) for k, v in values.items()}
         else:
-            best = values["return"].mean(-1).argmax(-1)[..., None, None]
-            chosen = best if self.headline == "best" else torch.zeros_like(best)
-            found = {
-                key: value.take_along_dim(chosen, -2).squeeze(-2) for key, value in values.items()
-            }
+            found = {k: v.flatten(-2) for k, v in values.items()}
         for i, scenario in enumerate(self.scenarios):
             if scenario.name:
                 found |= {f"{k}/{scenario.name}": v.select(-2, i) for k, v in values.items()}
@@ -203,25 +180,6 @@ class Evaluator:
 
     def close(self) -> None:
         self.envs.close()
-
-
-def evaluator_of(
-    names: Sequence[str],
-    make: Callable[..., Any],
-    seeds: Seeds,
-    episodes: Sequence[int],
-    seed: int,
-    device: torch.device | str = "cpu",
-) -> Evaluator:
-    """The evaluator of a method's scenarios, or of the environment's tasks where it has none.
-
-    Args:
-        names: as `METHOD.scenarios(config)` tells them; the best is the headline.
-        episodes: the numbers of episodes per scenario that it will be asked for.
-    """
-    scenarios, seed = scenarios_of(names, make), derive(seed, "evaluator")
-    headline: Literal["best", "all"] = "best" if names else "all"
-    return Evaluator(make, seeds, width(*episodes), seed, device, scenarios, headline)
 
 
 def scenarios_of(names: Sequence[str], make: Callable[..., Any]) -> list[Scenario]:

@@ -71,11 +71,9 @@ class Log:
         from torch.utils.tensorboard import SummaryWriter
 
         self.seeds = seeds
-        path = folder / "metrics.csv"
-        if saved is not None and path.exists():
-            with open(path, "r+b") as old:
-                old.truncate(saved["metrics_bytes"])
-        self.file = open(path, "w" if saved is None else "a", newline="")  # noqa: SIM115
+        self.file = open(folder / "metrics.csv", "a", newline="")  # noqa: SIM115
+        known = 0 if saved is None else min(saved["metrics_bytes"], self.file.tell())
+        self.file.seek(self.file.truncate(known))
         self.writer = csv.writer(self.file)
         if saved is None:
             self.writer.writerow(["step", "stage", "seed", "name", "value"])

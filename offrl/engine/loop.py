@@ -1,18 +1,18 @@
 """The loop: stages, evaluation, metrics, checkpoints, exact resume. Knows no algorithm."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from offrl.engine import checkpoint, minimize
+from offrl.engine import checkpoint
 from offrl.engine.capture.updates import Speed, Updates
 from offrl.engine.curve import AsyncEvaluator, Curve, Points, Schedule
 from offrl.engine.log import Log, Meter
-from offrl.engine.method import Algorithm, Evaluate, Stage
+from offrl.engine.method import Algorithm, Evaluate, Part, Stage
+from offrl.engine.minimize import Host, Stopped
 from offrl.engine.state import load_state, state_of, tensors
 from offrl.engine.stop import stop_requests
 from offrl.errors import Diverged, Interrupted
@@ -52,9 +52,10 @@ def fit(
 ) -> Curve:
     """Run the stages to their end; returns the learning curve and the final evaluation.
 
-    A checkpoint is written when a stage begins, at every point of the learning curve, at the end of
-    every stage, on an interrupt, and when the run is done. Killed at any moment, the run continues
-    from the last one; on a CPU it then ends bit-equal to an uninterrupted run.
+    A checkpoint is written when a stage begins, at every point of the learning curve, before work
+    between updates that fits models, at the end of every stage, on an interrupt, and when the run
+    is done. Killed at any moment, the run continues from the last one; on a CPU it then ends
+    bit-equal to an uninterrupted run.
 
     Args:
         folder: run directory of this group of seeds.
@@ -64,9 +65,9 @@ def fit(
         resume: continue from the checkpoint in `folder` if there is one.
         report: told the progress about twice a second.
         speed: how updates are made; see `engine.capture.updates.Updates`.
-        headline: name of the values of `evaluate` whose mean is the score.
         worker: plays the points of the curve in a process of its own; values and files are those of
             `evaluate`, which then plays the final evaluation only.
+        headline: name of the values of `evaluate` whose mean is the score.
 
     Raises:
         Diverged: when a metric or parameter stopped being finite, or a metric exploded; the last
@@ -82,64 +83,68 @@ def fit(
     log = Log(folder, seeds, saved)
     curve = Curve(**saved["curve"]) if saved is not None else Curve(headline)
     points = Points(evaluate, schedule, curve, log, worker)
+    about = {"label": label, "seeds": seeds}
     try:
-        return Loop(
-            algo, stages, folder, schedule, seeds, label, report, speed, points, saved
-        ).run()
+        loop = Loop(algo, stages, folder, schedule, about, report, speed, points)
+        if saved is not None:
+            loop.load(saved)
+        return loop.run()
+    except Diverged:
+        points.settle()
+        raise
     finally:
         log.close()
         if worker is not None:
             worker.close()
 
 
+@dataclass
 class Loop:
     """The state of one `fit`: where it stands, and what it writes."""
 
-    def __init__(
-        self,
-        algo: Algorithm,
-        stages: list[Stage],
-        folder: Path,
-        schedule: Schedule,
-        seeds: list[int],
-        label: str,
-        report: Callable[[Progress], None],
-        speed: Speed,
-        points: Points,
-        saved: dict[str, Any] | None,
-    ):
-        self.algo, self.stages, self.folder = algo, stages, folder
-        self.schedule, self.report, self.speed = schedule, report, speed
-        self.seeds, self.label = seeds, label
-        self.points, self.curve, self.log = points, points.curve, points.log
-        self.notes: list[str] = []  # how updates are made
-        self.index = self.step = 0  # stage, and updates made in it
-        self.base = 0  # steps that people saw in the stages before
-        self.begun = False  # whether the current stage's `before` has run
-        self.meter = Meter()
-        self.parts = {name: part for stage in stages for name, part in stage.parts.items()}
-        if saved is not None:
-            self.index, self.step, self.base = saved["stage"], saved["step"], saved["base"]
-            self.begun, points.pending = saved["begun"], saved["pending"]
-            load_state(algo, saved["algo"])
-            self.meter.load(saved["meter"])
-            for name, part in self.parts.items():
-                part.load(saved["parts"][name], self.place(name))
-        self.first = self.global_step
-        self.began = time.monotonic() - self.curve.seconds
-        self.told, self.told_step = 0.0, self.first
-        self.inner = minimize.Inner(self.log, speed, self.notes.append)
+    algo: Algorithm
+    stages: list[Stage]
+    folder: Path
+    schedule: Schedule
+    about: dict[str, Any]  # label and seeds, which the files of a run carry
+    report: Callable[[Progress], None]
+    speed: Speed
+    points: Points
+    index: int = 0  # of the stage
+    step: int = 0  # updates made in it
+    base: int = 0  # steps that people saw in the stages before
+    begun: bool = False  # whether the current stage's `before` has run
+    meter: Meter = field(default_factory=Meter)
+    notes: list[str] = field(default_factory=list)  # how updates are made
+    fitting: list[Any] = field(default_factory=list)  # works between updates that fit models
+    told: tuple[float, int] | None = None  # the last progress: its time and step
+    saved: tuple[int, int] | None = None  # stage and step of the last checkpoint
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.index, self.step, self.base = saved["stage"], saved["step"], saved["base"]
+        self.begun, self.points.pending = saved["begun"], saved["pending"]
+        load_state(self.algo, saved["algo"])
+        self.meter.load(saved["meter"])
+        for name, part in self.parts():
+            part.load(saved["parts"][name], self.folder / name)
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        for stage in self.stages:
+            yield from stage.parts.items()
 
     def run(self) -> Curve:
+        self.first, self.began = self.global_step, time.monotonic() - self.points.curve.seconds
         if self.points.pending is not None:  # the checkpoint was written before it was played
             self.points.play(self.algo, self.folder / "checkpoint.pt")
-        with stop_requests() as self.stopping, self.inner.within(self.stopping):
-            while self.index < len(self.stages):
-                self.run_stage(self.stages[self.index])
-            self.stop_if_asked()
+        with stop_requests() as self.stopping:
+            self.host = Host(self.speed, self.notes.append, self.row, self.stopping)
+            with self.host.lent():
+                while self.index < len(self.stages):
+                    self.run_stage(self.stages[self.index])
+                self.stop_if_asked()
         if self.points.finish(self.algo):
             self.save()
-        return self.curve
+        return self.points.curve
 
     def run_stage(self, stage: Stage) -> None:
         with self.stopping.at_once():  # nothing is lost: the last stage's end is in the checkpoint
@@ -170,40 +175,39 @@ class Loop:
         return stage.stop is not None and stage.stop()
 
     def work_between(self, stage: Stage) -> None:
-        """Do what is due before the next update. Stopped within, the run goes back to this place.
-
-        Works that fit models by `minimize` take long: before them the state is kept in memory.
-        """
+        """Do what is due before the next update. Stopped in a fit, the run goes back to here."""
         due = [work for period, work in stage.between if self.step % period == 0]
-        content = self.content(copied=True) if self.inner.expected(due) else None
+        if any(work in self.fitting for work in due) and self.saved != (self.index, self.step):
+            self.save()
         try:
             for work in due:
-                with self.inner.of(work, stage.name, self.global_step):
-                    if found := work():
-                        self.meter.add(found, self.step)
-        except minimize.Stopped:
-            if content is not None:
-                checkpoint.save(self.folder / "checkpoint.pt", content)
+                begun = self.host.begun
+                if found := work():
+                    self.meter.add(found, self.step)
+                if self.host.begun > begun and work not in self.fitting:
+                    self.fitting.append(work)
+        except Stopped:
             raise Interrupted(
                 f"stopped before update {self.step} of stage {stage.name}; checkpoint written"
             ) from None
 
     def after_update(self, stage: Stage) -> None:
+        """What is due at a step; the checkpoint comes last, for a resumed run goes on behind it."""
         every = self.schedule
         if self.step % every.log_every == 0:
-            self.flush(stage)
-        if self.passes(every.eval_every) and self.step != stage.steps:
-            self.add_point(stage)
+            self.row(self.meter.flush())
         if every.snapshot_every and self.passes(every.snapshot_every):
             self.snapshot()
+        if self.passes(every.eval_every) and self.step != stage.steps:
+            self.add_point(stage)
         self.tell(stage)
 
     def end(self, stage: Stage) -> None:
         """The last point and copy of a stage, what it hands on, and the step to the next one."""
-        self.flush(stage)
-        self.add_point(stage, here=True)
+        self.row(self.meter.flush())
         if self.schedule.snapshot_every and stage.evaluate:
             self.snapshot()
+        self.add_point(stage, here=True)
         self.tell(stage, last=True)
         self.points.settle()
         if stage.finish is not None:
@@ -223,113 +227,83 @@ class Loop:
         if self.points.evaluate is None or not stage.evaluate or self.points.last == step:
             self.save()
             return
-        self.flush(stage)
-        self.points.settle()
+        self.row(self.meter.flush())
         if stage.measure is not None:
             found = stage.measure().items()
             means = {name: value.double().reshape(-1).tolist() for name, value in found}
-            self.log.write(step, "evaluation", means)
+            self.points.row(step, "evaluation", means)
+        self.points.settle()
         self.points.pending = step
         self.save()
         self.points.play(self.algo, self.folder / "checkpoint.pt", here)
 
-    def snapshot(self) -> None:
-        folder, step = self.folder / "snapshots", self.global_step
-        folder.mkdir(exist_ok=True)
-        content = {"label": self.label, "seeds": self.seeds, "step": step}
-        checkpoint.save(folder / f"{step:09d}.pt", content | {"algo": state_of(self.algo)})
-
     @property
     def global_step(self) -> int:
         """The step that people see: updates, or environment steps of an online method."""
-        return self.base + self.clock(self.step)
-
-    def clock(self, step: int) -> int:
-        return self.stages[self.index].clock(step) if self.index < len(self.stages) else 0
+        ended = self.index == len(self.stages)
+        return self.base if ended else self.base + self.stages[self.index].clock(self.step)
 
     def passes(self, period: int) -> bool:
         """Whether the last update reached or passed a multiple of a period of steps."""
-        before = self.base + self.clock(self.step - 1)
+        before = self.base + self.stages[self.index].clock(self.step - 1)
         return self.global_step // period > before // period
 
-    def flush(self, stage: Stage) -> None:
-        """One row of each metric."""
-        try:
-            if self.meter.values:
-                self.points.row(self.global_step, stage.name, self.meter.flush())
-        except Diverged:
-            self.points.settle()
-            raise
+    def row(self, means: dict[str, list[float]]) -> None:
+        """One row of each metric of the current stage."""
+        self.points.row(self.global_step, self.stages[self.index].name, means)
 
     def tell(self, stage: Stage, last: bool = False) -> None:
         now, step = time.perf_counter(), self.global_step
-        if now - self.told < 0.5 and not last:
+        then, there = self.told or (-math.inf, step)
+        if now - then < 0.5 and not last:
             return
-        speed = (step - self.told_step) / (now - self.told) if self.told else 0.0
-        self.log.speed(step, speed)
-        self.told, self.told_step = now, step
-        total = self.base + self.clock(stage.steps) if stage.steps else 0
+        self.told, speed = (now, step), (step - there) / (now - then)
+        self.points.log.speed(step, speed)
+        total = self.base + stage.clock(stage.steps) if stage.steps else 0
         notes, self.notes[:] = list(self.notes), []
-        self.report(Progress(stage.name, self.first, step, total, speed, self.curve.score, notes))
+        score = self.points.curve.score
+        self.report(Progress(stage.name, self.first, step, total, speed, score, notes))
+
+    def snapshot(self) -> None:
+        folder, step = self.folder / "snapshots", self.global_step
+        folder.mkdir(exist_ok=True)
+        content = self.about | {"step": step, "algo": self.state()}
+        checkpoint.save(folder / f"{step:09d}.pt", content)
 
     def save(self) -> None:
+        """Write the checkpoint, with the points and rows of metrics before it."""
         self.points.settle()
-        checkpoint.save(self.folder / "checkpoint.pt", self.content())
-
-    def content(self, copied: bool = False) -> dict[str, Any]:
-        """What a checkpoint holds; `copied` apart from what goes on."""
-        state = state_of(self.algo)
-        try:
-            check_finite(state)
-        except Diverged:
-            self.meter.flush()  # a metric that went wrong before names the cause
-            raise
-        self.curve.seconds = time.monotonic() - self.began
+        self.points.curve.seconds = time.monotonic() - self.began
         content = {
-            "label": self.label,
-            "seeds": self.seeds,
-            "algo": state,
+            "algo": self.state(),
             "stage": self.index,
             "step": self.step,
             "base": self.base,
             "begun": self.begun,
             "global_step": self.global_step,
-            "parts": {
-                name: part.save(self.place(name), copied) for name, part in self.parts.items()
-            },
+            "parts": {name: part.save(self.folder / name) for name, part in self.parts()},
             "meter": self.meter.state(),
-            "curve": self.curve.state(),
+            "curve": vars(self.points.curve),
             "pending": self.points.pending,
-            "metrics_bytes": self.log.flush(),
+            "metrics_bytes": self.points.log.flush(),
         }
-        return copies(content) if copied else content
+        checkpoint.save(self.folder / "checkpoint.pt", self.about | content)
+        self.saved = self.index, self.step
 
-    def place(self, name: str) -> Path:
-        """Where the files of a part begin."""
-        return self.folder / name
+    def state(self) -> dict[str, Any]:
+        """The algorithm's state.
 
-
-def copies(value: Any) -> Any:
-    """The same structure with tensors of its own."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: copies(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(copies(part) for part in value)
-    return value
-
-
-def check_finite(state: dict[str, Any]) -> None:
-    """Stop at the first network or optimizer with a NaN or infinity, or other tensor with a NaN.
-
-    Raises:
-        Diverged: naming the tensor.
-    """
-    for name, part in state.items():
-        for path, value in tensors(part, name):
-            bad = ~value.isfinite() if isinstance(part, dict) else value.isnan()
-            if bool(bad.any()):
-                raise Diverged(
-                    f"{path} holds NaN or infinite values; the last good checkpoint stays"
-                )
+        Raises:
+            Diverged: naming the first network or optimizer with a NaN or infinity, or other tensor
+                with a NaN; or the metric that went wrong before.
+        """
+        state = state_of(self.algo)
+        for name, part in state.items():
+            for path, value in tensors(part, name):
+                bad = ~value.isfinite() if isinstance(part, dict) else value.isnan()
+                if bool(bad.any()):
+                    self.meter.flush()
+                    raise Diverged(
+                        f"{path} holds NaN or infinite values; the last good checkpoint stays"
+                    )
+        return state

@@ -81,11 +81,10 @@ class Part(Protocol):
     `save` returns what belongs into the checkpoint. What is large it brings to files of its own
     whose names begin with `place`, by appending; `load` continues from both. Files may hold more
     than the checkpoint knows, from a session that was killed; what the checkpoint knows must stay
-    readable until `save` is called for the second time after it. `spare` calls do not count: what
-    they return stays in memory, and is written only if the run is stopped.
+    readable until `save` is called for the second time after it.
     """
 
-    def save(self, place: Path, spare: bool = False) -> dict[str, Any]: ...
+    def save(self, place: Path) -> dict[str, Any]: ...
 
     def load(self, state: dict[str, Any], place: Path) -> None: ...
 
@@ -140,7 +139,7 @@ class Task:
     Attributes:
         spec: shapes and statistics.
         data: the `offrl.data.Dataset` to learn from, or None.
-        envs: makes the environments (`offrl.data.collector.Environments`) that a method steps in
+        envs: makes the environments (`offrl.envs.vector.Vector`) that a method steps in
             training, or None.
         evaluate: scores a policy: (algorithm, episodes) -> raw values (*S, n) by name, of episodes
             or of estimates on logged rows; None for a run without a score.

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-from offrl.engine.capture.updates import Speed, Updates
-from offrl.engine.log import Log, Meter
-from offrl.engine.method import Batch, Metrics, Sampler
-from offrl.engine.stop import StopRequests
+import numpy as np
 
-Work = Callable[[], Metrics | None]
+from offrl.engine.capture.updates import Speed, Updates
+from offrl.engine.log import Meter
+from offrl.engine.method import Batch, Metrics, Sampler
+
 BLOCK = 1000  # updates whose metrics are kept on the device
 
 
@@ -17,52 +18,37 @@ class Stopped(Exception):
     """Raised within a fit when the run is asked to stop."""
 
 
-class Inner:
-    """The fits of one run: how their updates are made, and where their metrics go."""
+@dataclass
+class Host:
+    """What a run lends to the fits within it; outside of a run there is none.
 
-    def __init__(
-        self, log: Log | None = None, speed: Speed = "eager", say: Callable[[str], None] = print
-    ):
-        self.log, self.speed, self.say = log, speed, say
-        self.stopping: StopRequests | None = None
-        self.long: list[Work] = []  # works that have fitted something
-        self.work: Work | None = None
-        self.stage, self.step = "", 0
-        self.made: dict[Any, tuple[Sampler, Updates]] = {}  # by update
+    Attributes:
+        speed, say: how updates are made, and who is told; see `Updates`.
+        write: takes the means of metrics.
+        stopping: true once the run is asked to stop.
+        begun: fits so far.
+        made: by the name of a fit, what its updates are made of, and these.
+    """
 
-    def expected(self, due: list[Work]) -> bool:
-        """Whether one of the works is known to fit something."""
-        return any(work in self.long for work in due)
-
-    def updates(self, update: Any, sample: Sampler, turn: Any, algo: Any) -> Updates:
-        """The updates of a fit, captured once for a sampler that stays the same."""
-        if self.log is None:
-            return Updates(update, sample, turn, algo, "eager")
-        if update not in self.made or self.made[update][0] is not sample:
-            self.made[update] = (sample, Updates(update, sample, turn, algo, self.speed, self.say))
-        return self.made[update][1]
+    speed: Speed = "eager"
+    say: Callable[[str], None] = print
+    write: Callable[[dict[str, list[float]]], None] = lambda means: None
+    stopping: Any = False
+    begun: int = 0
+    made: dict[str, tuple[tuple[Any, ...], Updates]] = field(default_factory=dict)
 
     @contextmanager
-    def within(self, stopping: StopRequests) -> Iterator[None]:
+    def lent(self) -> Iterator[None]:
         """Within it `minimize` belongs to this run."""
         global running
-        before, running, self.stopping = running, self, stopping
+        before, running = running, self
         try:
             yield
         finally:
             running = before
 
-    @contextmanager
-    def of(self, work: Work, stage: str, step: int) -> Iterator[None]:
-        """Within it a work of a stage is done, at a step that people see."""
-        self.work, self.stage, self.step = work, stage, step
-        try:
-            yield
-        finally:
-            self.work = None
 
-
-running = Inner()
+running: Host | None = None
 
 
 def minimize(
@@ -75,10 +61,10 @@ def minimize(
 ) -> int:
     """Make updates until `stop`; returns how many were made.
 
-    Captured as a stage's updates are, where update and sampler are the same as at the last call
-    from its first update on. The mean of every metric and the number of updates are logged as
-    <name>/<metric> at the step of the run. Asked to stop, the run goes back to where the work that
-    called this began, and does it again when it is resumed.
+    Captured as a stage's updates are, once for fits of one name whose update, sampler and turn stay
+    the same. The mean of every metric and the number of updates are logged as <name>/<metric> at
+    the step of the run. Asked to stop, the run goes back to where the work that called this began,
+    and does it again when it is resumed.
 
     Args:
         update: (batch, turn) -> metrics; see `Stage`.
@@ -86,26 +72,27 @@ def minimize(
         algo: what the update changes and the run saves, with the run's `generator`.
         stop: asked before every update with its number; True ends the fit.
     """
-    inner, meter, step = running, Meter(), 0
-    if inner.work is not None and inner.work not in inner.long:
-        inner.long.append(inner.work)
-    make = inner.updates(update, sample, turn, algo)
-    sums: dict[str, list[float]] = {}
+    host, meter, step = running or Host(), Meter(), 0
+    host.begun += 1
+    how = update, sample, turn, algo
+    if name not in host.made or host.made[name][0] != how:
+        host.made[name] = how, Updates(*how, host.speed, host.say)
+    make = host.made[name][1]
+    sums: dict[str, Any] = {}
     while not stop(step):
-        if inner.stopping:
+        if host.stopping:
             raise Stopped
         meter.add(make(step), step)
         step += 1
         if step % BLOCK == 0:
             add_up(sums, meter.flush(), BLOCK)
     add_up(sums, meter.flush(), step % BLOCK)
-    if inner.log is not None and step:
-        means = {f"{name}/{key}": [x / step for x in values] for key, values in sums.items()}
-        inner.log.write(inner.step, inner.stage, means | {f"{name}/updates": [float(step)]})
+    if step:
+        means = {f"{name}/{key}": (total / step).tolist() for key, total in sums.items()}
+        host.write(means | {f"{name}/updates": [float(step)]})
     return step
 
 
-def add_up(sums: dict[str, list[float]], means: dict[str, list[float]], count: int) -> None:
+def add_up(sums: dict[str, Any], means: dict[str, list[float]], count: int) -> None:
     for key, values in means.items():
-        before = sums.get(key, [0.0] * len(values))
-        sums[key] = [x + count * value for x, value in zip(before, values, strict=True)]
+        sums[key] = sums.get(key, 0.0) + count * np.array(values)

@@ -24,15 +24,12 @@ def state_of(owner: Any) -> dict[str, Any]:
     Raises:
         TypeError: naming the attribute that is of a kind which cannot be saved.
     """
-    name = type(owner).__name__
-    return {key: packed(value, f"{name}.{key}") for key, value in kept(owner)}
+    return {k: packed(value, f"{type(owner).__name__}.{k}") for k, value in kept(owner).items()}
 
 
-def kept(owner: Any) -> Iterator[tuple[str, Any]]:
+def kept(owner: Any) -> dict[str, Any]:
     """The attributes of an object that are state."""
-    for key, value in vars(owner).items():
-        if not constant(value):
-            yield key, value
+    return {key: value for key, value in vars(owner).items() if not constant(value)}
 
 
 def constant(value: Any) -> bool:
@@ -53,7 +50,7 @@ def packed(value: Any, path: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [packed(part, f"{path}[{i}]") for i, part in enumerate(value)]
     if hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] != "numpy":
-        return {key: packed(part, f"{path}.{key}") for key, part in kept(value)}
+        return {key: packed(part, f"{path}.{key}") for key, part in kept(value).items()}
     raise TypeError(
         f"{path} is a {type(value).__name__}, which cannot be saved; hold it as a tensor, a number "
         "or a frozen dataclass"
@@ -66,12 +63,11 @@ def load_state(owner: Any, state: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the attribute, if the state is of another method or of other sizes.
     """
-    name = type(owner).__name__
-    present = dict(kept(owner))
-    if set(state) != set(present):
+    present = kept(owner)
+    if state.keys() != present.keys():
         raise ValueError(
             f"the checkpoint holds {', '.join(sorted(state))}; "
-            f"{name} needs {', '.join(sorted(present))}"
+            f"{type(owner).__name__} needs {', '.join(sorted(present))}"
         )
     for key, value in state.items():
         setattr(owner, key, unpacked(present[key], value, key))
@@ -82,50 +78,36 @@ def unpacked(current: Any, state: Any, path: str) -> Any:
     try:
         if hasattr(current, "load_state_dict"):
             current.load_state_dict(state)
-            if isinstance(current, torch.optim.Optimizer):
-                place_rates(current)
-            return current
-        if isinstance(current, Generator):
+            for group in getattr(current, "param_groups", ()):
+                if isinstance(rate := group["lr"], Tensor):  # torch leaves it where the file was
+                    group["lr"] = rate.to(group["params"][0].device)
+        elif isinstance(current, Generator):
             current.set_state(state.cpu())
-            return current
-        if isinstance(current, Tensor):
+        elif isinstance(current, Tensor):
             if current.shape != state.shape:
                 raise ValueError(f"shape {tuple(state.shape)}, not {tuple(current.shape)}")
             with torch.no_grad():
                 current.copy_(state)
-            return current
-        if isinstance(current, PLAIN):
+        elif isinstance(current, PLAIN):
             return state
-        if isinstance(current, dict):
-            return {
-                key: unpacked(current[key], part, key) if key in current else part
-                for key, part in state.items()
-            }
-        if isinstance(current, (list, tuple)):
+        elif isinstance(current, dict):
+            return {k: unpacked(current[k], v, k) if k in current else v for k, v in state.items()}
+        elif isinstance(current, (list, tuple)):
             if len(current) != len(state):  # one that grows
                 return type(current)(state)
-            parts = zip(current, state, strict=True)
-            return type(current)(unpacked(*pair, f"{path}[{i}]") for i, pair in enumerate(parts))
-        load_state(current, state)
+            parts = enumerate(zip(current, state, strict=True))
+            return type(current)(unpacked(*pair, f"{path}[{i}]") for i, pair in parts)
+        else:
+            load_state(current, state)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"the checkpoint's {path} does not fit: {error}") from error
     return current
-
-
-def place_rates(optimizer: torch.optim.Optimizer) -> None:
-    """Move learning rates to their parameters: torch leaves a loaded one where the file was."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].to(group["params"][0].device)
 
 
 def tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a state with its path."""
     if isinstance(value, Tensor):
         yield path, value
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from tensors(part, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, (list, tuple)):
-        for i, part in enumerate(value):
-            yield from tensors(part, f"{path}[{i}]")
+    elif isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors(part, f"{path}.{key}".removeprefix("."))

@@ -11,31 +11,22 @@ snapshot.
 
 import difflib
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
 
-PREFIX, VERSION = "dmc-", "v0"
+from offrl.envs.vector import physics, set_physics
+
+PREFIX = "dmc-"
 HORIZON = 1000  # of every task of the suite but lqr, which has none of its own
 UNLIMITED = 1e10  # the bound of a motor without one (lqr); counts as 1
 # what tasks draw for their model, once (lqr) or at a reset: places and sizes of targets, tendons,
 # terrain, springs
-MODEL = (
-    "body_pos",
-    "body_quat",
-    "geom_pos",
-    "geom_quat",
-    "geom_size",
-    "geom_rgba",
-    "site_pos",
-    "site_size",
-    "light_pos",
-    "wrap_prm",
-    "hfield_data",
-    "jnt_stiffness",
-)
+PLACES = ("body_pos", "body_quat", "geom_pos", "geom_quat", "site_pos", "light_pos")
+SIZES = ("geom_size", "geom_rgba", "site_size", "wrap_prm", "hfield_data", "jnt_stiffness")
 
 
 def suite() -> Any:
@@ -64,19 +55,19 @@ def register(name: str) -> str:
     """
     tasks = {f"{PREFIX}{domain}-{task}": (domain, task) for domain, task in suite().ALL_TASKS}
     if name not in tasks:
-        near = difflib.get_close_matches(name, tasks, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"dm-control has no task {name!r}{hint} ({', '.join(tasks)})")
-    domain, task = tasks[name]
-    id = f"{name}-{VERSION}"
+        known = ", ".join(tasks)
+        raise ValueError(f"dm-control has no task {name!r}{nearest(name, tasks)} ({known})")
+    id, made = f"{name}-v0", "offrl.envs.dm_control:DMControl"
     if id not in gymnasium.registry:
-        gymnasium.register(
-            id,
-            "offrl.envs.dm_control:DMControl",
-            max_episode_steps=HORIZON,
-            kwargs={"domain": domain, "task": task},
-        )
+        given = dict(zip(("domain", "task"), tasks[name], strict=True))
+        gymnasium.register(id, made, max_episode_steps=HORIZON, kwargs=given)
     return id
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What a misspelled name may have meant, as a part of a message."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class DMControl(gymnasium.Env):
@@ -110,39 +101,25 @@ class DMControl(gymnasium.Env):
 
     def snapshot(self) -> dict[str, Any]:
         """Simulator, model and random stream: what decides the future. For `restore`."""
-        import mujoco
-
-        physics = self.env.physics
-        kind = mujoco.mjtState.mjSTATE_INTEGRATION
-        state = np.empty(mujoco.mj_stateSize(physics.model.ptr, kind))
-        mujoco.mj_getState(physics.model.ptr, physics.data.ptr, state, kind)
-        draws = self.env.task.random.get_state(legacy=False)
+        model, data = self.env.physics.model, self.env.physics.data
+        _, keys, *draws = self.env.task.random.get_state()
         return {
-            "physics": torch.from_numpy(state),
-            "model": {name: torch.tensor(getattr(physics.model, name)) for name in MODEL},
-            "keys": torch.from_numpy(draws["state"]["key"].astype(np.int64)),
-            "draws": [draws["state"]["pos"], draws["has_gauss"], draws["gauss"]],
+            "physics": physics(model.ptr, data.ptr),
+            "model": {name: torch.tensor(getattr(model, name)) for name in PLACES + SIZES},
+            "keys": torch.from_numpy(keys.astype(np.int64)),
+            "draws": draws,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `snapshot`; the environment must have been reset before."""
         import mujoco
 
-        physics = self.env.physics
+        model, data = self.env.physics.model, self.env.physics.data
         for name, value in state["model"].items():
-            getattr(physics.model, name)[:] = value.numpy()
-        kind = mujoco.mjtState.mjSTATE_INTEGRATION
-        mujoco.mj_setState(physics.model.ptr, physics.data.ptr, state["physics"].numpy(), kind)
-        mujoco.mj_step1(physics.model.ptr, physics.data.ptr)  # what a control step ends with
-        position, has_gauss, gauss = state["draws"]
-        self.env.task.random.set_state(
-            {
-                "bit_generator": "MT19937",
-                "has_gauss": has_gauss,
-                "gauss": gauss,
-                "state": {"key": state["keys"].numpy().astype(np.uint32), "pos": position},
-            }
-        )
+            getattr(model, name)[:] = value.numpy()
+        set_physics(model.ptr, data.ptr, state["physics"])
+        mujoco.mj_step1(model.ptr, data.ptr)  # what a control step ends with
+        self.env.task.random.set_state(("MT19937", state["keys"].numpy(), *state["draws"]))
 
 
 def row(step: Any) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Environments by name: Gymnasium's robots, other suites' tasks and any registered id."""
 
-import difflib
 import functools
 import inspect
 import logging
@@ -103,11 +102,12 @@ def env_id(name: str, version: str | None = None) -> str:
         return f"{ROBOTS[name]}-{version or 'v5'}"
     if name == grid.NAME:
         return grid.ID
-    if ogbench.known(name):
+    bare = name.removesuffix("-v0")  # of the two suites
+    if ogbench.known(bare):
         ogbench.register()
-        return f"{name}-{ogbench.VERSION}"
+        return f"{bare}-v0"
     if name.startswith(dm_control.PREFIX) and name not in gymnasium.registry:
-        return dm_control.register(name)
+        return dm_control.register(bare)
     if name in gymnasium.registry:
         named = name.rpartition("-")[2]
         if version and named in VERSIONS and named != version:
@@ -119,10 +119,9 @@ def env_id(name: str, version: str | None = None) -> str:
             "offrl.data.sources.d4rl.load reads its data"
         )
     known = [*ROBOTS, grid.NAME, *ogbench.NAMES, *gymnasium.registry]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"unknown environment {name!r}{hint}. Known are the robots {', '.join(ROBOTS)}; "
+        f"unknown environment {name!r}{dm_control.nearest(name, known)}. "
+        f"Known are the robots {', '.join(ROBOTS)}; "
         f"{dm_control.PREFIX}<domain>-<task> such as dmc-cheetah-run; OGBench's such as "
         f"{ogbench.NAMES[0]}; {grid.NAME}; and every id registered with Gymnasium"
     )
@@ -167,11 +166,8 @@ def build(
     import mujoco
 
     mujoco.set_mju_user_warning(simulator_warning)
-    from_ogbench = ogbench.known(id.removesuffix(f"-{ogbench.VERSION}"))
-    if from_ogbench:
-        ogbench.register()  # in a process of its own nobody has done it
-    if id.startswith(dm_control.PREFIX) and id not in gymnasium.registry:
-        dm_control.register(id.removesuffix(f"-{dm_control.VERSION}"))
+    env_id(id)  # in a process of its own nobody has registered it
+    from_ogbench = ogbench.known(id.removesuffix("-v0"))
     mode = "rgb_array" if render else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*out of date.*")  # v4, chosen on purpose
@@ -194,8 +190,7 @@ def build(
             env.reset(seed=0)  # its arms have no model before
         env = changed(env, settings, named)
     env = RepeatAction(env, action_repeat) if action_repeat > 1 else env
-    discrete = isinstance(env.action_space, gymnasium.spaces.Discrete)
-    return env if discrete else ScaleAction(env)
+    return env if isinstance(env.action_space, gymnasium.spaces.Discrete) else ScaleAction(env)
 
 
 def engines(env: gymnasium.Env) -> dict[str, str]:
@@ -301,26 +296,18 @@ def lighten(env: gymnasium.Env) -> None:
     if found is None:
         raise ValueError(f"legacy_mass needs a MuJoCo environment, not {env}")
     model, data = found
-    capsule = int(mujoco.mjtGeom.mjGEOM_CAPSULE)
-    sphere = int(mujoco.mjtGeom.mjGEOM_SPHERE)
-    total = model.body_mass.sum()
-    for body in range(1, model.nbody):
-        first, count = model.body_geomadr[body], model.body_geomnum[body]
-        if count == 0:
-            continue
-        new = old = 0.0
-        for geom in range(first, first + count):
-            radius, half, _ = model.geom_size[geom]
-            if model.geom_type[geom] == capsule:
-                new += math.pi * radius**2 * (2 * half + 4 * radius / 3)
-                old += math.pi * radius**2 * (2 * half + radius)
-            elif model.geom_type[geom] == sphere:
-                new += 4 / 3 * math.pi * radius**3
-                old += 4 / 3 * math.pi * radius**3
-            else:
-                raise ValueError(f"legacy_mass knows capsules and spheres only, see geom {geom}")
-        model.body_mass[body] *= old / new
-        model.body_inertia[body] *= old / new
+    kinds = mujoco.mjtGeom.mjGEOM_CAPSULE, mujoco.mjtGeom.mjGEOM_SPHERE
+    capsule, sphere = (model.geom_type == int(kind) for kind in kinds)
+    if (others := np.flatnonzero(~capsule & ~sphere & (model.geom_bodyid > 0))).size:
+        raise ValueError(f"legacy_mass knows capsules and spheres only, see geom {others[0]}")
+    (radius, half, _), total = model.geom_size.T, model.body_mass.sum()
+    ball, rod = 4 / 3 * math.pi * radius**3, math.pi * radius**2
+    volumes = [np.where(capsule, rod * (2 * half + end * radius), ball) for end in (1, 4 / 3)]
+    old, new = (np.bincount(model.geom_bodyid, v, model.nbody) for v in volumes)
+    ratio = np.divide(old, new, out=np.ones(model.nbody), where=new > 0)
+    ratio[0] = 1  # the world
+    model.body_mass[:] *= ratio
+    model.body_inertia[:] *= ratio[:, None]
     if "HalfCheetah" in str(env.spec.id if env.spec else ""):
         mujoco.mj_setTotalmass(model, total)
     mujoco.mj_setConst(model, data)

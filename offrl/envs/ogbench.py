@@ -14,7 +14,6 @@ import gymnasium
 import numpy as np
 
 VERSION = "v0"
-TASKS = 5
 MAZES: dict[str, tuple[str, ...]] = {
     "pointmaze": ("medium", "large", "giant", "teleport"),
     "antmaze": ("medium", "large", "giant", "teleport"),
@@ -60,9 +59,8 @@ def register() -> None:
     try:
         import ogbench  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            "OGBench's environments need the extra: pip install 'offrl[ogbench]'"
-        ) from error
+        extra = "pip install 'offrl[ogbench]'"
+        raise ValueError(f"OGBench's environments need the extra: {extra}") from error
     # of a viewer that the manipulation tasks import and nobody opens
     warnings.filterwarnings("ignore", message=".*DISPLAY environment variable is missing")
 
@@ -87,9 +85,7 @@ class OwnRandomness(gymnasium.Wrapper):
             return self.env.reset(seed=seed, options=options)
 
     def step(self, action: Any):
-        if not self.draws_in_steps:
-            return self.env.step(action)
-        with self.swapped():
+        with self.swapped() if self.draws_in_steps else contextlib.nullcontext():
             return self.env.step(action)
 
     @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Environments stepped together in one process, with automatic restarts and exact snapshots."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 POSITIONS = ("xpos", "xipos")  # of body frames (Ant, Pusher) and centers of mass (Humanoid)
+CLOCK = "_elapsed_steps"  # of Gymnasium's time limit
 
 
 class Vector:
@@ -53,9 +55,8 @@ class Vector:
 
     def reset(self) -> Tensor:
         """First observations (n, o) of episodes started from the seeds."""
-        rows, goals = zip(
-            *[self.restart(i, seed) for i, seed in enumerate(self.seeds)], strict=True
-        )
+        begun = [self.restart(i, seed) for i, seed in enumerate(self.seeds)]
+        rows, goals = zip(*begun, strict=True)
         self.goal = joined(goals)
         return flat(rows)
 
@@ -85,17 +86,14 @@ class Vector:
                     self.goal = self.goal.clone()
                     self.goal[i] = goal
             now.append(obs)
-        next_obs, start = flat(rows), flat(now)
-        reward_, terminal, timeout = torch.from_numpy(scalars)
-        return next_obs, reward_, terminal, timeout, start
+        rewards, terminal, timeout = torch.from_numpy(scalars)
+        return flat(rows), rewards, terminal, timeout, flat(now)
 
     def state(self) -> dict[str, Any]:
         """Exact snapshot of every environment, with its goal."""
         goals = torch.zeros(self.count, 0) if self.goal is None else self.goal
-        return {
-            str(i): snapshot(env) | {"goal": goal}
-            for i, (env, goal) in enumerate(zip(self.envs, goals, strict=True))
-        }
+        pairs = enumerate(zip(self.envs, goals, strict=True))
+        return {str(i): snapshot(env) | {"goal": goal} for i, (env, goal) in pairs}
 
     def load(self, state: dict[str, Any], obs: Tensor) -> tuple[Tensor, Tensor]:
         """Continue from a `state`. Options of the episodes that go on are not asked for again.
@@ -149,23 +147,19 @@ def snapshot(env: gymnasium.Env) -> dict[str, Any]:
 
     MuJoCo's integration state with the body positions that rewards read before a step (of the last
     substep, so nothing computes them anew), or the `state` of Gymnasium's classic control. An
-    environment that has `snapshot` and `restore` of its own is asked. Others, Box2D's among them,
-    give their generator only, and `restore` says so.
+    environment that has `snapshot` and `restore` of its own is asked. Of others, Box2D's among
+    them, the state is missing, and `restore` says so.
     """
     core: Any = env.unwrapped
+    elapsed = env.get_wrapper_attr(CLOCK) or 0 if env.has_wrapper_attr(CLOCK) else 0
     if hasattr(core, "snapshot"):
-        return {"own": core.snapshot(), "elapsed": elapsed(env)}
-    found: dict[str, Any] = {"generator": generator_state(core.np_random)}
+        return {"own": core.snapshot(), "elapsed": elapsed}
+    found = {"generator": generator_state(core.np_random), "elapsed": elapsed}
     if hasattr(core, "model") and hasattr(core, "data"):
-        import mujoco
-
-        kind = mujoco.mjtState.mjSTATE_INTEGRATION
-        physics = np.empty(mujoco.mj_stateSize(core.model, kind))
-        mujoco.mj_getState(core.model, core.data, physics, kind)
         found |= {name: torch.tensor(getattr(core.data, name)) for name in POSITIONS}
-        return found | {"physics": torch.from_numpy(physics), "elapsed": elapsed(env)}
-    if core.__module__.startswith("gymnasium.envs.classic_control"):
-        return found | {"state": torch.tensor(np.asarray(core.state)), "elapsed": elapsed(env)}
+        found["physics"] = physics(core.model, core.data)
+    elif core.__module__.startswith("gymnasium.envs.classic_control"):
+        found["state"] = torch.tensor(np.asarray(core.state))
     return found
 
 
@@ -176,57 +170,44 @@ def restore(env: gymnasium.Env, state: dict[str, Any]) -> bool:
         False if only the generator could be restored, so that the episode must start anew.
     """
     core: Any = env.unwrapped
-    if "own" not in state:
-        set_generator_state(core.np_random, state["generator"])
     if "own" in state:
         core.restore(state["own"])
-    elif "physics" in state:
-        import mujoco
-
-        kind = mujoco.mjtState.mjSTATE_INTEGRATION
-        mujoco.mj_setState(core.model, core.data, state["physics"].numpy(), kind)
+    else:
+        set_generator_state(core.np_random, state["generator"])
+    if "physics" in state:
+        set_physics(core.model, core.data, state["physics"])
         for name in POSITIONS:
             getattr(core.data, name)[:] = state[name].numpy()
     elif "state" in state:
         core.state = state["state"].numpy().copy()
         if hasattr(core, "steps_beyond_terminated"):  # CartPole's own mark of an episode's end
             core.steps_beyond_terminated = None
-    else:
+    elif "own" not in state:
         return False
-    if (clock := limit(env)) is not None:
-        clock._elapsed_steps = state["elapsed"]
+    if env.has_wrapper_attr(CLOCK):
+        env.set_wrapper_attr(CLOCK, state["elapsed"])
     return True
 
 
-def elapsed(env: gymnasium.Env) -> int:
-    clock = limit(env)
-    return 0 if clock is None else clock._elapsed_steps or 0
+def physics(model: Any, data: Any) -> Tensor:
+    """MuJoCo's integration state."""
+    import mujoco
+
+    kind = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(model, kind))
+    mujoco.mj_getState(model, data, state, kind)
+    return torch.from_numpy(state)
 
 
-def limit(env: gymnasium.Env) -> Any:
-    """The time-limit wrapper around an environment, which has the clock, or None."""
-    while isinstance(env, gymnasium.Wrapper):
-        if isinstance(env, gymnasium.wrappers.TimeLimit):
-            return env
-        env = env.env
-    return None
+def set_physics(model: Any, data: Any, state: Tensor) -> None:
+    import mujoco
+
+    mujoco.mj_setState(model, data, state.numpy(), mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
-def generator_state(generator: np.random.Generator) -> dict[str, Any]:
-    """PCG64 state as strings: its integers have 128 bits."""
-    state: Any = generator.bit_generator.state
-    return {
-        "state": str(state["state"]["state"]),
-        "inc": str(state["state"]["inc"]),
-        "has_uint32": state["has_uint32"],
-        "uinteger": state["uinteger"],
-    }
+def generator_state(generator: np.random.Generator) -> str:
+    return json.dumps(generator.bit_generator.state)  # whose integers have 128 bits
 
 
-def set_generator_state(generator: np.random.Generator, state: dict[str, Any]) -> None:
-    generator.bit_generator.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": int(state["state"]), "inc": int(state["inc"])},
-        "has_uint32": state["has_uint32"],
-        "uinteger": state["uinteger"],
-    }
+def set_generator_state(generator: np.random.Generator, state: str) -> None:
+    generator.bit_generator.state = json.loads(state)

@@ -5,7 +5,7 @@ import multiprocessing
 import pickle
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import gymnasium
@@ -74,29 +74,25 @@ class Workers:
             self.processes.append(process)
         self.goal: Tensor | None = None
         self.on_episode: Callable[[int], dict[str, Any] | None] = lambda i: None
-        found = self.ask([("sizes",)] * len(self.pipes))[0]
-        self.obs_dim, self.act_dim, self.discrete, self.players = found
+        self.obs_dim, self.act_dim, self.discrete, self.players = self.ask("sizes")[0]
 
     def reset(self) -> Tensor:
-        return self.joined(self.ask([("reset",)] * len(self.pipes)))[0]
+        return self.joined(self.ask("reset"))[0]
 
     def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         array = act.numpy()
-        orders = [("step", array[places]) for places in self.places]
-        next_obs, reward, terminal, timeout, now = self.joined(self.ask(orders))
+        found = self.joined(self.ask("step", [array[places] for places in self.places]))
+        next_obs, reward, terminal, timeout, now = found
         return next_obs, reward, terminal, timeout, now
 
     def state(self) -> dict[str, Any]:
-        parts = [pickle.loads(part) for part in self.ask([("state",)] * len(self.pipes))]
-        pairs = zip(self.places, parts, strict=True)
+        pairs = zip(self.places, map(pickle.loads, self.ask("state")), strict=True)
         return {str(i): part[str(k)] for places, part in pairs for k, i in enumerate(places)}
 
     def load(self, state: dict[str, Any], obs: Tensor) -> tuple[Tensor, Tensor]:
-        orders = []
-        for places in self.places:
-            own = {str(k): state[str(i)] for k, i in enumerate(places)}
-            orders.append(("load", pickle.dumps(own), obs.numpy()[places]))
-        rows, anew = self.joined(self.ask(orders))
+        own = [{str(k): state[str(i)] for k, i in enumerate(places)} for places in self.places]
+        parts = [obs.numpy()[places] for places in self.places]
+        rows, anew = self.joined(self.ask("load", map(pickle.dumps, own), parts))
         return rows, anew
 
     def close(self) -> None:
@@ -104,11 +100,12 @@ class Workers:
             process.kill()
             process.join()
 
-    def ask(self, orders: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Each worker's answer to its order."""
+    def ask(self, name: str, *given: Iterable[Any]) -> list[Any]:
+        """Each worker's answer to an order, of which it is given its own part."""
+        parts = zip(*given, strict=True) if given else [()] * len(self.pipes)
         try:
-            for pipe, order in zip(self.pipes, orders, strict=True):
-                pipe.send(order)
+            for pipe, part in zip(self.pipes, parts, strict=True):
+                pipe.send((name, *part))
             return [self.answer(*pair) for pair in zip(self.pipes, self.places, strict=True)]
         except (EOFError, OSError) as error:
             raise OSError("a process that steps environments died; resume the run") from error
@@ -145,20 +142,16 @@ def serve(share: bytes, orders: Any) -> None:
         return goal, [x.numpy() for x in found]
 
     envs.on_episode = ask
+    answers: dict[str, Callable[..., Any]] = {
+        "sizes": lambda: (envs.obs_dim, envs.act_dim, envs.discrete, envs.players),
+        "reset": lambda: rows(envs.reset()),
+        "step": lambda act: rows(*envs.step(torch.from_numpy(act))),
+        "state": lambda: pickle.dumps(envs.state()),
+        "load": lambda state, obs: rows(*envs.load(pickle.loads(state), torch.from_numpy(obs))),
+    }
     while True:
         try:
             name, *given = orders.recv()
         except EOFError:
             return
-        answer: Any
-        if name == "step":
-            answer = rows(*envs.step(torch.from_numpy(given[0])))
-        elif name == "reset":
-            answer = rows(envs.reset())
-        elif name == "state":
-            answer = pickle.dumps(envs.state())
-        elif name == "load":
-            answer = rows(*envs.load(pickle.loads(given[0]), torch.from_numpy(given[1])))
-        else:
-            answer = envs.obs_dim, envs.act_dim, envs.discrete, envs.players
-        orders.send(answer)
+        orders.send(answers[name](*given))

@@ -6,19 +6,17 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from offrl.nets.linear import Dims, Source, device_of
 from offrl.nets.mlp import MLP
+
+HALF = 0.5 * math.log(2 * math.pi)
 
 
 class Actor(nn.Module):
     """Deterministic policy: obs (*S, B, o) -> tanh action (*S, B, a)."""
 
     def __init__(
-        self,
-        obs_dim: int,
-        act_dim: int,
-        hidden: tuple[int, ...],
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
+        self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims = (), generator: Source = None
     ):
         super().__init__()
         self.net = MLP((obs_dim, *hidden, act_dim), seeds, generator)
@@ -30,17 +28,11 @@ class Actor(nn.Module):
 class GaussianActor(nn.Module):
     """Tanh-squashed diagonal Gaussian: obs (*S, B, o) -> mean and log std before the tanh.
 
-    The log standard deviation is clamped to [-20, 2] (Haarnoja et al. 2018, as in
-    Stable-Baselines3).
+    The log std is clamped to [-20, 2] (Haarnoja et al. 2018, as in Stable-Baselines3).
     """
 
     def __init__(
-        self,
-        obs_dim: int,
-        act_dim: int,
-        hidden: tuple[int, ...],
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
+        self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims = (), generator: Source = None
     ):
         super().__init__()
         self.net = MLP((obs_dim, *hidden, 2 * act_dim), seeds, generator)
@@ -64,17 +56,11 @@ class Gaussian(nn.Module):
     """
 
     def __init__(
-        self,
-        obs_dim: int,
-        act_dim: int,
-        hidden: tuple[int, ...],
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
+        self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims = (), generator: Source = None
     ):
         super().__init__()
         self.net = MLP((obs_dim, *hidden, act_dim), seeds, generator, "tanh", last=0.01)
-        device = None if generator is None else generator.device
-        self.log_std = nn.Parameter(torch.zeros(*seeds, 1, act_dim, device=device))
+        self.log_std = nn.Parameter(torch.zeros(*seeds, 1, act_dim, device=device_of(generator)))
 
     def best(self, obs: Tensor) -> Tensor:
         return self.net(obs)
@@ -87,9 +73,8 @@ class Gaussian(nn.Module):
     def judge(self, obs: Tensor, act: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probability of act (*S, B, a), and the entropy, (*S, B) both."""
         noise = (act - self.net(obs)) * (-self.log_std).exp()
-        half = 0.5 * math.log(2 * math.pi)
-        entropy = (self.log_std + 0.5 + half).sum(-1)
-        log_prob = (-0.5 * noise.square() - self.log_std - half).sum(-1)
+        entropy = (self.log_std + 0.5 + HALF).sum(-1)
+        log_prob = (-0.5 * noise.square() - self.log_std - HALF).sum(-1)
         return log_prob, entropy.expand_as(log_prob)
 
 
@@ -97,12 +82,7 @@ class Categorical(nn.Module):
     """Distribution over discrete actions by logits."""
 
     def __init__(
-        self,
-        obs_dim: int,
-        act_dim: int,
-        hidden: tuple[int, ...],
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
+        self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims = (), generator: Source = None
     ):
         super().__init__()
         self.net = MLP((obs_dim, *hidden, act_dim), seeds, generator, "tanh", last=0.01)
@@ -125,9 +105,8 @@ class Categorical(nn.Module):
 def squashed_log_prob(raw: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
     """Log-density of tanh(raw) where raw = mean + exp(log_std) noise, summed over the last axis.
 
-    The log-determinant of tanh is written 2 (log 2 - u - softplus(-2 u)), which is stable for
-    large |u|.
+    The log-determinant of tanh, 2 (log 2 - u - softplus(-2 u)), is stable in this form.
     """
-    normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    normal = -0.5 * noise.square() - log_std - HALF
     log_det = 2 * (math.log(2) - raw - F.softplus(-2 * raw))
     return (normal - log_det).sum(-1)

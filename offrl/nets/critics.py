@@ -1,9 +1,10 @@
 """Ensembles of action-value networks."""
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from offrl.nets.kernels.chain import chain
+from offrl.nets.linear import Dims, Source
 from offrl.nets.mlp import MLP
 
 
@@ -14,10 +15,10 @@ class Critics(nn.Module):
         self,
         obs_dim: int,
         act_dim: int,
-        hidden: tuple[int, ...],
+        hidden: Dims,
         count: int = 2,
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
+        seeds: Dims = (),
+        generator: Source = None,
     ):
         super().__init__()
         self.net = MLP((obs_dim + act_dim, *hidden, 1), (*seeds, count), generator)
@@ -36,15 +37,12 @@ class Critics(nn.Module):
         return self.net.head(features).squeeze(-1)
 
     @property
-    def last(self) -> tuple[Tensor, Tensor]:
+    def last(self) -> tuple[Tensor, ...]:
         """Weight (*S, E, m, 1) and bias (*S, E, 1, 1) of the last layer."""
-        return self.net.pairs()[-1]
+        return self.net.maps()[-1]
 
     def first(self, obs: Tensor, act: Tensor) -> Tensor:
         """Q of the first network, (*S, B), with its weights held fixed: what a DPG actor climbs."""
         x = torch.cat([obs, act], -1)
-        one = [
-            (weight.detach().select(-3, 0), bias.detach().select(-3, 0))
-            for weight, bias in self.net.pairs()
-        ]
+        one = [[p.detach().select(-3, 0) for p in layer] for layer in self.net.maps()]
         return chain(x, one).squeeze(-1)

@@ -6,6 +6,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from offrl.nets.linear import Source, device_of
+
 SIDE = 64
 FEATURES = 512
 STAGES = (16, 32, 32)  # channels
@@ -23,12 +25,11 @@ class Impala(nn.Module):
     maximum.
     """
 
-    def __init__(self, channels: int, generator: Generator | None = None):
+    def __init__(self, channels: int, generator: Source = None):
         super().__init__()
-        device = generator.device if generator else None
-        self.channels = channels
-        widths = (channels, *STAGES)
-        self.stages = nn.Sequential(*[Block(i, o, device) for i, o in pairwise(widths)])
+        device = device_of(generator)
+        blocks = [Block(i, o, device) for i, o in pairwise((channels, *STAGES))]
+        self.stages = nn.Sequential(*blocks)
         flat = STAGES[-1] * (SIDE // 2 ** len(STAGES)) ** 2
         self.last = nn.Linear(flat, FEATURES, device=device)
         for module in self.modules():

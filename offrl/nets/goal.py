@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from offrl.nets.encoders import FEATURES, SIDE, Impala
+from offrl.nets.linear import Dims, Source
 from offrl.nets.mlp import MLP
 
 
@@ -24,13 +25,7 @@ class Sight(nn.Module):
         ValueError: for images of another size, or with seed axes, which encoders do not carry.
     """
 
-    def __init__(
-        self,
-        sizes: tuple[int, ...],
-        images: int = 0,
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
-    ):
+    def __init__(self, sizes: Dims, images: int = 0, seeds: Dims = (), generator: Source = None):
         super().__init__()
         for size in sizes[:images]:
             if size != 3 * SIDE**2:
@@ -51,20 +46,14 @@ class Sight(nn.Module):
 
 
 class GoalRep(nn.Module):
-    """phi([s; g]): obs (*S, B, o), goal (*S, B, g) -> (*S, B, d) of length sqrt(d)."""
+    """phi([s; g]): obs (*S, B, o), goal (*S, B, g), of `sizes` o and g -> (*S, B, d) of length
+    sqrt(d)."""
 
     def __init__(
-        self,
-        obs_dim: int,
-        goal_dim: int,
-        rep_dim: int,
-        hidden: tuple[int, ...],
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
-        images: bool = False,
+        self, sizes: Dims, rep_dim: int, hidden: Dims, seeds: Dims, generator: Source, images: bool
     ):
         super().__init__()
-        self.sight = Sight((obs_dim, goal_dim), 2 * images, seeds, generator)
+        self.sight = Sight(sizes, 2 * images, seeds, generator)
         dims = (self.sight.size, *hidden, rep_dim)
         self.net = MLP(dims, seeds, generator, "gelu", norm=True)
 
@@ -83,17 +72,11 @@ class Values(nn.Module):
 
     Args:
         sizes, images: see `Sight`; the heads share its encoder.
-        heads: None for one value without an axis of its own.
+        heads: 0 for one value without an axis of its own.
     """
 
     def __init__(
-        self,
-        sizes: tuple[int, ...],
-        hidden: tuple[int, ...],
-        heads: int | None = None,
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
-        images: int = 0,
+        self, sizes: Dims, hidden: Dims, heads: int, seeds: Dims, generator: Source, images: int
     ):
         super().__init__()
         self.heads = heads
@@ -109,25 +92,20 @@ class Values(nn.Module):
 class RepValues(nn.Module):
     """Independent values of observations and phi: heads of one level or of several.
 
-    The heads of a level share its encoder of images.
+    Args:
+        sizes: of an observation and phi.
+        lead: (levels, heads), or (heads,) of one level, which share its encoder of images.
     """
 
     def __init__(
-        self,
-        obs_dim: int,
-        rep_dim: int,
-        hidden: tuple[int, ...],
-        levels: int,
-        heads: int,
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
-        images: bool = False,
+        self, sizes: Dims, hidden: Dims, lead: Dims, seeds: Dims, generator: Source, images: bool
     ):
         super().__init__()
-        sights = [Sight((obs_dim, rep_dim), int(images), seeds, generator) for _ in range(levels)]
+        levels = range(lead[0] if len(lead) > 1 else 1)
+        sights = [Sight(sizes, images, seeds, generator) for _ in levels]
         self.sights = nn.ModuleList(sights)
-        lead = (*seeds, levels, heads) if levels > 1 else (*seeds, heads)
-        self.net = MLP((sights[0].size, *hidden, 1), lead, generator, "gelu", norm=True)
+        dims = (sights[0].size, *hidden, 1)
+        self.net = MLP(dims, (*seeds, *lead), generator, "gelu", norm=True)
 
     def forward(self, *levels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         """All heads at several (obs, phi), as many for every level, in one call.
@@ -147,21 +125,14 @@ class GoalActor(nn.Module):
     """The mean of a Gaussian policy of standard deviation 1: obs, goal -> (*S, B, outputs).
 
     Args:
-        images: see `Sight`.
+        sizes, images: see `Sight`.
     """
 
     def __init__(
-        self,
-        obs_dim: int,
-        goal_dim: int,
-        outputs: int,
-        hidden: tuple[int, ...],
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
-        images: int = 0,
+        self, sizes: Dims, outputs: int, hidden: Dims, seeds: Dims, generator: Source, images: int
     ):
         super().__init__()
-        self.sight = Sight((obs_dim, goal_dim), images, seeds, generator)
+        self.sight = Sight(sizes, images, seeds, generator)
         dims = (self.sight.size, *hidden, outputs)
         # variance scaling of 1e-2 for the mean's layer
         self.net = MLP(dims, seeds, generator, "gelu", last=0.1)
@@ -192,9 +163,7 @@ class GoalColumns(nn.Module):
 
     index: Tensor
 
-    def __init__(
-        self, obs_dim: int, columns: tuple[int, ...] = (), device: torch.device | None = None
-    ):
+    def __init__(self, obs_dim: int, columns: Dims = (), device: torch.device | None = None):
         super().__init__()
         if columns and not 0 <= min(columns) <= max(columns) < obs_dim:
             raise ValueError(

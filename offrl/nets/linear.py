@@ -5,31 +5,31 @@ from torch import Generator, Tensor, nn
 
 from offrl.nets.kernels.chain import chain
 
+Dims = tuple[int, ...]  # widths, or stacked axes such as (*seeds, ensemble)
+Source = Generator | None  # of initial weights, which lie on its device; None: torch's own, CPU
+
+
+def uniform(*shape: int, fan_in: int, generator: Source) -> nn.Parameter:
+    """A parameter drawn in +-1/sqrt(fan_in)."""
+    value, bound = torch.empty(*shape, device=device_of(generator)), fan_in**-0.5
+    return nn.Parameter(value.uniform_(-bound, bound, generator=generator))
+
+
+def device_of(generator: Source) -> torch.device | None:
+    return None if generator is None else generator.device
+
 
 class Linear(nn.Module):
     """Affine map x @ weight + bias with optional leading axes for seeds and ensembles.
 
     weight (*lead, in, out), bias (*lead, 1, out); x (*lead or shorter or 1s, B, in) broadcasts
-    against `lead`. Initialization: uniform in +-1/sqrt(in) for both, the default of
-    torch.nn.Linear, drawn from `generator` on its device.
+    against `lead`. Initialization: `uniform` for both, the default of torch.nn.Linear.
     """
 
-    def __init__(
-        self,
-        fan_in: int,
-        fan_out: int,
-        lead: tuple[int, ...] = (),
-        generator: Generator | None = None,
-    ):
+    def __init__(self, fan_in: int, fan_out: int, lead: Dims = (), generator: Source = None):
         super().__init__()
-        device = generator.device if generator is not None else None
-
-        def draw(rows: int) -> nn.Parameter:
-            value = torch.empty(*lead, rows, fan_out, device=device)
-            return nn.Parameter(value.uniform_(-(fan_in**-0.5), fan_in**-0.5, generator=generator))
-
-        self.weight = draw(fan_in)
-        self.bias = draw(1)
+        self.weight = uniform(*lead, fan_in, fan_out, fan_in=fan_in, generator=generator)
+        self.bias = uniform(*lead, 1, fan_out, fan_in=fan_in, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., B, in) -> (*lead, B, out)."""

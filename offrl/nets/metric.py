@@ -2,9 +2,10 @@
 symmetric."""
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from offrl.nets.goal import Sight
+from offrl.nets.linear import Dims, Source, device_of
 from offrl.nets.mlp import MLP
 
 COMPONENT = 8  # intervals that are united to one component
@@ -23,21 +24,19 @@ class IQE(nn.Module):
     def __init__(
         self,
         inputs: int,
-        hidden: tuple[int, ...],
+        hidden: Dims,
         latent: int = 512,
-        seeds: tuple[int, ...] = (),
-        generator: Generator | None = None,
+        seeds: Dims = (),
+        generator: Source = None,
         images: bool = False,
     ):
         super().__init__()
         if latent % COMPONENT:
             raise ValueError(f"the latent's size must be a multiple of {COMPONENT}, got {latent}")
-        self.sight = Sight((inputs,), int(images), seeds, generator)
+        self.sight = Sight((inputs,), images, seeds, generator)
         dims = (self.sight.size, *hidden, latent)
         self.net = MLP(dims, seeds, generator, "gelu", norm=True)
-        self.mix = nn.Parameter(
-            torch.zeros(*seeds, 1, device=generator.device if generator else None)
-        )
+        self.mix = nn.Parameter(torch.zeros(*seeds, 1, device=device_of(generator)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Latents (*S, B, latent)."""

@@ -1,18 +1,13 @@
 """Multilayer perceptrons with optional leading axes, and standardization of observations."""
 
-import math
-from itertools import pairwise
-from typing import Literal, cast
+from itertools import pairwise, zip_longest
+from typing import Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from offrl.nets.kernels import gelu
-from offrl.nets.kernels.chain import chain, matrices, through
-from offrl.nets.linear import Linear
-
-Activation = Literal["relu", "tanh", "gelu"]
-ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": gelu.gelu}
+from offrl.nets.kernels.chain import chain, matrices
+from offrl.nets.linear import Dims, Linear, Source, device_of
 
 
 class MLP(nn.Module):
@@ -20,15 +15,11 @@ class MLP(nn.Module):
 
     The activation decides the initial weights. relu: all uniform in +-1/sqrt(fan-in), as
     torch.nn.Linear. tanh: orthogonal, of gain sqrt 2, 1 in the last layer, biases 0. gelu, in its
-    tanh approximation: Xavier uniform, biases 0.
-
-    Twice differentiable. On a CPU, relu without norm and gelu are one node of the graph: see
-    `offrl.nets.kernels`.
+    tanh approximation: Xavier uniform, biases 0. Computed by `offrl.nets.kernels.chain`.
 
     Args:
         dims: widths from input to output, at least two.
         lead: stacked axes of the parameters, such as (*seeds, ensemble).
-        generator: source of the initial weights; its device holds them.
         norm: LayerNorm after each activation, with an epsilon of 1e-6.
         last: multiplies the last layer's initial weights.
 
@@ -37,19 +28,19 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        dims: tuple[int, ...],
-        lead: tuple[int, ...] = (),
-        generator: Generator | None = None,
-        activation: Activation = "relu",
+        dims: Dims,
+        lead: Dims = (),
+        generator: Source = None,
+        activation: Literal["relu", "tanh", "gelu"] = "relu",
         norm: bool = False,
         last: float = 1.0,
     ):
         super().__init__()
-        self.activation, device = activation, generator.device if generator else None
+        self.activation, device = activation, device_of(generator)
         layers = [Linear(i, o, lead, generator) for i, o in pairwise(dims)]
-        for layer in layers[:-1]:
-            initialize(layer, activation, math.sqrt(2) if activation == "tanh" else 1.0, generator)
-        initialize(layers[-1], activation, last, generator)
+        inner = 2**0.5 if activation == "tanh" else 1.0
+        for layer in layers:
+            initialize(layer, activation, last if layer is layers[-1] else inner, generator)
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(Norm(width, lead, device) for width in dims[1:-1] if norm)
 
@@ -58,53 +49,39 @@ class MLP(nn.Module):
         maps = self.maps()
         if frozen:
             maps = [tuple(p.detach() for p in each) for each in maps]
-        if self.activation == "gelu":
-            return gelu.network(x, maps)
-        if self.activation == "relu" and not self.norms:
-            return chain(x, [(weight, bias) for weight, bias in maps])
-        return through(x, maps, ACTIVATIONS[self.activation])
+        return chain(x, maps, kind=self.activation)
 
     def features(self, x: Tensor) -> Tensor:
         """What the last map is applied to, after its activation and norm: (*lead, B, dims[-2])."""
-        if self.activation == "relu" and not self.norms:
-            return chain(x, self.pairs()[:-1], rectified=True)
-        return through(x, self.maps()[:-1], ACTIVATIONS[self.activation], bare=0)
+        return chain(x, self.maps()[:-1], last=True, kind=self.activation)
 
     def head(self, features: Tensor) -> Tensor:
         """The last map: head(features(x)) is the network's output, for gelu but for rounding."""
-        return chain(features, self.pairs()[-1:])
-
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of every map, as `chain` takes them."""
-        return [(layer.weight, layer.bias) for layer in cast(list[Linear], self.layers)]
+        return chain(features, self.maps()[-1:])
 
     def maps(self) -> list[tuple[Tensor, ...]]:
         """Weight and bias of every map and, with norms, their scale and shift."""
-        maps: list[tuple[Tensor, ...]] = [*self.pairs()]
-        for i, norm in enumerate(cast(list[Norm], self.norms)):
-            maps[i] += (norm.weight, norm.bias)
-        return maps
+        layers, norms = ([(p.weight, p.bias) for p in ps] for ps in (self.layers, self.norms))
+        return [(*layer, *norm) for layer, norm in zip_longest(layers, norms, fillvalue=())]
 
 
 class Norm(nn.Module):
     """Scale and shift (*lead, 1, width) of a LayerNorm over the last axis."""
 
-    def __init__(self, width: int, lead: tuple[int, ...] = (), device: torch.device | None = None):
+    def __init__(self, width: int, lead: Dims, device: torch.device | None):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(*lead, 1, width, device=device))
         self.bias = nn.Parameter(torch.zeros(*lead, 1, width, device=device))
 
 
 @torch.no_grad()
-def initialize(
-    layer: Linear, activation: Activation, gain: float, generator: Generator | None
-) -> None:
+def initialize(layer: Linear, activation: str, gain: float, generator: Source) -> None:
     """Initial weights as the activation has them, times `gain`."""
     if activation == "relu":
         layer.weight.mul_(gain)
         return
     if activation == "tanh":
-        for weight in matrices(layer.weight):
+        for weight in matrices(layer.weight, layer.weight):
             nn.init.orthogonal_(weight, gain, generator=generator)
     else:
         bound = gain * (6 / sum(layer.weight.shape[-2:])) ** 0.5
@@ -117,7 +94,6 @@ class Standardize(nn.Module):
 
     Args:
         mean, std: float32 (obs_dim,); None for the identity (mean 0, std 1).
-        obs_dim: used when the statistics are None.
     """
 
     mean: Tensor
@@ -150,7 +126,7 @@ class Running(nn.Module):
     variance: Tensor
     count: Tensor
 
-    def __init__(self, width: int, seeds: tuple[int, ...], device: torch.device):
+    def __init__(self, width: int, seeds: Dims, device: torch.device):
         super().__init__()
         self.register_buffer("mean", torch.zeros(*seeds, 1, width, device=device))
         self.register_buffer("variance", torch.ones(*seeds, 1, width, device=device))

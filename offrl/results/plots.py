@@ -1,6 +1,7 @@
 """Pictures of runs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -9,111 +10,63 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+Course = tuple[np.ndarray, np.ndarray]  # steps (points,) and values (seeds, points)
 
-def learning_curve(
-    path: Path, steps: np.ndarray, values: np.ndarray, title: str, ylabel: str, xlabel: str
-) -> None:
-    """Mean over seeds with the range between them, as PNG.
+
+@contextmanager
+def picture(
+    path: Path, rows: int, columns: int, size: tuple[float, float], share: bool = False
+) -> Iterator[tuple[plt.Figure, np.ndarray]]:
+    """A figure of so many inches and its axes (rows, columns), written at the end.
 
     Args:
-        steps: (points,).
-        values: (seeds, points), the mean of each evaluation.
+        share: one vertical axis for all panels of a row.
     """
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    mean = values.mean(0)
-    style = line(steps)
-    for row in values:
-        axes.plot(steps, row, style, color="C0", alpha=0.3, linewidth=0.8)
-    axes.plot(steps, mean, style, color="C0", linewidth=1.8, label=f"mean of {len(values)} seed(s)")
-    if len(values) > 1:
-        axes.fill_between(
-            steps,
-            values.min(0),
-            values.max(0),
-            color="C0",
-            alpha=0.15,
-            linewidth=0,
-            label="lowest to highest",
-        )
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.tight_layout()
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, dpi=120, squeeze=False, sharey="row" if share else False
+    )
+    yield figure, axes
+    if not figure.legends:  # else the room is divided already
+        figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
 
 
 def curves(
     path: Path,
-    panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]],
+    rows: Mapping[str, Mapping[str, Mapping[str, Course]]],
     xlabel: str,
-    ylabel: str,
     limits: tuple[float, float] | None = None,
 ) -> None:
-    """Learning curves, one panel per task, as PNG: mean over seeds, shaded from lowest to highest.
+    """Rows of panels as PNG: each seed thin, their mean, and shaded from lowest to highest.
 
     Args:
-        panels: task -> method -> steps (points,) and values (seeds, points).
+        rows: row's label -> panel's title -> method -> course. All rows have as many panels.
         limits: of all values; None for each panel's own.
     """
-    colors = colors_of(panels)
-    figure, places = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.8), dpi=120, squeeze=False
-    )
-    for axes, (task, methods) in zip(places[0], panels.items(), strict=True):
-        shaded(axes, methods, colors)
-        axes.set(title=task, xlabel=xlabel, ylim=limits)
-    places[0][0].set_ylabel(ylabel)
-    with_legend(figure, colors)
-    figure.savefig(path)
-    plt.close(figure)
+    colors = colors_of(panel for row in rows.values() for panel in row.values())
+    columns = len(next(iter(rows.values())))
+    size = max(7.0, 4.0 * columns), 3.2 * len(rows) + 0.6
+    with picture(path, len(rows), columns, size) as (figure, places):
+        for places_of_row, (label, row) in zip(places, rows.items(), strict=True):
+            for axes, (title, methods) in zip(places_of_row, row.items(), strict=True):
+                shaded(axes, methods, colors)
+                axes.set(title=title, xlabel=xlabel, ylim=limits)
+            places_of_row[0].set_ylabel(label)
+        with_legend(figure, colors)
 
 
-def grid(
-    path: Path,
-    rows: Mapping[str, Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]],
-    xlabel: str,
-) -> None:
-    """Several quantities side by side, one row of panels per task, as PNG; else like `curves`.
-
-    Args:
-        rows: task -> quantity -> method -> steps (points,) and values (seeds, points).
-    """
-    colors = colors_of({f"{t} {q}": m for t, row in rows.items() for q, m in row.items()})
-    columns = list(next(iter(rows.values())))
-    figure, places = plt.subplots(
-        len(rows),
-        len(columns),
-        figsize=(3.8 * len(columns), 3.0 * len(rows) + 0.6),
-        dpi=120,
-        squeeze=False,
-    )
-    for line, (task, quantities) in zip(places, rows.items(), strict=True):
-        for axes, (quantity, methods) in zip(line, quantities.items(), strict=True):
-            shaded(axes, methods, colors)
-            axes.set(title=quantity, xlabel=xlabel)
-        line[0].set_ylabel(task)
-    with_legend(figure, colors)
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def shaded(
-    axes: plt.Axes, methods: Mapping[str, tuple[np.ndarray, np.ndarray]], colors: Mapping[str, str]
-) -> None:
-    """Each method's mean over seeds, shaded from lowest to highest; a single point as a dot."""
+def shaded(axes: plt.Axes, methods: Mapping[str, Course], colors: Mapping[str, str]) -> None:
+    """Each method's seeds, their mean, and the range between them."""
     if not methods:
         axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes)
     for name, (steps, values) in methods.items():
-        color = colors[name]
-        axes.plot(steps, values.mean(0), line(steps), color=color, linewidth=1.6, label=name)
+        # a course of one point is a dot: no line shows it
+        color, style = colors[name], "-" if len(steps) > 1 else "o"
+        axes.plot(steps, values.T, style, color=color, alpha=0.3, linewidth=0.7)
+        axes.plot(steps, values.mean(0), style, color=color, linewidth=1.6)
         axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
     axes.grid(alpha=0.3)
-
-
-def line(steps: np.ndarray) -> str:
-    """matplotlib's format of a course, with a dot where it is one point, which no line shows."""
-    return "-" if len(steps) > 1 else "o"
 
 
 def scores(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: str) -> None:
@@ -122,31 +75,23 @@ def scores(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: s
     Args:
         panels: task -> method -> values (seeds,).
     """
-    colors = colors_of(panels)
-    figure, places = plt.subplots(
-        1,
-        len(panels),
-        figsize=(3.4 * len(panels), 0.8 + 0.4 * len(colors)),
-        dpi=120,
-        squeeze=False,
-        sharey=True,
-    )
+    colors = colors_of(panels.values())
     place = {name: i for i, name in enumerate(colors)}
-    for axes, (task, methods) in zip(places[0], panels.items(), strict=True):
-        for name, values in methods.items():
-            axes.barh(place[name], values.mean(), color=colors[name], alpha=0.6)
-            axes.plot(values, [place[name]] * len(values), "o", color="black", markersize=3)
-        axes.set(title=task, xlabel=xlabel, yticks=list(place.values()), yticklabels=list(place))
-        axes.grid(alpha=0.3, axis="x")
-    places[0][0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    size = 3.4 * len(panels), 0.8 + 0.4 * len(colors)
+    with picture(path, 1, len(panels), size, share=True) as (_, (places,)):
+        for axes, (task, methods) in zip(places, panels.items(), strict=True):
+            for name, values in methods.items():
+                axes.barh(place[name], values.mean(), color=colors[name], alpha=0.6)
+                axes.plot(values, [place[name]] * len(values), "o", color="black", markersize=3)
+            ticks = {"yticks": list(place.values()), "yticklabels": list(place)}
+            axes.set(title=task, xlabel=xlabel, **ticks)
+            axes.grid(alpha=0.3, axis="x")
+        places[0].invert_yaxis()
 
 
-def colors_of(panels: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+def colors_of(panels: Iterable[Iterable[str]]) -> dict[str, str]:
     """One color per method, the same in all panels."""
-    names = sorted({name for methods in panels.values() for name in methods})
+    names = sorted({name for methods in panels for name in methods})
     return {name: f"C{i}" for i, name in enumerate(names)}
 
 

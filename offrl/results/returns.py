@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from offrl.data.dataset import Dataset
 from offrl.envs import scores
+from offrl.results.plots import picture
 
 BINS = 80
 
@@ -26,15 +24,10 @@ def distribution(path: Path, data: Mapping[str, Mapping[str, Dataset]]) -> None:
     Args:
         data: environment -> name -> data set, drawn from top to bottom.
     """
-    figure, panels = plt.subplots(
-        1, len(data), figsize=(4.2 * len(data), 3.6), dpi=120, squeeze=False
-    )
-    for axes, (env, sets) in zip(panels[0], data.items(), strict=True):
-        panel(axes, env, sets)
-    panels[0][0].set_ylabel("share of the transitions")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    with picture(path, 1, len(data), (4.2 * len(data), 3.6)) as (_, (panels,)):
+        for axes, (env, sets) in zip(panels, data.items(), strict=True):
+            panel(axes, env, sets)
+        panels[0].set_ylabel("share of the transitions")
 
 
 def panel(axes: plt.Axes, env: str, sets: Mapping[str, Dataset]) -> None:
@@ -43,24 +36,17 @@ def panel(axes: plt.Axes, env: str, sets: Mapping[str, Dataset]) -> None:
     if known:
         values = [scores.score(value, env) for value in values]
     edges = bins(values)
-    for level, (name, data, value) in enumerate(zip(sets, sets.values(), values, strict=True)):
+    for level, ((name, data), value) in enumerate(zip(sets.items(), values, strict=True)):
         lengths = data.lengths.double().numpy()
         counts, _ = np.histogram(value, edges, weights=lengths)
-        base, color = len(sets) - 1 - level, f"C{level}"
-        axes.stairs(
-            base + 0.85 * counts / counts.max(),
-            edges,
-            baseline=base,
-            fill=True,
-            color=color,
-            alpha=0.7,
-        )
+        base = len(sets) - 1 - level
+        heights = base + 0.85 * counts / counts.max()
+        axes.stairs(heights, edges, baseline=base, fill=True, color=f"C{level}", alpha=0.7)
         mean = float(np.average(value, weights=lengths))
         axes.plot([mean, mean], [base, base + 0.9], color="black", linewidth=1)
         text = f"{name}\n{len(data) / 1000:.0f}k, mean {value.mean():.1f}"
-        axes.text(
-            1.02, (base + 0.4) / len(sets), text, transform=axes.transAxes, fontsize=8, va="center"
-        )
+        place = 1.02, (base + 0.4) / len(sets)
+        axes.text(*place, text, transform=axes.transAxes, fontsize=8, va="center")
     xlabel = "D4RL-normalized score" if known else "return"
     axes.set(title=env, xlabel=f"{xlabel} of the episode", yticks=[], ylim=(0, len(sets)))
     for side in ("top", "right", "left"):

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -26,71 +29,68 @@ from offrl.seeding import derive, generator
 
 @dataclass(frozen=True)
 class Options:
-    """Options of scripts/evaluate.py.
+    """Options of scripts/evaluate.py."""
 
-    run=DIR or FILE        a run directory, a seed's folder, a checkpoint or a snapshot
-    episodes=100           per seed
-    seed=0                 of the environments
-    explore=false          sample actions as in training instead of the deterministic policy
-    video=PATH             film one episode to a .gif or .mp4 (extra `video`)
-    out=PATH               write the returns and the score as JSON
-    """
-
-    run: str
-    episodes: int = 100
-    seed: int = 0
-    explore: bool = False
-    video: str | None = None
-    out: str | None = None
+    run: str  # a run directory, a seed's folder, a checkpoint or a snapshot
+    episodes: int = 100  # per seed
+    seed: int = 0  # of the environments
+    explore: bool = False  # sample actions as in training instead of the deterministic policy
+    video: str | None = None  # film one episode to this .gif or .mp4 (extra `video`)
+    out: str | None = None  # file that receives the returns and the score as JSON
 
 
 def evaluate_run(options: Options) -> dict[str, Any]:
     """Score every checkpoint of a run, print and return what was found."""
     folder, files = checkpoints(Path(options.run))
-    resolved = configuration.from_yaml((folder / "config.yaml").read_text())
+    resolved = configuration.of_run(folder)
+    s, robots = resolved.settings, version(resolved)
     played: list[dict[str, torch.Tensor]] = []
     seeds: list[int] = []
     for file in files:
         algo, group = load_algorithm(resolved, file)
         player = make_evaluator(resolved, axes_of(group), (options.episodes,), options.seed)
-        played.append(player(algo, options.episodes, explore=options.explore))
+        with closing(player):
+            played.append(player(algo, options.episodes, explore=options.explore))
         seeds += group
-        player.close()
-    returns = rows([values["return"] for values in played])
-    unit, values = scored(resolved, returns)
-    id, legacy = env_id(resolved.settings.env, version(resolved)), resolved.settings.legacy_mass
-    env = make_env(resolved)()
-    versions = engines(env)
-    env.close()
+    with closing(make_env(resolved)()) as env:
+        versions = engines(env)
+
+    def scores(key: str) -> tuple[str, np.ndarray, dict[str, Any]]:
+        """Unit and values (seeds, episodes), and what is kept of them."""
+        returns = rows([values[key] for values in played])
+        unit, values = scored(resolved, returns)
+        return unit, values, {"score": summary(values.mean(-1)), "returns": returns.tolist()}
+
+    unit, values, about = scores("return")
     found = {
         "run": str(options.run),
         "checkpoints": [str(file) for file in files],
-        "env": resolved.settings.env,
-        "env_version": version(resolved),
+        "env": s.env,
+        "env_version": robots,
         "versions": versions,
-        "legacy_mass": legacy,
+        "legacy_mass": s.legacy_mass,
         "seeds": seeds,
         "episodes": options.episodes,
         "explore": options.explore,
         "unit": UNITS[unit],
-        "score": summary(values.mean(-1)),
-        "returns": returns.tolist(),
+        **about,
     }
-    for key in [key for key in played[0] if key.startswith("return/")]:
-        name, apart = key.removeprefix("return/"), rows([values[key] for values in played])
-        score = summary(scored(resolved, apart)[1].mean(-1))
-        found.setdefault("scenarios", {})[name] = {"score": score, "returns": apart.tolist()}
-        print(f"{name}: {unit} {score['iqm']:.1f}")
+    for key in played[0]:
+        if key.startswith("return/"):
+            name, apart = key.removeprefix("return/"), scores(key)[2]
+            found.setdefault("scenarios", {})[name] = apart
+            print(f"{name}: {unit} {apart['score']['iqm']:.1f}")
     for seed, row in zip(seeds, values, strict=True):
         print(f"seed {seed}: {unit} {row.mean():.1f}, std {row.std():.1f} over {len(row)} episodes")
+    world = {"id": env_id(s.env, robots), "legacy_mass": s.legacy_mass}
     print(
         f"IQM of {len(seeds)} seed(s): {found['unit']} {found['score']['iqm']:.1f} "
-        f"({played_in({'id': id, 'legacy_mass': legacy}, versions)})"
+        f"({played_in(world, versions)})"
     )
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=1))
     if options.video:
-        names = configuration.method(resolved.algo).scenarios(resolved.config())
+        names = resolved.method.scenarios(resolved.config())
         loaded = load_algorithm(resolved, files[0])
         frames = film(resolved, loaded, names, options.seed, options.explore)
         write_video(Path(options.video), frames)
@@ -129,10 +129,8 @@ def load_algorithm(
     saved = checkpoint.load(file)
     if saved["label"] != resolved.name:
         raise ConfigError(f"{file} belongs to {saved['label']}, the run is of {resolved.name}")
-    group = saved["seeds"]
-    stream, method = generator(0, "evaluation", device=device), configuration.method(resolved.algo)
-    algo = method.make(resolved.config(), spec_of(resolved), stream, axes_of(group))
-    state = saved["algo"]
+    group, state, stream = saved["seeds"], saved["algo"], generator(0, "evaluation", device=device)
+    algo = resolved.method.make(resolved.config(), spec_of(resolved), stream, axes_of(group))
     if state["generator"].shape != stream.get_state().shape:  # trained on another device
         state = state | {"generator": stream.get_state()}
     load_state(algo, state)
@@ -141,18 +139,15 @@ def load_algorithm(
 
 def player(folder: Path, device: torch.device) -> Callable[[Path], dict[str, torch.Tensor]]:
     """Plays checkpoints of a run as the run itself does at a point of its curve."""
-    resolved = configuration.from_yaml((folder / "config.yaml").read_text())
+    resolved = configuration.of_run(folder)
     s = resolved.settings
     prepare(resolved, folder, device)
-    made: dict[tuple[int, ...], Evaluator] = {}
+    episodes = (s.eval_episodes, s.final_episodes)
+    evaluator = cache(lambda axes: make_evaluator(resolved, axes, episodes, 0, device))
 
     def play(path: Path) -> dict[str, torch.Tensor]:
         algo, group = load_algorithm(resolved, path, device)
-        axes = axes_of(group)
-        if axes not in made:
-            episodes = (s.eval_episodes, s.final_episodes)
-            made[axes] = make_evaluator(resolved, axes, episodes, 0, device)
-        return made[axes](algo, s.eval_episodes)
+        return evaluator(axes_of(group))(algo, s.eval_episodes)
 
     return play
 
@@ -202,13 +197,14 @@ def film(
     s = resolved.settings
     make = factory(s.env, version(resolved), s.legacy_mass, True, s.action_repeat)
     first = scenarios_of(names, make)[:1]
-    player = Evaluator(make, axes_of(group), 1, derive(seed, "film"), scenarios=first)
-    env = player.envs.envs[0]
-    horizon = env.spec.max_episode_steps if env.spec else None
-    with tqdm(total=horizon, desc="filming", unit="frame", leave=False) as bar:
-        player.envs.envs[0] = camera = Camera(env, bar)
-        player(algo, 1, explore)
-    player.close()
+    with closing(
+        Evaluator(make, axes_of(group), 1, derive(seed, "film"), scenarios=first)
+    ) as player:
+        env = player.envs.envs[0]
+        horizon = env.spec.max_episode_steps if env.spec else None
+        with tqdm(total=horizon, desc="filming", unit="frame", leave=False) as bar:
+            player.envs.envs[0] = camera = Camera(env, bar)
+            player(algo, 1, explore)
     return camera.frames
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 import offrl
-from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.data.dataset import Dataset
 from offrl.engine.curve import Curve
@@ -26,8 +25,6 @@ from offrl.results import stats
 from offrl.system import cores, cpu_name
 
 PACKAGES = ("offrl", "torch", "numpy", "scipy", "gymnasium", "mujoco", "minari", "hydra-core")
-
-
 UNITS = {"score": "D4RL-normalized", "success": "success rate (%)", "return": "undiscounted return"}
 
 
@@ -39,21 +36,15 @@ def scored(resolved: Resolved, values: Any, headline: str = "return") -> tuple[s
     """
     if headline != "return":
         return headline, values
-    if ogbench.known(resolved.settings.env):
+    task = resolved.settings.env, resolved.settings.dataset
+    if ogbench.known(task[0]):
         return "success", 100 * values
-    if scores.reference(resolved.settings.env, resolved.settings.dataset) is None:
-        return "return", values
-    value = scores.score(values, resolved.settings.env, resolved.settings.dataset)
-    return "score", value
+    known = scores.reference(*task) is not None
+    return ("score", scores.score(values, *task)) if known else ("return", values)
 
 
 def finish(
-    resolved: Resolved,
-    folder: Path,
-    groups: list[list[int]],
-    curves: list[Curve],
-    device: torch.device,
-    seconds: float,
+    resolved: Resolved, folder: Path, groups: list[list[int]], curves: list[Curve]
 ) -> dict[str, Any]:
     """Write episodes, picture and result of a finished run; one without a score has no picture."""
     seeds = [seed for group in groups for seed in group]
@@ -69,78 +60,71 @@ def finish(
         "layout": "one process per seed" if len(groups) == len(seeds) else "stacked in one process",
         "checkpoint": "last",
         **(scores_of(resolved, folder, seeds, curves) if curves[0].final else {"score": None}),
-        "device": str(device),
+        "device": stored["device_type"],
         "threads": resolved.settings.threads,
         # where a session was killed it is missing in what was kept
-        "seconds": round(max([seconds, *(c.seconds for c in curves)]), 1),
-        "versions": stored["versions"],
-        "engines": stored["engines"],
-        "commit": stored["commit"],
-        "command": stored["command"],
-        "date": stored["date"],
+        "seconds": round(max([stored["seconds"], *(c.seconds for c in curves)]), 1),
     }
+    result |= {k: stored[k] for k in ("versions", "engines", "commit", "command", "date")}
     write_json(folder / "result.json", result)
     return result
 
 
 def steps_are(resolved: Resolved) -> str:
-    online = configuration.method(resolved.algo).online
-    return "environment steps" if online else "updates"
+    return "environment steps" if resolved.method.online else "updates"
 
 
 def scores_of(
     resolved: Resolved, folder: Path, seeds: list[int], curves: list[Curve]
 ) -> dict[str, Any]:
     """What the evaluations found, which also goes to episodes.csv and curve.png."""
+    from offrl.results import plots
+
     steps, headline = curves[0].steps, curves[0].headline
-    final = rows([c.final[headline] for c in curves if c.final is not None])  # (seeds, episodes)
-    points = np.stack(
-        [rows([c.points[i][headline] for c in curves]) for i in range(len(steps))], 1
-    )  # (seeds, points, episodes)
-    write_episodes(folder / "episodes.csv", seeds, curves)
-    unit, final_scores = scored(resolved, final, headline)
-    _, curve_scores = scored(resolved, points.mean(-1), headline)
-    plot_curve(resolved, folder, np.array(steps), curve_scores, unit)
+    final, points = series(curves, headline)
+    unit, last = scored(resolved, final, headline)
+    _, course = scored(resolved, points, headline)
+    names = [
+        key.partition("/")[2] for key in curves[0].final or {} if key.startswith(f"{headline}/")
+    ]
+    write_episodes(folder / "episodes.csv", seeds, curves, names)
+    ylabel = "D4RL-normalized score" if unit == "score" else UNITS.get(unit, unit)
+    drawn = {f"{resolved.name}, {len(seeds)} seed(s)": (np.array(steps), course)}
+    rows_of_panels = {ylabel: {resolved.task: drawn}}
+    plots.curves(folder / "curve.png", rows_of_panels, steps_are(resolved))
     found = {
         "unit": UNITS.get(unit, unit),
-        "score": summary(final_scores.mean(-1)),
-        "last10": summary(curve_scores[:, -10:].mean(-1)),
-        "last3": summary(curve_scores[:, -3:].mean(-1)),
-        "best": summary(curve_scores.max(-1)),
+        "score": summary(last.mean(-1)),
+        "last10": summary(course[:, -10:].mean(-1)),
+        "last3": summary(course[:, -3:].mean(-1)),
+        "best": summary(course.max(-1)),
         "final_returns": final.tolist(),
-        "curve": {"steps": steps, "mean_return": points.mean(-1).tolist()},
+        "curve": {"steps": steps, "mean_return": points.tolist()},
     }
-    if names := scenario_names(curves):
-        wishes = configuration.method(resolved.algo).scenarios(resolved.config())
-        found["headline"] = (
-            "per seed, the scenario of the highest mean in that evaluation"
-            if wishes
-            else "the episodes of all tasks"
-        )
+    if names:
+        best = "per seed, the scenario of the highest mean in that evaluation"
+        wishes = resolved.method.scenarios(resolved.config())
+        found["headline"] = best if wishes else "the episodes of all tasks"
         found["scenarios"] = {name: scenario(resolved, curves, name) for name in names}
     return found
 
 
-def scenario_names(curves: list[Curve]) -> list[str]:
-    """Scenarios that were played apart, in their order."""
-    start = f"{curves[0].headline}/"
-    return [key.removeprefix(start) for key in curves[0].final or {} if key.startswith(start)]
+def series(curves: list[Curve], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the last checkpoint (seeds, episodes), and means of every point (seeds, points)."""
+    final = rows([c.final[name] for c in curves if c.final is not None])
+    points = zip(*(c.points for c in curves), strict=True)
+    return final, np.stack([rows([p[name] for p in group]).mean(-1) for group in points], 1)
 
 
 def scenario(resolved: Resolved, curves: list[Curve], name: str) -> dict[str, Any]:
     """Scores of one scenario: of the last checkpoint, and of the best point of the curve."""
     headline = curves[0].headline
-    key = f"{headline}/{name}"
-    final = rows([c.final[key] for c in curves if c.final is not None])  # (seeds, episodes)
-    points = [
-        rows([c.points[i][key] for c in curves]).mean(-1) for i in range(len(curves[0].steps))
-    ]
-    curve = np.stack(points, 1)  # (seeds, points)
+    final, points = series(curves, f"{headline}/{name}")
     return {
         "score": summary(scored(resolved, final, headline)[1].mean(-1)),
-        "best": summary(scored(resolved, curve, headline)[1].max(-1)),
+        "best": summary(scored(resolved, points, headline)[1].max(-1)),
         "final_returns": final.tolist(),
-        "curve": curve.tolist(),
+        "curve": points.tolist(),
     }
 
 
@@ -160,72 +144,55 @@ def summary(per_seed: np.ndarray) -> dict[str, Any]:
     }
 
 
-def write_episodes(path: Path, seeds: list[int], curves: list[Curve]) -> None:
+def write_episodes(path: Path, seeds: list[int], curves: list[Curve], names: list[str]) -> None:
     """One line per episode; with several scenarios every one of them, named in a last column."""
-    names = scenario_names(curves)
+    moments: Any = zip(*([*c.points, c.final] for c in curves), strict=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         head = ["step", "seed", "episode", "return", "length"]
         writer.writerow([*head, "scenario"] if names else head)
-        for i, step in enumerate([*curves[0].steps, "final"]):
-            points = [c.final if step == "final" else c.points[i] for c in curves]
+        for step, points in zip([*curves[0].steps, "final"], moments, strict=True):
             for name in names or [""]:
                 keys = (f"{key}/{name}" if name else key for key in ("return", "length"))
-                returns, lengths = (rows([p[key] for p in points if p]) for key in keys)
-                for seed, seed_returns, seed_lengths in zip(seeds, returns, lengths, strict=True):
-                    pairs = zip(seed_returns.tolist(), seed_lengths.tolist(), strict=True)
-                    for k, (value, length) in enumerate(pairs):
-                        line = [step, seed, k, repr(value), int(length)]
-                        writer.writerow([*line, name] if name else line)
-
-
-def plot_curve(
-    resolved: Resolved, folder: Path, steps: np.ndarray, values: np.ndarray, unit: str
-) -> None:
-    from offrl.results.plots import learning_curve
-
-    ylabel = "D4RL-normalized score" if unit == "score" else UNITS.get(unit, unit)
-    title = f"{resolved.name} on {resolved.task}"
-    learning_curve(folder / "curve.png", steps, values, title, ylabel, steps_are(resolved))
+                returns, lengths = (rows([p[key] for p in points]) for key in keys)
+                for (i, k), value in np.ndenumerate(returns):
+                    line = [step, seeds[i], k, repr(float(value)), int(lengths[i, k])]
+                    writer.writerow([*line, name] if name else line)
 
 
 def provenance(
-    resolved: Resolved,
-    data: Dataset | None,
-    env: str,
-    engines: dict[str, str],
-    device: torch.device,
+    resolved: Resolved, data: Dataset | None, id: str, engines: dict[str, str], device: torch.device
 ) -> dict[str, Any]:
     """What a run rests on, stored before it begins.
 
     Args:
-        env: the environment's id.
+        id: of the environment.
         engines: packages of its dynamics and their versions.
     """
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
-    repeat = resolved.settings.action_repeat
-    return {
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-        "commit": source_commit(),
-        "versions": {name: metadata.version(name) for name in PACKAGES} | engines,
-        "engines": engines,
-        "device": hardware,
-        "device_type": device.type,
-        "cores": cores(),
-        "matmul": sorted(matmul.chosen),
-        "env": {"id": env, "legacy_mass": resolved.settings.legacy_mass}
-        | ({"action_repeat": repeat} if repeat > 1 else {}),
-        "dataset": None
-        if data is None
-        else {
+    s, data_set = resolved.settings, None
+    if data is not None:
+        data_set = {
             "name": data.name,
             "digest": data.digest,
             "transitions": len(data),
             "episodes": data.episodes,
             "mean_return": float(data.returns.double().mean()),
             "info": data.info,
-        },
+        }
+    repeat = {"action_repeat": s.action_repeat} if s.action_repeat > 1 else {}
+    return {
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "commit": source_commit(),
+        "versions": {name: metadata.version(name) for name in PACKAGES} | engines,
+        "engines": engines,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
+        "device_type": device.type,
+        "cores": cores(),
+        "seconds": 0.0,  # of training, over all sessions
+        "matmul": sorted(matmul.chosen),
+        "env": {"id": id, "legacy_mass": s.legacy_mass} | repeat,
+        "dataset": data_set,
     }
 
 
@@ -269,7 +236,7 @@ def resuming(folder: Path) -> str:
 
 def placeless(command: str) -> str:
     """A command without the place of its runs, which says nothing elsewhere."""
-    return " ".join(w for w in command.split() if not w.lstrip("+").startswith("runs="))
+    return shlex.join(w for w in shlex.split(command) if not w.lstrip("+").startswith("runs="))
 
 
 def write_json(path: Path, content: Any) -> None:

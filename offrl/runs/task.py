@@ -1,7 +1,7 @@
 """What a run is about: environment, data and device, and what of these does not fit together."""
 
-import math
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import gymnasium
@@ -13,8 +13,8 @@ from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.data import sources
 from offrl.data.dataset import Dataset, check, check_fits
-from offrl.engine.evaluate import Evaluator, evaluator_of
-from offrl.engine.method import Evaluate, Policy, Spec, Task
+from offrl.engine.evaluate import Evaluator, scenarios_of, width
+from offrl.engine.method import Method, Policy, Spec, Task
 from offrl.envs import ogbench
 from offrl.envs.make import VERSIONS, factory, tasks
 from offrl.envs.vector import sizes
@@ -50,31 +50,23 @@ def pick_device(name: str) -> torch.device:
 
 def load_data(resolved: Resolved) -> Dataset | None:
     """The data set on disk or in memory, checked against the method and the environment."""
-    method, s = configuration.method(resolved.algo), resolved.settings
+    method, s = resolved.method, resolved.settings
     if method.online:
         return None
     data = sources.load(s.source, s.env, s.dataset, s.rows, episodes=method.episodes)
     check(data, method.fields)
-    env = make_env(resolved)()
-    check_fits(
-        data,
-        math.prod(env.observation_space.shape or ()),
-        math.prod(env.action_space.shape or ()),
-        s.env,
-    )
-    env.close()
+    world = spec_of(resolved)
+    check_fits(data, world.obs_dim, world.act_dim, s.env)
     return data
 
 
 def spec_of(resolved: Resolved, data: Dataset | None = None) -> Spec:
     """Shapes of the data, or of the environment where there are none."""
     if data is not None:
-        mean, std = data.statistics()
-        return Spec(data.obs_dim, data.act_dim, mean, std, data.discrete)
-    env = make_env(resolved)()
-    obs_dim, act_dim, discrete = sizes(env)
-    players = tuple(getattr(env.unwrapped, "players", ()))
-    env.close()
+        return Spec(data.obs_dim, data.act_dim, *data.statistics(), data.discrete)
+    with closing(make_env(resolved)()) as env:
+        obs_dim, act_dim, discrete = sizes(env)
+        players = tuple(getattr(env.unwrapped, "players", ()))
     return Spec(obs_dim, act_dim, discrete=discrete, players=players)
 
 
@@ -92,15 +84,23 @@ def make_task(
         workers: most processes that step the environments of an online method.
         progress: show a bar for long evaluations.
     """
-    s, axes = resolved.settings, axes_of(group)
+    s = resolved.settings
+    player = make_evaluator(
+        resolved, axes_of(group), (s.eval_episodes, s.final_episodes), 0, device
+    )
 
     def envs() -> Any:
         starts = [derive(seed, "training", i) for seed in group for i in range(s.envs)]
         return environments([make_env(resolved)] * len(starts), starts, s.env_workers, workers)
 
-    player = make_evaluator(resolved, axes, (s.eval_episodes, s.final_episodes), 0, device)
-    evaluate = rolled_out(player, s.eval_episodes, progress)
-    return Task(spec_of(resolved, data), data, envs, evaluate, "return")
+    def evaluate(algo: Policy, episodes: int) -> dict[str, Tensor]:
+        total = player.total(episodes)
+        label = "evaluation" if episodes <= s.eval_episodes else "final evaluation"
+        about = {"desc": label, "unit": "episode", "leave": False, "delay": 2}
+        with tqdm(total=total, disable=not progress, **about) as bar:
+            return player(algo, episodes, tick=bar.update)
+
+    return Task(spec_of(resolved, data), data, envs, evaluate)
 
 
 def axes_of(group: list[int]) -> tuple[int, ...]:
@@ -116,69 +116,41 @@ def make_evaluator(
     device: torch.device | str = "cpu",
 ) -> Evaluator:
     """Roll-outs in the method's scenarios, or in the environment's tasks where it has none."""
-    names = configuration.method(resolved.algo).scenarios(resolved.config())
-    return evaluator_of(names, make_env(resolved), axes, episodes, seed, device)
-
-
-def rolled_out(player: Evaluator, usual: int, progress: bool) -> Evaluate:
-    """An evaluation by roll-outs, with a progress bar where one takes long.
-
-    Args:
-        usual: episodes of a point of the curve; more are those of the final evaluation.
-    """
-
-    def evaluate(algo: Policy, episodes: int) -> dict[str, Tensor]:
-        label = "evaluation" if episodes <= usual else "final evaluation"
-        total = player.total(episodes)
-        with tqdm(
-            total=total, desc=label, unit="episode", leave=False, delay=2, disable=not progress
-        ) as bar:
-            return player(algo, episodes, tick=bar.update)
-
-    return evaluate
+    names = resolved.method.scenarios(resolved.config())
+    make, seed = make_env(resolved), derive(seed, "evaluator")
+    situations, wide = scenarios_of(names, make), width(*episodes)
+    return Evaluator(make, axes, wide, seed, device, situations, "best" if names else "all")
 
 
 def check_task(resolved: Resolved, env: gymnasium.Env) -> None:
-    """Raises ConfigError if the method is not for such an environment or such data."""
-    s, algo = resolved.settings, resolved.algo
+    """Raises ConfigError if the method is not for such an environment or such data.
+
+    Generated data come from the v5 robots: scores of other robots would be of another task.
+    """
+    s, mine = resolved.settings, resolved.method
     kind = "discrete" if sizes(env)[2] else "continuous"
     goals = bool(tasks(env))
-    made = sources.settled(s.source, s.dataset) in ("generated", "ogbench")
-    no_rewards = made and ogbench.known(s.env)
+    source = sources.settled(s.source, s.dataset)
+    no_rewards = source in ("generated", "ogbench") and ogbench.known(s.env)
 
-    def fits(name: str) -> bool:
-        method = configuration.method(name)
-        learns = "reward" in method.fields and no_rewards
-        return kind in method.actions and (goals or not method.goals) and not learns
+    def misfit(method: Method) -> str:
+        if kind not in method.actions:
+            return f"is for {' or '.join(method.actions)} actions, {s.env} has {kind} ones"
+        if method.goals and not goals:
+            like = f"as OGBench's do (env={ogbench.NAMES[0]})"
+            return f"needs an environment that names goals, {like}, not {s.env}"
+        if "reward" in method.fields and no_rewards:
+            return f"learns from rewards, which OGBench's data of {s.env} do not have"
+        return ""
 
-    if fits(algo):
-        return
-    mine = configuration.method(algo)
-    if kind not in mine.actions:
-        wrong = f"is for {' or '.join(mine.actions)} actions, {s.env} has {kind} ones"
-    elif mine.goals and not goals:
-        wrong = (
-            f"needs an environment that names goals, as OGBench's do (env={ogbench.NAMES[0]}), "
-            f"not {s.env}"
-        )
-    else:
-        wrong = f"learns from rewards, which OGBench's data of {s.env} do not have"
-    fitting = [name for name in configuration.algorithms() if fits(name)]
-    same = [name for name in fitting if configuration.method(name).online == mine.online]
-    raise ConfigError(f"{resolved.name} {wrong}; methods for these: {', '.join(same or fitting)}")
-
-
-def check_robot(resolved: Resolved) -> None:
-    """Generated data come from the v5 robots: scores of other robots would be of another task.
-
-    Raises:
-        ConfigError: if other robots are asked for.
-    """
-    s = resolved.settings
-    generated = sources.settled(s.source, s.dataset) == "generated"
-    if configuration.method(resolved.algo).online or not generated:
-        return
-    if version(resolved) != "v5" or s.legacy_mass:
+    if wrong := misfit(mine):
+        methods = {name: configuration.method(name) for name in configuration.algorithms()}
+        fitting = [name for name, method in methods.items() if not misfit(method)]
+        same = [name for name in fitting if methods[name].online == mine.online]
+        known = ", ".join(same or fitting)
+        raise ConfigError(f"{resolved.name} {wrong}; methods for these: {known}")
+    other = version(resolved) != "v5" or s.legacy_mass
+    if other and source == "generated" and not mine.online:
         raise ConfigError(
             "generated data come from the v5 robots with their own masses; "
             "env_version=v4 and legacy_mass=true go with source=d4rl or files"

@@ -9,11 +9,12 @@ runs/<algo>/<env>-<dataset>/<time>/
     result.json     the score and what it rests on; its presence marks a finished run
 """
 
-import contextlib
 import datetime
+import itertools
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ from offrl.runs.evaluate import player
 from offrl.runs.record import finish, provenance, resuming, write_json
 from offrl.runs.task import (
     axes_of,
-    check_robot,
     check_task,
     load_data,
     make_env,
@@ -47,68 +47,56 @@ from offrl.seeding import generator
 from offrl.system import cores, cpu_name
 
 
-def train(
-    resolved: Resolved,
-    folder: Path | None = None,
-    resume: bool = False,
-    say: Callable[[str], None] = print,
-) -> tuple[Path, dict[str, Any]]:
+def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[str, Any]]:
     """Train all seeds of one configuration; returns the run directory and `result.json`'s content.
 
+    Which data are used and where the run lies is printed.
+
     Args:
-        folder: the run directory; None makes a new one under `runs`.
-        resume: continue the groups in `folder` from their checkpoints.
-        say: told which data are used and where the run lies.
+        resumed: the run directory whose groups go on from their checkpoints; None makes a new one
+            under `runs`.
 
     Raises:
         Failed, Interrupted, Diverged, ConfigError, DataError, OSError: with a message for people.
     """
     device = pick_device(resolved.settings.device)
-    check_robot(resolved)
-    env = make_env(resolved)()
-    check_task(resolved, env)  # a wrong name stops the run before anything is loaded
-    played = env_id(resolved.settings.env, version(resolved)), engines(env)
-    env.close()
+    with closing(make_env(resolved)()) as env:
+        check_task(resolved, env)  # a wrong name stops the run before anything is loaded
+        played = env_id(resolved.settings.env, version(resolved)), engines(env)
     data = load_data(resolved)
     if data is not None:
-        say(
+        print(
             f"data: {data.name}, {len(data)} transitions in {data.episodes} episodes; "
             "choose others with dataset=, source=d4rl|minari|files"
         )
-    folder = folder or new_folder(resolved)
-    say(f"run directory: {folder} ({device})")
+    folder = resumed or new_folder(resolved)
+    print(f"run directory: {folder} ({device})", flush=True)
     with system.only_one(folder):
-        if resume:
+        if resumed:
             check_unchanged(folder, data, device)
         else:
             if device.type == "cpu":
                 system.prepare(resolved.settings.threads, resolved.settings.keep_memory)
-                say(matmul.select_backend(home(), cpu_name()))
+                print(matmul.select_backend(home(), cpu_name()), flush=True)
             write_json(folder / "run.json", provenance(resolved, data, *played, device))
             (folder / "config.yaml").write_text(resolved.to_yaml())  # last: makes it resumable
         groups = layout(resolved, device)
         began = time.monotonic()
         try:
             if len(groups) == 1:
-                with Display(resolved, groups) as display:
-                    curves = [train_group(folder, groups[0], resume, display.tell, data)]
+                with closing(Display(resolved, groups)) as display:
+                    curves = [train_group(folder, groups[0], bool(resumed), display.tell, data)]
             else:
-                curves = spread(resolved, folder, groups, resume, work)
+                curves = spread(resolved, folder, groups, bool(resumed), work)
         except (Interrupted, KeyboardInterrupt) as stop:
             told = str(stop) or "stopped"
             raise Interrupted(f"{told}\ncontinue with: {resuming(folder)}") from None
         finally:
-            seconds = spent(folder, time.monotonic() - began)
-        return folder, finish(resolved, folder, groups, curves, device, seconds)
-
-
-def spent(folder: Path, seconds: float) -> float:
-    """Add a session's wall time to that of the run's earlier ones; returns the sum."""
-    about = json.loads((folder / "run.json").read_text())
-    about["seconds"] = about.get("seconds", 0.0) + seconds
-    with contextlib.suppress(OSError):  # a full disk has been told by then
-        write_json(folder / "run.json", about)
-    return about["seconds"]
+            about = json.loads((folder / "run.json").read_text())
+            about["seconds"] += time.monotonic() - began
+            with suppress(OSError):  # a full disk has been told by then
+                write_json(folder / "run.json", about)
+        return folder, finish(resolved, folder, groups, curves)
 
 
 def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) -> None:
@@ -119,10 +107,7 @@ def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) ->
             f"{folder} was started on {about['device_type']} and its generators and layout are of "
             f"that kind; this machine offers {device.type}. Resume it on such a machine"
         )
-    if data is None:
-        return
-    stored = about["dataset"]["digest"]
-    if stored != data.digest:
+    if data is not None and (stored := about["dataset"]["digest"]) != data.digest:
         raise Failed(
             f"the data set has changed since {folder} was started (digest {data.digest[:12]}, "
             f"then {stored[:12]}); restore it or start a new run"
@@ -131,8 +116,7 @@ def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) ->
 
 def layout(resolved: Resolved, device: torch.device) -> list[Group]:
     """Stacked on CUDA where the method can; one process per seed on a CPU, where it gains none."""
-    seeds = resolved.seeds()
-    stacks = configuration.method(resolved.algo).stacks(resolved.config())
+    seeds, stacks = resolved.seeds(), resolved.method.stacks(resolved.config())
     return [seeds] if stacks and device.type == "cuda" else [[seed] for seed in seeds]
 
 
@@ -143,20 +127,19 @@ def new_folder(resolved: Resolved) -> Path:
         OSError: if the place is not writable.
     """
     base = Path(resolved.settings.runs) / resolved.name / resolved.task
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for extra in range(1000):
-        folder = base / (stamp if extra == 0 else f"{stamp}-{extra}")
+    folder = first = base / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for extra in itertools.count(1):
         try:
             folder.mkdir(parents=True)
-            return folder
+            break
         except FileExistsError:
-            continue
+            folder = first.with_name(f"{first.name}-{extra}")
         except OSError as error:
             raise OSError(
                 f"cannot make the run directory {folder}: {error.strerror or error}; "
                 "choose another place with runs=DIR"
             ) from error
-    raise OSError(f"{base} already holds a thousand runs of this second")
+    return folder
 
 
 # --- one group of seeds --------------------------------------------------------------------------
@@ -175,9 +158,9 @@ def train_group(
     Args:
         data: of an offline method, where this process has loaded it.
     """
-    resolved = configuration.from_yaml((folder / "config.yaml").read_text())
-    s, method, config = resolved.settings, configuration.method(resolved.algo), resolved.config()
-    device = pick_device(s.device)
+    resolved = configuration.of_run(folder)
+    s, method, config = resolved.settings, resolved.method, resolved.config()
+    device, axes = pick_device(s.device), axes_of(group)
     prepare(resolved, folder, device)
     place = group_folder(folder, group)
     place.mkdir(exist_ok=True)
@@ -188,11 +171,9 @@ def train_group(
         data = data or load_data(resolved)
         task = make_task(resolved, data, group, device, share(resolved, device), progress)
         stream = generator(group[0], "run", *group[1:], device=device)
-        algo = method.make(config, task.spec, stream, axes_of(group))
-        run = Run(config.steps, axes_of(group), device, method.fields, str(home()), progress)
-        worker = None
-        if evaluates_beside(resolved, device):
-            worker = AsyncEvaluator(partial(player, folder, device))
+        algo = method.make(config, task.spec, stream, axes)
+        run = Run(config.steps, axes, device, method.fields, str(home()), progress)
+        beside = evaluates_beside(resolved, device)
         return fit(
             algo,
             method.stages(algo, task, run),
@@ -202,9 +183,9 @@ def train_group(
             group,
             resolved.name,
             resume,
-            lambda told: report(group, told),
+            partial(report, group),
             s.speed,
-            worker,
+            AsyncEvaluator(partial(player, folder, device)) if beside else None,
             task.headline,
         )
 
@@ -212,10 +193,12 @@ def train_group(
 def work(folder: Path, group: Group, resume: bool, inbox: Any) -> None:
     """Body of a worker process; see `offrl.runs.workers.spread`."""
     system.end_with_parent()
+
+    def report(group: Group, told: Progress) -> None:
+        inbox.put(("progress", group, told))
+
     try:
-        train_group(
-            folder, group, resume, lambda g, told: inbox.put(("progress", g, told)), progress=False
-        )
+        train_group(folder, group, resume, report, progress=False)
         inbox.put(("done", group, group_folder(folder, group)))
     except KeyboardInterrupt:
         inbox.put(("error", group, Interrupted("stopped between two checkpoints")))

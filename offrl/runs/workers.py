@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import queue
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from tqdm import tqdm
 
 from offrl import system
 from offrl.config import Resolved
-from offrl.data.dataset import home
 from offrl.engine import checkpoint
 from offrl.engine.curve import Curve
 from offrl.engine.loop import Progress
@@ -21,7 +21,7 @@ from offrl.engine.stop import stop_requests
 from offrl.errors import Failed, Interrupted
 from offrl.nets.kernels import matmul
 from offrl.runs.record import resuming, scored
-from offrl.system import cores, cpu_name
+from offrl.system import cores
 
 Group = list[int]
 
@@ -44,17 +44,16 @@ def spread(
     inbox: Any = context.Queue()
     waiting, curves = list(groups), {}
     running: dict[int, Any] = {}
-    limit = at_once(resolved, len(groups))
-    problem: Exception | None = None
+    problems: list[Exception] = []  # the first is told
     ending = False
-    with Display(resolved, groups) as display, stop_requests() as stopping:
+    with closing(Display(resolved, groups)) as display, stop_requests() as stopping:
         while running or (waiting and not ending):
-            while waiting and len(running) < limit and not ending:
+            while waiting and len(running) < at_once(resolved, len(groups)) and not ending:
                 group = waiting.pop(0)
                 worker = context.Process(target=work, args=(folder, group, resume, inbox))
                 worker.start()
                 running[group[0]] = worker
-            if (stopping or problem) and not ending:
+            if (stopping or problems) and not ending:
                 ending = True
                 for worker in running.values():
                     worker.terminate()  # SIGTERM: the worker writes its checkpoint and ends
@@ -64,10 +63,8 @@ def spread(
                 dead = [seed for seed, worker in running.items() if not worker.is_alive()]
                 for seed in dead if inbox.empty() else ():
                     code = running.pop(seed).exitcode
-                    problem = problem or Failed(
-                        f"the process of seed {seed} died (exit code {code}); "
-                        f"continue with: {resuming(folder)}"
-                    )
+                    died = f"the process of seed {seed} died (exit code {code})"
+                    problems.append(Failed(f"{died}; continue with: {resuming(folder)}"))
                 continue
             if kind == "progress":
                 display.tell(group, content)
@@ -77,13 +74,13 @@ def spread(
                 saved = checkpoint.load(content / "checkpoint.pt")
                 curves[group[0]] = Curve(**saved["curve"])
             elif not isinstance(content, Interrupted):
-                problem = problem or content
+                problems.append(content)
             elif not stopping:
-                problem = problem or Failed(f"seed {group[0]} was stopped: {content}")
+                problems.append(Failed(f"seed {group[0]} was stopped: {content}"))
     if stopping:
         raise Interrupted("stopped; every seed that had begun to train has written its checkpoint")
-    if problem is not None:
-        raise problem
+    if problems:
+        raise problems[0]
     return [curves[group[0]] for group in groups]
 
 
@@ -102,9 +99,6 @@ def prepare(resolved: Resolved, folder: Path, device: torch.device) -> None:
     if device.type == "cuda":
         return
     kept = json.loads((folder / "run.json").read_text())
-    if "matmul" not in kept:  # of a run that an earlier version started
-        matmul.select_backend(home(), cpu_name())
-        return
     if kept["matmul"] and not matmul.onednn_works():
         raise Failed(
             f"{folder} was started with matrix products by oneDNN, which this torch "
@@ -124,12 +118,7 @@ class Display:
         total = resolved.options["steps"] * len(groups)
         name = f"{resolved.name} {resolved.task}"
         self.bar = tqdm(total=total, desc=name, unit="step", dynamic_ncols=True, smoothing=0.05)
-
-    def __enter__(self) -> "Display":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
+        self.close = self.bar.close
 
     def tell(self, group: Group, told: Progress) -> None:
         key = group[0]

@@ -366,13 +366,9 @@ def test_what_is_decayed(everything):
     rest = {names[id(p)] for p in free["params"]}
     block = "backbone.blocks.0."
     assert {"tokens.norm.weight", "tokens.norm.bias", f"{block}fine_norm.weight"} <= rest
-    assert {
-        f"{block}coarse.time.delta_bias",
-        f"{block}coarse.time.conv_bias",
-        "head_act.bias",
-    } <= rest
+    assert {f"{block}coarse.delta_bias", f"{block}coarse.conv_bias", "head_act.bias"} <= rest
     assert not {"tokens.embed_step", "head_act.weight", f"{block}coarse.weight_in"} & rest
-    special = {f"{block}coarse.time.A_log", f"{block}fine.time.D", f"{block}norm.weight"}
+    special = {f"{block}coarse.A_log", f"{block}fine.D", f"{block}norm.weight"}
     assert (special & rest) == (set() if everything else special)
 
 

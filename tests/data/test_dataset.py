@@ -10,6 +10,7 @@ import torch
 
 from offrl.data import Dataset, prepare, transitions
 from offrl.data.dataset import bounds, check, episode_sums, read, store, write
+from offrl.data.samplers import mixed
 from offrl.errors import DataError
 
 ALL = ("obs", "act", "reward", "next_obs", "terminal", "timeout")
@@ -36,7 +37,7 @@ def save(data, folder):
     def fill(place):
         for name, value in (data.fields | {"starts": data.starts, "returns": data.returns}).items():
             store(place / f"{name}.npy", value.numpy())
-        return {"name": data.name, "info": data.info, "fields": list(data.fields)}
+        return {"name": data.name, "info": data.info}
 
     write(folder, fill)
 
@@ -152,12 +153,14 @@ for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None  # as on Windows: importing it fails
 for name in ("posix_fallocate", "sched_getaffinity", "fork", "killpg"):
     delattr(os, name)
+from pathlib import Path
+
 import numpy as np
 import offrl.data, offrl.system
 from offrl.data.sources import d4rl, files, generated, minari, ogbench
-from offrl.data.dataset import allocate
+from offrl.data.dataset import store
 
-allocate(sys.argv[1], np.float32, (3, 2))[...] = 1
+store(Path(sys.argv[1]), np.ones((3, 2), np.float32))
 print(np.load(sys.argv[1]).sum())
 """
 
@@ -170,3 +173,25 @@ def test_the_data_package_needs_nothing_that_only_unix_has(tmp_path):
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert (run.returncode, run.stdout) == (0, "6.0\n"), run.stderr
+
+
+def test_derived_fields_join_the_batches_and_the_digest():
+    data = toy()
+    more = data.with_fields(next_act=data["act"].roll(-1, 0))
+    assert more.digest != data.digest
+    batch = transitions(more, 8, names=("act", "next_act"))(torch.Generator().manual_seed(0))
+    assert torch.equal(batch["next_act"], more["next_act"][batch["index"]])
+    with pytest.raises(DataError, match="toy: next_act has 3 rows, obs has 30"):
+        data.with_fields(next_act=torch.zeros(3, 2))
+
+
+def test_a_mixed_batch_has_the_stated_share_of_rows_from_each_place():
+    real = lambda count: transitions(toy(), count, names=("obs", "reward"))  # noqa: E731
+    model = lambda count: transitions(  # noqa: E731
+        toy(reward=torch.full((30,), -1.0)), count, names=("obs", "act", "reward")
+    )
+    draw = mixed(real, model, 20, 0.15)
+    batch = draw(torch.Generator().manual_seed(0))
+    assert set(batch) == {"obs", "reward"}
+    assert batch["obs"].shape == (20, 3)
+    assert (batch["reward"] >= 0).tolist() == [True] * 3 + [False] * 17

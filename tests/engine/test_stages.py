@@ -13,8 +13,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from offrl.engine import checkpoint
+from offrl.engine.curve import AsyncEvaluator
 from offrl.engine.loop import fit
 from offrl.engine.minimize import minimize
+from offrl.engine.state import load_state
 from offrl.errors import Interrupted
 from tests.engine import toys
 from tests.engine.test_loop import SCHEDULE, assert_same_files, evaluation, offline, run
@@ -150,6 +152,60 @@ def test_a_fit_within_a_stage_is_logged_and_captured(tmp_path):
     assert_same_files(tmp_path / "eager", tmp_path / "graph")
 
 
+class Slow(AsyncEvaluator):
+    """Is done with a point only when somebody waits for it."""
+
+    def ready(self):
+        return False
+
+
+def refitting_player():
+    """As `offrl.runs.evaluate.player`, of the toy that fits within a stage."""
+    (algo, _), play = toys.inner_fit(), evaluation()
+
+    def played(path):
+        load_state(algo, checkpoint.load(path)["algo"])
+        return play(algo, SCHEDULE.eval_episodes)
+
+    return played
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_fit_while_a_point_is_played_beside_it_changes_no_file(tmp_path, stopped):
+    """Its rows of metrics come after the point's; stopped in it, the point is of its own step."""
+    inline, beside = tmp_path / "inline", tmp_path / "beside"
+    inline.mkdir(), beside.mkdir()
+    run("inner_fit", inline)
+    algo, (stage,) = toys.inner_fit()
+    ((period, refit),) = stage.between
+    calls = itertools.count()
+
+    def work():
+        if next(calls) == 3 and stopped:  # before update 60, while the point of 40 is played
+            os.kill(os.getpid(), signal.SIGINT)
+        return refit()
+
+    stages = [replace(stage, between=[(period, work)])]
+    train = lambda: fit(  # noqa: E731
+        algo,
+        stages,
+        beside,
+        evaluation(),
+        SCHEDULE,
+        [0],
+        "inner_fit",
+        worker=Slow(refitting_player),
+    )
+    if stopped:
+        with pytest.raises(Interrupted, match="before update 60"):
+            train()
+        assert checkpoint.load(beside / "checkpoint.pt")["step"] == 60
+        run("inner_fit", beside, resume=True)
+    else:
+        train()
+    assert_same_files(inline, beside)
+
+
 def test_stopped_within_a_fit_and_resumed_equals_uninterrupted(tmp_path):
     """Within two seconds, though the fit would go on for a minute."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -189,3 +245,27 @@ def test_stopped_within_a_fit_and_resumed_equals_uninterrupted(tmp_path):
     assert checkpoint.load(stopped / "checkpoint.pt")["step"] == 80  # nothing before it is lost
     run("inner_fit", stopped, resume=True)
     assert_same_files(whole, stopped)
+
+
+def test_a_fit_at_the_end_of_a_stage_is_logged_as_of_there(tmp_path):
+    algo, (stage,) = toys.inner_fit()
+    last = lambda: minimize(algo.fit_model, stage.start(), algo, lambda n: n == 7, name="last")  # noqa: E731
+    stages = [replace(stage, steps=30, between=(), finish=last)]
+    fit(algo, stages, tmp_path, None, SCHEDULE, [0], "toy")
+    assert (30, "last/updates") in names(tmp_path, "train")
+
+
+def test_a_run_that_dies_while_a_point_is_played_has_the_copy_of_its_step(tmp_path):
+    schedule = replace(SCHEDULE, snapshot_every=40)
+
+    def dies(algo, episodes):
+        raise Killed
+
+    for evaluate, resume in ((dies, False), (scored, True)):
+        algo, (stage,) = offline()
+        try:
+            fit(algo, [stage], tmp_path, evaluate, schedule, [0], "toy", resume, headline="fqe")
+        except Killed:
+            assert checkpoint.load(tmp_path / "checkpoint.pt")["pending"] == 40
+    found = sorted(int(path.stem) for path in (tmp_path / "snapshots").iterdir())
+    assert found == [40, 80, 120, 160, 200]

@@ -146,7 +146,7 @@ def test_the_common_style_computes_what_our_update_computes(monkeypatch):
         return [layer for layer in net.net if isinstance(layer, torch.nn.Linear)]
 
     def pairs(peer_net, net, member=None):
-        for theirs, (weight, bias) in zip(layers(peer_net), net.net.pairs(), strict=True):
+        for theirs, (weight, bias) in zip(layers(peer_net), net.net.maps(), strict=True):
             picked = (weight, bias) if member is None else (weight[member], bias[member])
             yield theirs.weight, picked[0].mT
             yield theirs.bias, picked[1][0]

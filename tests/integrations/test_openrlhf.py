@@ -1,7 +1,7 @@
 """The patch against OpenRLHF's own methods, with a tiny actor in place of DeepSpeed's.
 
-In an environment of OpenRLHF as the README makes it. Where flash_attn, which needs CUDA, is
-missing, empty functions stand in for the five of it that OpenRLHF imports; no test calls them.
+In an environment as docs/llm-trainers.md makes it. Where flash_attn, which needs CUDA, is missing,
+empty functions stand in for the five of it that OpenRLHF imports; no test calls them.
 """
 
 # ruff: noqa: E402, the imports below need OpenRLHF
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("openrlhf", reason="openrlhf is not here; README: OpenRLHF")
+pytest.importorskip("openrlhf", reason="openrlhf is not here; docs/llm-trainers.md")
 
 FLASH = {
     "flash_attn": (),

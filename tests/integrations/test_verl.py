@@ -1,4 +1,4 @@
-"""The adapter against verl's own functions, in an environment of verl as the README makes it."""
+"""The adapter against verl's own functions, in an environment as docs/llm-trainers.md makes it."""
 
 # ruff: noqa: E402, the imports below need verl
 
@@ -15,7 +15,9 @@ import pytest
 import torch
 
 core = pytest.importorskip(
-    "verl.trainer.ppo.core_algos", reason="verl is not here; README: verl", exc_type=ImportError
+    "verl.trainer.ppo.core_algos",
+    reason="verl is not here; docs/llm-trainers.md",
+    exc_type=ImportError,
 )
 
 import verl
@@ -473,7 +475,7 @@ def test_the_full_loss_travels_to_workers():
 def test_a_trainer_hands_the_full_loss_to_its_workers(monkeypatch):
     v1 = pytest.importorskip(
         "verl.trainer.ppo.v1",
-        reason="verl's v1 trainer lacks packages; README: verl",
+        reason="verl's v1 trainer lacks packages; docs/llm-trainers.md",
         exc_type=ImportError,
     )
     config = Path(verl.__file__).parent / "trainer/config/_generated_ppo_trainer.yaml"

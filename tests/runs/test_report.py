@@ -73,7 +73,7 @@ def test_a_cell_is_the_mean_over_seeds_of_their_final_episodes(tmp_path):
 def test_the_course_of_a_metric_is_drawn_for_every_seed(tmp_path):
     write_run(tmp_path / "a", "prdc", [0, 2], [[1.0], [2.0]])
     cells = gather([tmp_path], ["actor/self_match"])
-    steps, values = courses(cells, "actor/self_match", "halfcheetah-medium", ["prdc"])["prdc"]
+    steps, values = courses(cells["halfcheetah-medium"], "actor/self_match")["prdc"]
     assert steps.tolist() == [5, 10]
     assert values.tolist() == [[0.1, 0.0], [0.1, 0.2]]
 

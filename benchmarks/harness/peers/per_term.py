@@ -18,7 +18,7 @@ from offrl.algos.ota import HEADS, OTA, WEIGHT_CAP
 from offrl.engine.method import Batch, Metrics
 from offrl.engine.optim import descend, polyak
 from offrl.nets.goal import normal_log_prob, normalized
-from offrl.nets.kernels.chain import EPS
+from offrl.nets.kernels.gelu import EPS
 from offrl.nets.mlp import MLP
 
 LOW, HIGH = 0, 1

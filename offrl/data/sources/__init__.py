@@ -42,24 +42,15 @@ def load(
     source = settled(source, dataset)
     if rows is not None and source != "generated":
         raise DataError(f"rows= chooses how much to generate; source={source} has its own number")
+    from offrl.data.sources import d4rl, files, generated, minari, ogbench  # slow to import
+
     if source == "generated":
-        from offrl.data.sources import generated, ogbench
-
-        if known(env):
-            return ogbench.generate(env, dataset, rows=rows, workers=workers)
-        return generated.load(env, dataset, rows=rows, workers=workers)
+        make = ogbench.generate if known(env) else generated.load
+        return make(env, dataset, rows=rows, workers=workers)
     if source == "d4rl":
-        from offrl.data.sources import d4rl
-
         return d4rl.load(env, dataset, episodes=episodes)
     if source == "minari":
-        from offrl.data.sources import minari
-
         return minari.load(dataset)
     if source == "ogbench":
-        from offrl.data.sources import ogbench
-
         return ogbench.load(env, dataset)
-    from offrl.data.sources import files
-
     return files.load(Path(dataset), episodes=episodes)

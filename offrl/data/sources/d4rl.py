@@ -9,20 +9,35 @@ rows become transitions is written in `offrl.data.sources.files`.
 import dataclasses
 import logging
 import os
+import re
+from collections import defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from offrl.data.dataset import Dataset, home
 from offrl.data.sources import files
 from offrl.data.sources.download import fetch
-from offrl.envs.scores import reference
+from offrl.envs.scores import GYM, HAND, reference
 
 logger = logging.getLogger(__name__)
 
 ROOT = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+ANT_MAZES = (  # maze, data set, the maze's name in the file, many starts, many goals, horizon
+    ("umaze", "fixed", "u-maze", False, False, 700),  # D4RL calls it antmaze-umaze
+    ("umaze", "diverse", "u-maze", True, True, 700),
+    ("medium", "play", "big-maze", True, False, 1000),
+    ("medium", "diverse", "big-maze", True, True, 1000),
+    ("large", "play", "hardest-maze", True, False, 1000),
+    ("large", "diverse", "hardest-maze", True, True, 1000),
+)
+KITCHENS = {
+    "complete": "mini_kitchen_microwave_kettle_light_slider",
+    "partial": "kitchen_microwave_kettle_light_slider",
+    "mixed": "kitchen_microwave_kettle_bottomburner_light",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,6 @@ class Source:
     """One file. `horizon`: time limit of the environment in steps."""
 
     stem: str  # address below ROOT
-    version: str
     horizon: int
 
     @property
@@ -41,49 +55,30 @@ class Source:
     def file(self) -> str:
         return self.stem.rpartition("/")[-1]
 
-
-def ant_maze(maze: str, starts: bool, goals: bool, horizon: int) -> Source:
-    stem = f"Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
-    return Source(f"ant_maze_v2/{stem}", "v2", horizon)
+    @property
+    def version(self) -> str:
+        return re.findall(r"v\d", self.stem)[-1]
 
 
 def sources() -> dict[str, dict[str, Source]]:
     """Environment (without `d4rl-`) -> name of the data set -> file."""
-    table = {}
-    for robot in ("halfcheetah", "hopper", "walker2d", "ant"):
-        names = ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert")
-        stem = f"gym_mujoco_v2/{robot}_{{}}-v2.hdf5"
-        table[robot] = {
-            name: Source(stem.format(name.replace("-", "_")), "v2", 1000) for name in names
-        }
-    table["antmaze-umaze"] = {
-        "fixed": ant_maze("u-maze", False, False, 700),  # D4RL calls it antmaze-umaze
-        "diverse": ant_maze("u-maze", True, True, 700),
-    }
-    for size, maze in (("medium", "big-maze"), ("large", "hardest-maze")):
-        table[f"antmaze-{size}"] = {
-            "play": ant_maze(maze, True, False, 1000),
-            "diverse": ant_maze(maze, True, True, 1000),
-        }
-    for size, horizon in (("umaze", 300), ("medium", 600), ("large", 800)):
-        table[f"maze2d-{size}"] = {
-            kind: Source(f"maze2d/maze2d-{size}-{kind}-v1.hdf5", "v1", horizon)
-            for kind in ("sparse", "dense")
-        }
-    for hand, horizon in (("pen", 100), ("hammer", 200), ("relocate", 200), ("door", 200)):
-        table[hand] = {
-            name: Source(f"hand_dapg_v1/{hand}-{name}-v1.hdf5", "v1", horizon)
-            for name in ("human", "cloned", "expert")
-        }
-    kitchen = {
-        "complete": "mini_kitchen_microwave_kettle_light_slider",
-        "partial": "kitchen_microwave_kettle_light_slider",
-        "mixed": "kitchen_microwave_kettle_bottomburner_light",
-    }
-    table["kitchen"] = {
-        name: Source(f"kitchen/{stem}-v0.hdf5", "v0", 280) for name, stem in kitchen.items()
-    }
-    return table
+    table: dict[str, dict[str, Source]] = defaultdict(dict)
+    for robot, name in product(("halfcheetah", "hopper", "walker2d", "ant"), GYM):
+        stem = f"gym_mujoco_v2/{robot}_{name.replace('-', '_')}-v2.hdf5"
+        table[robot][name] = Source(stem, 1000)
+    for size, name, maze, starts, goals, horizon in ANT_MAZES:
+        stem = f"Ant_maze_{maze}_noisy_multistart_{starts}_multigoal_{goals}_sparse_fixed.hdf5"
+        table[f"antmaze-{size}"][name] = Source(f"ant_maze_v2/{stem}", horizon)
+    horizons = {"umaze": 300, "medium": 600, "large": 800}
+    for size, name in product(horizons, ("sparse", "dense")):
+        stem = f"maze2d/maze2d-{size}-{name}-v1.hdf5"
+        table[f"maze2d-{size}"][name] = Source(stem, horizons[size])
+    for hand, name in product(("pen", "hammer", "relocate", "door"), HAND):
+        stem = f"hand_dapg_v1/{hand}-{name}-v1.hdf5"
+        table[hand][name] = Source(stem, 100 if hand == "pen" else 200)
+    for name, stem in KITCHENS.items():
+        table["kitchen"][name] = Source(f"kitchen/{stem}-v0.hdf5", 280)
+    return dict(table)
 
 
 SOURCES = sources()
@@ -121,13 +116,11 @@ NOTES = {  # pattern of "<environment>-<data set>" -> a defect that a user shoul
 def load(env: str, dataset: str = "", download: bool = True, episodes: bool = False) -> Dataset:
     """The Q-learning view of a D4RL data set, or all its rows, in the cache and memory-mapped.
 
-    Fields: obs, act, reward (raw), next_obs, terminal, and timeout, which is 0 in every row of the
-    Q-learning view, since it drops the others. `starts` and `returns` belong to the same episodes;
-    returns are sums over all rows, also dropped ones. The last episode is unfinished where
+    Rewards are raw; timeout is 0 in every row of the Q-learning view, which drops the others.
+    Returns are sums over all rows, also dropped ones. The last episode is unfinished where
     info["unfinished"] is not 0. In AntMaze episodes go through terminals and end at timeouts, which
     is where the test |obs[i + 1] - next_obs[i]| > 1e-6 finds a jump in this view. info also holds
-    file, url, sha256, reference (the random and the expert return of the environment), rows,
-    episodes and notes.
+    file, url, sha256, reference (the random and the expert return), rows, episodes and notes.
 
     Args:
         env: `hopper`, or with `d4rl-` the mazes, hands and the kitchen (`d4rl-antmaze-large`,
@@ -144,40 +137,24 @@ def load(env: str, dataset: str = "", download: bool = True, episodes: bool = Fa
     """
     env, dataset, source = resolve(env, dataset)
     task = f"{env}-{dataset}"
-    path = locate(source, download)
-    info = {
-        "source": "d4rl",
-        "task": f"{task}-{source.version}",
-        "url": source.url,
-        "reference": reference(f"d4rl-{env}", dataset),
-        "notes": [note for pattern, note in NOTES.items() if fnmatch(task, pattern)],
-    }
-    data = files.cached(
-        path,
-        home() / "d4rl" / task,
-        f"d4rl/{task}-{source.version}",
-        source.horizon,
-        through_terminals=task.startswith("antmaze"),
-        clip=True,
-        episodes=episodes,
-        info=info,
-    )
+    path, name = locate(source, download), f"{task}-{source.version}"
+    notes = [note for pattern, note in NOTES.items() if fnmatch(task, pattern)]
+    info: dict[str, Any] = {"source": "d4rl", "task": name, "url": source.url, "notes": notes}
+    info["reference"] = reference(f"d4rl-{env}", dataset)
+    rule = files.Rule(source.horizon, task.startswith("antmaze"), clip=True, episodes=episodes)
+    data = files.rows_of(path, home() / "d4rl" / task, f"d4rl/{name}", rule, info)
     found = data.info["rows"], data.info["episodes"]
-    if found != COUNTS.get(task, found):
+    if found != (known := COUNTS.get(task, found)):
         logger.warning(
             "%s has %d rows and %d episodes, other sources report %d and %d: compare its sha256 %s "
             "with a known copy",
-            path,
-            *found,
-            *COUNTS[task],
-            data.info["sha256"],
+            *(path, *found, *known, data.info["sha256"]),
         )
     if strays := data.info["strays"]:
         logger.warning(
             "%s: next_observations differs from the following row in %d rows that end nothing; "
             "the following row is used, as D4RL does",
-            path,
-            strays,
+            *(path, strays),
         )
     return data
 
@@ -189,20 +166,18 @@ def resolve(env: str, dataset: str) -> tuple[str, str, Source]:
         ValueError: unknown environment or data set.
     """
     bare = env.removeprefix("d4rl-")
-    if dataset in SOURCES.get(bare, {}):
-        return bare, dataset, SOURCES[bare][dataset]
-    for name, sets in SOURCES.items():
-        for inner, source in sets.items():
-            if bare == f"{name}-{inner}":
-                if dataset in ("", inner):
-                    return name, inner, source
-                raise ValueError(
-                    f"{env} names its data set itself, {inner!r}, which is not {dataset!r}"
-                )
     if bare in SOURCES:
+        if dataset in SOURCES[bare]:
+            return bare, dataset, SOURCES[bare][dataset]
         raise ValueError(
             f"D4RL has no data set {dataset!r} of {env}; it has {', '.join(SOURCES[bare])}"
         )
+    for name, sets in SOURCES.items():
+        own = bare.removeprefix(f"{name}-")
+        if own in sets and own != bare:
+            if dataset in ("", own):
+                return name, own, sets[own]
+            raise ValueError(f"{env} names its data set itself, {own!r}, which is not {dataset!r}")
     raise ValueError(f"D4RL has no environment {env!r} in its table; it has {', '.join(SOURCES)}")
 
 
@@ -227,8 +202,8 @@ def locate(source: Source, download: bool = True) -> Path:
 
 def inspect(path: Path) -> None:
     """Raises DataError unless `path` is a log with D4RL's fields."""
-    with files.opened(path):
-        pass
+    with files.opened(path) as columns:
+        files.examine(columns, path)
 
 
 def d4rl_view(data: Dataset) -> Dataset:
@@ -240,12 +215,11 @@ def d4rl_view(data: Dataset) -> Dataset:
     keep = data["timeout"] == 0
     keep[-1] = False
     starts, left = files.surviving(data.starts, keep)
-    fields = {name: value[keep] for name, value in data.fields.items()}
     return dataclasses.replace(
         data,
-        fields=fields,
+        fields={name: value[keep] for name, value in data.fields.items()},
         starts=starts,
         returns=data.returns[left],
         name=f"{data.name} (D4RL view)",
-        info=data.info | {"rows": len(data), "dropped": int(torch.sum(~keep))},
+        info=data.info | {"rows": len(data), "dropped": int((~keep).sum())},
     )

@@ -21,6 +21,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from offrl.data.dataset import FIELDS, Dataset, home, once, read, write
+from offrl.data.dataset import Dataset, cached, home
 from offrl.data.sources import policies
 from offrl.data.sources.policies import Behavior
 from offrl.data.sources.rollout import CHUNK, Share, Uniform, borders, roll_out
@@ -57,8 +58,7 @@ def load(
         env: `halfcheetah`, `hopper`, `walker2d`; for "random" any environment with bounded
             continuous actions.
         dataset: one of DATASETS.
-        rows: transitions; None for D4RL's order of size: a million, 200k to 400k for
-            medium-replay.
+        rows: transitions; None for ROWS, or REPLAY_ROWS of medium-replay.
         workers: processes; 0 for one per core. The rows do not depend on it.
         seed: of the roll-outs.
         folder: of the policies.
@@ -66,15 +66,22 @@ def load(
     Raises:
         ValueError: unknown environment.
         DataError: unknown data set, no policies for the environment, or a process died.
-        OSError: the cache is not writable or the disk full. Whatever is raised, Ctrl-C included,
-            nothing half-made stays behind.
+        OSError: the cache is not writable or the disk full.
     """
     shares = recipe(env, dataset, rows, folder)
     total, key = sum(share.rows for share in shares), identity(env, shares, seed)
-    entry = home() / "generated" / f"{env.replace('/', '-')}-{dataset}-{total}-v{RECIPE}-{key}"
-    make = lambda: generate(entry, env, dataset, shares, workers, seed, folder)  # noqa: E731
-    once(entry, entry.exists, make)
-    return read(entry)
+    label = f"{env}-{dataset}"
+
+    def fill(place: Path) -> dict[str, Any]:
+        robots = policies.manifest(folder)["robots"]
+        origin = {k: v for k, v in robots.get(env, {}).items() if k != "policies"}
+        info = {"source": "generated", "recipe": RECIPE, "seed": seed}
+        info["policies_trained"] = None if dataset == "random" else origin
+        found = info | roll_out(shares, factory(env), place, seed, workers, label)
+        return described(f"generated/{label}", env, env_id(env), shares, found)
+
+    entry = f"{label.replace('/', '-')}-{total}-v{RECIPE}-{key}"
+    return cached(home() / "generated" / entry, fill)
 
 
 def recipe(
@@ -90,23 +97,21 @@ def recipe(
         )
     if rows is not None and rows < 1:
         raise DataError(f"rows must be at least 1, got {rows}")
+    size = rows or (REPLAY_ROWS.get(env, ROWS) if dataset == "medium-replay" else ROWS)
     if dataset == "random":
-        example = factory(env)()
-        act_dim = int(np.prod(example.action_space.shape or ()))
-        example.close()
-        return [Share("random", Uniform(act_dim), rows or ROWS)]
+        with closing(factory(env)()) as example:
+            act_dim = int(np.prod(example.action_space.shape or ()))
+        return [Share("random", Uniform(act_dim), size)]
     *early, medium, expert = policies.load(env, folder)
-    trained_in = policies.manifest(folder)["robots"][env]
-    if trained_in["env"] != id:
-        raise DataError(f"the policies of {env} were trained in {trained_in['env']}, not in {id}")
+    trained = policies.manifest(folder)["robots"][env]
+    if trained["env"] != id:
+        raise DataError(f"the policies of {env} were trained in {trained['env']}, not in {id}")
     if dataset == "medium-replay":
-        size = rows or REPLAY_ROWS.get(env, ROWS)
-        return replay(early, medium, trained_in["random_steps"], size)
-    size = rows or ROWS
-    if dataset == "medium-expert":
-        halves = borders([1, 1], size)
-        return [Share("medium", medium, halves[0]), Share("expert", expert, halves[1])]
-    return [Share(dataset, medium if dataset == "medium" else expert, size)]
+        return replay(early, medium, trained["random_steps"], size)
+    players = {"medium": medium, "expert": expert}
+    names = [name for name in players if name in dataset.split("-")]
+    counts = borders([1] * len(names), size)
+    return [Share(name, players[name], n) for name, n in zip(names, counts, strict=True)]
 
 
 def replay(early: list[Behavior], medium: Behavior, random_steps: int, rows: int) -> list[Share]:
@@ -127,73 +132,29 @@ def replay(early: list[Behavior], medium: Behavior, random_steps: int, rows: int
 
 def identity(env: str, shares: Sequence[Share], seed: int) -> str:
     """Ten hex digits of everything that decides the rows."""
-    played = [
-        (share.name, share.rows, getattr(share.policy, "digest", "uniform")) for share in shares
-    ]
+    played = [(s.name, s.rows, getattr(s.policy, "digest", "uniform")) for s in shares]
     simulator = [metadata.version(name) for name in ("gymnasium", "mujoco")]
     text = json.dumps([RECIPE, CHUNK, env_id(env), played, seed, simulator])
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def generate(
-    entry: Path,
-    env: str,
-    dataset: str,
-    shares: Sequence[Share],
-    workers: int,
-    seed: int,
-    folder: Path,
-) -> None:
-    """Make the cache entry."""
-    label = f"{env}-{dataset}"
-
-    def fill(place: Path) -> dict[str, Any]:
-        found = roll_out(shares, factory(env), place, seed, workers, label)
-        robots = policies.manifest(folder)["robots"]
-        origin = {k: v for k, v in robots.get(env, {}).items() if k != "policies"}
-        info = {
-            "source": "generated",
-            "recipe": RECIPE,
-            "seed": seed,
-            "policies_trained": None if dataset == "random" else origin,
-        }
-        return described(f"generated/{label}", env, env_id(env), shares, found, info)
-
-    write(entry, fill)
-
-
 def described(
-    name: str,
-    env: str,
-    id: str,
-    shares: Sequence[Share],
-    found: dict[str, Any],
-    info: dict[str, Any],
+    name: str, env: str, id: str, shares: Sequence[Share], info: dict[str, Any]
 ) -> dict[str, Any]:
     """Name and provenance of rolled-out data, as `offrl.data.dataset.write` wants them.
 
     Args:
-        env, id: our name of the environment, which has the reference returns, and Gymnasium's.
-        found: what `roll_out` returned.
+        env, id: our name of the environment, and Gymnasium's.
+        info: what `roll_out` returned, and more.
     """
-    reference, mean = scores.reference(env), found["mean_return"]
+    reference, mean = scores.reference(env), info["mean_return"]
     known = reference is not None and mean is not None
     versions = {package: metadata.version(package) for package in PACKAGES}
-    return {
-        "name": f"{name} ({id}, mujoco {versions['mujoco']})",
-        "fields": list(FIELDS),
-        "info": info
-        | found
-        | {
-            "env": id,
-            "versions": versions,
-            "chunk": CHUNK,
-            "reference": reference,
-            "mean_score": scores.score(mean, env) if known else None,
-            "shares": [
-                {"name": share.name, "rows": share.rows, "explore": share.explore}
-                | getattr(share.policy, "about", {})
-                for share in shares
-            ],
-        },
-    }
+    about = {"env": id, "versions": versions, "chunk": CHUNK, "reference": reference}
+    about["mean_score"] = scores.score(mean, env) if known else None
+    about["shares"] = [
+        {"name": share.name, "rows": share.rows, "explore": share.explore}
+        | getattr(share.policy, "about", {})
+        for share in shares
+    ]
+    return {"name": f"{name} ({id}, mujoco {versions['mujoco']})", "info": info | about}

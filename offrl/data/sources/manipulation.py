@@ -12,23 +12,20 @@ read in a copy of it. Differences: episodes are played in chunks with seeds of t
 any number of processes makes the same rows, and random actions come from NumPy's generator.
 """
 
+import importlib
 from typing import Any
 
 import numpy as np
 
+from offrl.data.dataset import Arrays
 from offrl.envs import ogbench
 
 KINDS = ("play", "noisy")
 NOISE = 0.1
 NOISE_SHAPE = np.array([1, 1, 1, 3, 10])  # of an action: position, yaw, gripper
-STACKING = {  # bounds of an episode's probability to stack a cube, by the number of cubes
-    "single": (0.0, 0.0),
-    "double": (0.0, 0.25),
-    "triple": (0.05, 0.35),
-    "quadruple": (0.1, 0.5),
-}
+# bounds of an episode's probability to stack a cube, by the number of cubes
+STACKING = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35), "quadruple": (0.1, 0.5)}
 EPISODES = {"cube-triple": 3000, "cube-quadruple": 5000, "puzzle-4x5": 3000, "puzzle-4x6": 5000}
-Arrays = dict[str, np.ndarray]
 
 
 def size(env: str, kind: str) -> tuple[int, int]:
@@ -45,7 +42,6 @@ def play(name: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
 
     Args:
         name: such as "cube-double", "scene", "visual-puzzle-3x3".
-        kind: one of KINDS.
         length: T; an episode has T + 1 rows, the last of which is a state without a successor.
 
     Returns:
@@ -55,12 +51,8 @@ def play(name: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
     import gymnasium
 
     ogbench.register()
-    env: Any = gymnasium.make(
-        f"{name}-{ogbench.VERSION}",
-        terminate_at_goal=False,
-        mode="data_collection",
-        disable_env_checker=True,
-    ).unwrapped
+    how: Any = {"terminate_at_goal": False, "mode": "data_collection", "disable_env_checker": True}
+    env: Any = gymnasium.make(f"{name}-{ogbench.VERSION}", **how).unwrapped
     env.reset(seed=seed)
     np.random.seed(seed)  # noqa: NPY002
     name = name.removeprefix("visual-")
@@ -75,37 +67,22 @@ def play(name: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
     for key, value in out.items():
         if value.dtype != np.uint8:  # of images
             out[key] = value.astype(np.int64 if key == "button_states" else np.float32)
-    terminals = np.zeros(len(rows), bool)
-    terminals[length :: length + 1] = True
+    terminals = np.arange(len(rows)) % (length + 1) == length
     return out | {"terminals": terminals}
 
 
 def oracles(env: Any, name: str, kind: str) -> dict[str, Any]:
     """The package's oracles by what they handle."""
-    from ogbench.manipspace.oracles.markov import (
-        button_markov,
-        cube_markov,
-        drawer_markov,
-        window_markov,
-    )
-    from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
-
-    closed = {"gripper_always_closed": True} if name.startswith("puzzle") else {}
+    way, options = "markov", {}
     if kind == "play":
-        noise = {"env": env, "noise": NOISE, "noise_smoothing": 0.5}
-        every = {
-            "cube": cube_plan.CubePlanOracle(**noise),
-            "button": button_plan.ButtonPlanOracle(**closed, **noise),
-            "drawer": drawer_plan.DrawerPlanOracle(**noise),
-            "window": window_plan.WindowPlanOracle(**noise),
-        }
-    else:
-        every = {
-            "cube": cube_markov.CubeMarkovOracle(env=env),
-            "button": button_markov.ButtonMarkovOracle(**closed, env=env),
-            "drawer": drawer_markov.DrawerMarkovOracle(env=env),
-            "window": window_markov.WindowMarkovOracle(env=env),
-        }
+        way, options = "plan", {"noise": NOISE, "noise_smoothing": 0.5}
+    every = {}
+    for thing in ("cube", "button", "drawer", "window"):
+        module = importlib.import_module(f"ogbench.manipspace.oracles.{way}.{thing}_{way}")
+        oracle = getattr(module, f"{thing.title()}{way.title()}Oracle")
+        closed = thing == "button" and name.startswith("puzzle")
+        more = {"gripper_always_closed": True} if closed else {}
+        every[thing] = oracle(env=env, **options, **more)
     return every
 
 
@@ -134,14 +111,10 @@ def episode(
             target = env.set_new_target(p_stack=stacking)
             agent = agents[target[1]["privileged/target_task"]]
             agent.reset(*target)
-        row = {
-            "observations": obs,
-            "actions": action,
-            "qpos": info["prev_qpos"],
-            "qvel": info["prev_qvel"],
-        }
-        if "prev_button_states" in info:
-            row["button_states"] = info["prev_button_states"]
+        row = {"observations": obs, "actions": action}
+        for key in ("qpos", "qvel", "button_states"):
+            if f"prev_{key}" in info:
+                row[key] = info[f"prev_{key}"]
         rows.append(row)
         obs = next_obs
     return rows

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from offrl.data.dataset import Arrays
 from offrl.envs import ogbench
 
 NOISE = 0.5
 KINDS = ("navigate", "stitch")
-Arrays = dict[str, np.ndarray]
 
 
 def size(maze: str, kind: str) -> tuple[int, int]:
@@ -40,7 +40,6 @@ def play(maze: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
 
     Args:
         maze: one of "medium", "large", "giant", "teleport".
-        kind: one of KINDS.
         length: T; an episode has T + 1 rows, the last of which is a state without a successor.
 
     Returns:
@@ -66,8 +65,6 @@ def play(maze: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
 
     names = ("observations", "actions", "qpos", "qvel")
     out = {name: np.zeros((episodes, length + 1, 2), np.float32) for name in names}
-    terminals = np.zeros((episodes, length + 1), bool)
-    terminals[:, -1] = True
     for episode in range(episodes):
         start = pick(cells)
         goal = pick(junctions) if kind == "navigate" else pick(four_away(env.maze_map, start))
@@ -78,16 +75,15 @@ def play(maze: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
             noise = random.normal(0, NOISE, 2)
             action = np.clip(way / (np.linalg.norm(way) + 1e-6) + noise, -1, 1)
             next_obs, _, _, _, info = env.step(action)
-            for name, value in zip(
-                names, (obs, action, info["prev_qpos"], info["prev_qvel"]), strict=True
-            ):
+            row = (obs, action, info["prev_qpos"], info["prev_qvel"])
+            for name, value in zip(names, row, strict=True):
                 out[name][episode, step] = value
             if kind == "navigate" and info["success"]:
                 env.cur_goal_xy = env.add_noise(env.ij_to_xy(pick(junctions)))
             obs = next_obs
     env.close()
     flat = {name: value.reshape(-1, 2) for name, value in out.items()}
-    return flat | {"terminals": terminals.reshape(-1)}
+    return flat | {"terminals": np.arange(episodes * (length + 1)) % (length + 1) == length}
 
 
 def corridor(free: np.ndarray, cell: tuple[int, int]) -> bool:

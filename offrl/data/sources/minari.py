@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,16 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, Space
 
-from offrl.data.dataset import Dataset, allocate, episode_sums, home, once, read, store, write
+from offrl.data.dataset import Arrays, Dataset, home, once, read, store_episodes, stream, write
 from offrl.errors import DataError
 
 GOAL = ("observation", "achieved_goal", "desired_goal")
+METADATA = {  # our name -> Minari's
+    "ref_min": "ref_min_score",
+    "ref_max": "ref_max_score",
+    "algorithm": "algorithm_name",
+    "minari_version": "minari_version",
+}
 DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, AssertionError)
 RULES = 1  # of the conversion; raise it when the rules change, and old conversions are made anew
 
@@ -45,17 +51,17 @@ def load(dataset_id: str, download: bool = True) -> Dataset:
 
     Raises:
         DataError: malformed id, damaged data, observations or actions that do not flatten.
-        OSError: it is not here and could not be downloaded, or the cache is not writable.
+        OSError: it is not here and could not be downloaded.
     """
-    place = root() / valid(dataset_id) / "data"
+    place = place_of(dataset_id) / "data"
     folder = home() / "minari" / dataset_id
     metadata = place / "metadata.json"
     stamp = lambda: [RULES, str(metadata), metadata.stat().st_mtime_ns]  # noqa: E731
 
     def current() -> bool:
-        if folder.exists() and not place.exists():
-            return True  # Minari's copy was deleted; an id with its version never changes
-        return folder.exists() and read(folder).info.get("stamp") == stamp()
+        if not folder.exists() or not place.exists():
+            return folder.exists()  # without Minari's copy; an id with its version never changes
+        return read(folder).info.get("stamp") == stamp()
 
     def make() -> None:
         if not place.exists():
@@ -66,35 +72,31 @@ def load(dataset_id: str, download: bool = True) -> Dataset:
     return read(folder)
 
 
-def root() -> Path:
-    """Where Minari keeps its data sets."""
-    default = Path.home() / ".minari" / "datasets"
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or default)
-
-
-def valid(dataset_id: str) -> str:
-    """Raises DataError unless the id has Minari's form, which keeps it inside its folder."""
+def place_of(dataset_id: str) -> Path:
+    """Its folder; raises DataError unless the id has Minari's form, which keeps it inside."""
     if not re.fullmatch(r"([-\w]+/)*[-\w]+-v\d+", dataset_id):
         raise DataError(f"{dataset_id!r} is no Minari id such as D4RL/door/human-v2")
-    return dataset_id
+    root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
+    return Path(root, dataset_id)
 
 
 def obtain(dataset_id: str, download: bool) -> None:
     import minari
 
+    place = place_of(dataset_id)
     failure = (
-        f"the Minari data set {dataset_id} is not in {root()} and {{}}. Alternatives: "
-        "source=generated needs no network; copy the data set's folder there from another "
-        "machine; or set MINARI_DATASETS_PATH to where it is"
+        f"the Minari data set is not at {place} and {{}}. Alternatives: source=generated needs no "
+        "network; copy the data set's folder there from another machine; or set "
+        "MINARI_DATASETS_PATH to where it is"
     )
     if not download:
         raise FileNotFoundError(failure.format("download is off"))
-    fresh = not (root() / dataset_id).exists()
+    fresh = not place.exists()
     try:
         minari.download_dataset(dataset_id)
     except BaseException as error:  # Minari, its hub client and its transport share no other base
         if fresh:  # half a download would be taken for a data set
-            shutil.rmtree(root() / dataset_id, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
         if not isinstance(error, Exception):  # Ctrl-C
             raise
         raise OSError(failure.format(f"could not be downloaded ({error})")) from error
@@ -106,66 +108,42 @@ def obtain(dataset_id: str, download: bool) -> None:
 def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[str, Any]:
     """Write the arrays of the data set at `place` into the folder `part`, episode by episode."""
     source, raw = opened(place)
-    order = layout(source.observation_space, dataset_id)
-    act_shape, kind = action_shape(source.action_space, dataset_id)
-    rows, width = source.total_steps, sum(order.values())
+    order, rows = layout(source.observation_space, dataset_id), source.total_steps
+    act, scaling = actions(source.action_space, dataset_id)
     if rows == 0:
         raise DataError(f"{dataset_id} holds no steps")
-    flat = ("reward", "terminal", "timeout")
-    out = {
-        "obs": allocate(part / "obs.npy", np.float32, (rows, width)),
-        "act": allocate(part / "act.npy", kind, (rows, *act_shape)),
-        "next_obs": allocate(part / "next_obs.npy", np.float32, (rows, width)),
-        **{name: allocate(part / f"{name}.npy", np.float32, (rows,)) for name in flat},
-    }
-    starts, done = [], 0
-    for number, episode in enumerate(episodes(source, place, order)):
-        steps = len(episode["reward"])
-        lengths = {name: len(value) for name, value in episode.items()}
-        if lengths != dict.fromkeys(lengths, steps) | {"obs": steps + 1}:
-            raise DataError(
-                f"{dataset_id}: episode {number} has rows {lengths}; obs must have one more than "
-                "the others"
-            )
-        if done + steps > rows:
-            break
-        to = slice(done, done + steps)
-        out["obs"][to], out["next_obs"][to] = episode["obs"][:-1], episode["obs"][1:]
-        for name in ("act", *flat):
-            out[name][to] = episode[name]
-        starts += [done] if steps else []
-        done = to.stop
-    if done != rows:
+    ends, rewards = [0], []
+
+    def chunks() -> Iterator[Arrays]:
+        for number, found in enumerate(episodes(source, place, order, act)):
+            lengths = {name: len(value) for name, value in found.items()}
+            obs, steps = found.pop("obs"), len(found["reward"])
+            if lengths != dict.fromkeys(lengths, steps) | {"obs": steps + 1}:
+                raise DataError(
+                    f"{dataset_id}: episode {number} has rows {lengths}; obs must have one more "
+                    "than the others"
+                )
+            ends.append(ends[-1] + steps)
+            rewards.append(found["reward"])
+            yield {"obs": obs[:-1], "next_obs": obs[1:], **found}
+
+    stream(part, chunks(), rows)
+    if ends[-1] != rows:
         raise DataError(f"{dataset_id} announces {rows} steps and holds others; get it again")
-    for array in out.values():
-        array.flush()
-    first = torch.tensor(starts)
-    store(part / "starts.npy", first.numpy())
-    store(part / "returns.npy", episode_sums(torch.from_numpy(out["reward"]), first).numpy())
-    info = {
-        "source": "minari",
-        "id": dataset_id,
-        "stamp": stamp,
-        "layout": order,
-        "rows": rows,
-        "episodes": len(starts),
-        "env": env_name(raw),
-        "actions": bounds_of(source.action_space),
-        "ref_min": raw.get("ref_min_score"),
-        "ref_max": raw.get("ref_max_score"),
-        "minari_version": raw.get("minari_version"),
-        "algorithm": raw.get("algorithm_name"),
-        "notes": [],
-    }
-    return {"name": f"minari/{dataset_id}", "fields": list(out), "info": info}
+    starts = torch.tensor(ends[:-1]).unique_consecutive()
+    starts = starts[starts < rows]
+    store_episodes(part, starts, torch.from_numpy(np.concatenate(rewards)))
+    info: dict[str, Any] = {"source": "minari", "id": dataset_id, "stamp": stamp, "notes": []}
+    info |= {"layout": order, "rows": rows, "episodes": len(starts), "actions": scaling}
+    info |= {ours: raw.get(theirs) for ours, theirs in METADATA.items()}
+    info["env"] = json.loads(raw["env_spec"])["id"] if raw.get("env_spec") else None
+    return {"name": f"minari/{dataset_id}", "info": info}
 
 
 def opened(place: Path) -> tuple[Any, dict[str, Any]]:
     """Minari's own reader of a folder, and the raw metadata.
 
-    Raises:
-        DataError: damaged, or without spaces; Minari would then build the environment that the
-            metadata name, which runs code.
+    Without spaces Minari would build the environment that the metadata name, which runs code.
     """
     import minari
 
@@ -178,16 +156,19 @@ def opened(place: Path) -> tuple[Any, dict[str, Any]]:
     raise DataError(f"the Minari data set at {place} does not describe its spaces; get it again")
 
 
-def episodes(source: Any, place: Path, order: dict[str, int]) -> Iterator[dict[str, np.ndarray]]:
+def episodes(
+    source: Any, place: Path, order: dict[str, int], act: Callable[[Any], np.ndarray]
+) -> Iterator[Arrays]:
     """Every episode by our names: obs (T + 1, o), the others (T, ...)."""
+    flat = lambda values: np.asarray(values).reshape(-1).astype(np.float32)  # noqa: E731
     try:
         for episode in source.iterate_episodes():
             yield {
                 "obs": join(episode.observations, order),
-                "act": scaled(episode.actions, source.action_space),
-                "reward": np.asarray(episode.rewards).reshape(-1),
-                "terminal": np.asarray(episode.terminations).reshape(-1),
-                "timeout": np.asarray(episode.truncations).reshape(-1),
+                "act": act(episode.actions),
+                "reward": flat(episode.rewards),
+                "terminal": flat(episode.terminations),
+                "timeout": flat(episode.truncations),
             }
     except DAMAGE as error:
         raise damaged(place, error) from error
@@ -200,20 +181,11 @@ def damaged(place: Path, error: Exception) -> DataError:
     )
 
 
-def env_name(raw: dict[str, Any]) -> str | None:
-    """The id of the environment that the data came from, where the metadata tell."""
-    return json.loads(raw["env_spec"])["id"] if raw.get("env_spec") else None
-
-
 # --- spaces --------------------------------------------------------------------------------------
 
 
 def layout(space: Space, dataset_id: str = "") -> dict[str, int]:
-    """Path of every part of an observation, such as "desired_goal", in order, and its width.
-
-    Raises:
-        DataError: for parts that are not Boxes.
-    """
+    """Path of every part of an observation, such as "desired_goal", in order, and its width."""
     if isinstance(space, gymnasium.spaces.Dict):
         keys = sorted(space.spaces)
         if set(keys) == set(GOAL):
@@ -240,51 +212,37 @@ def join(value: Any, order: dict[str, int]) -> np.ndarray:
     return np.concatenate(parts, -1)
 
 
-def action_shape(space: Space, dataset_id: str) -> tuple[tuple[int, ...], type]:
-    if isinstance(space, Box):
-        return (int(np.prod(space.shape, dtype=np.int64)),), np.float32
+def actions(space: Space, dataset_id: str) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
+    """What makes actions (T, a) in [-1, 1] of raw ones, or (T,) from 0, and that as a record."""
     if isinstance(space, Discrete):
-        return (), np.int64
-    raise DataError(f"{dataset_id} has actions of {space}; only Box and Discrete are read")
-
-
-def scaled(actions: Any, space: Space) -> np.ndarray:
-    """Actions (T, a) in [-1, 1], or discrete ones (T,) counted from 0."""
-    if isinstance(space, Discrete):
-        return np.asarray(actions, np.int64).reshape(-1) - int(space.start)
-    assert isinstance(space, Box)
-    flat = np.asarray(actions, np.float64).reshape(len(actions), -1)
-    if not other_bounds(space):
-        return flat
-    low, high = space.low.astype(np.float64).ravel(), space.high.astype(np.float64).ravel()
-    return 2 * (flat - low) / (high - low) - 1
-
-
-def other_bounds(space: Box) -> bool:
-    finite = np.isfinite(space.low).all() and np.isfinite(space.high).all()
-    return bool(finite and ((space.low != -1) | (space.high != 1)).any())
-
-
-def bounds_of(space: Space) -> dict[str, Any]:
-    """What was done to the actions, for the record."""
-    if isinstance(space, Discrete):
-        return {"count": int(space.n), "start": int(space.start)}
-    assert isinstance(space, Box)
+        first = int(space.start)
+        count = lambda raw: np.asarray(raw, np.int64).reshape(-1) - first  # noqa: E731
+        return count, {"count": int(space.n), "start": first}
+    if not isinstance(space, Box):
+        raise DataError(f"{dataset_id} has actions of {space}; only Box and Discrete are read")
     limits = {"low": space.low.ravel().tolist(), "high": space.high.ravel().tolist()}
-    return {"rescaled_from": limits} if other_bounds(space) else {"rescaled_from": None}
+    low, high = map(np.array, limits.values())
+    other = bool(np.isfinite([low, high]).all() and ((low != -1) | (high != 1)).any())
+
+    def scaled(raw: Any) -> np.ndarray:
+        flat = np.asarray(raw, np.float64).reshape(len(raw), -1)
+        return (2 * (flat - low) / (high - low) - 1 if other else flat).astype(np.float32)
+
+    return scaled, {"rescaled_from": limits if other else None}
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
-def export(
-    data: Dataset,
-    dataset_id: str,
-    env: str | None = None,
-    algorithm: str | None = None,
-    description: str | None = None,
-    author: str | None = None,
-) -> Path:
+def free(dataset_id: str) -> Path:
+    """The folder of a data set to be written; ValueError if the id is taken."""
+    place = place_of(dataset_id)
+    if place.exists():
+        raise ValueError(f"there is a Minari data set {dataset_id} already, in {place}")
+    return place
+
+
+def export(data: Dataset, dataset_id: str, env: str | None = None, **metadata: str) -> Path:
     """Write a data set as a local Minari data set, with Minari's own writer.
 
     Takes about 80 s and 750 MB per million rows.
@@ -292,23 +250,20 @@ def export(
     Args:
         dataset_id: "<namespace>/<environment>/<name>-v0".
         env: Gymnasium id, which lets Minari rebuild the environment.
-        algorithm, description, author: kept in the metadata, beside the provenance of `data`.
+        metadata: `algorithm_name`, `description`, `author` and others that Minari knows; they are
+            kept beside the provenance of `data`.
 
     Returns:
         the folder of the data set.
 
     Raises:
-        ValueError: the id is malformed or taken.
-        DataError: the rows of an episode do not follow one another.
+        ValueError: the id is taken.
+        DataError: the id is malformed, or the rows of an episode do not follow one another.
     """
     import minari
 
-    place = root() / valid(dataset_id)
-    if place.exists():
-        raise ValueError(f"there is a Minari data set {dataset_id} already, in {place}")
-    shape = lambda name: tuple(data[name].shape[1:])  # noqa: E731
-    actions = Discrete(data.act_dim) if data.discrete else Box(-1, 1, shape("act"), np.float32)
-    observations = Box(-np.inf, np.inf, shape("obs"), np.float32)
+    place = free(dataset_id)
+    box = lambda name, limit: Box(-limit, limit, tuple(data[name].shape[1:]), np.float32)  # noqa: E731
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is set to None|env_spec is None")
@@ -316,11 +271,9 @@ def export(
                 dataset_id,
                 buffer=buffers(data),  # type: ignore[arg-type]  # read once, so it may stream
                 env=env,
-                algorithm_name=algorithm,
-                description=description,
-                author=author,
-                observation_space=observations,
-                action_space=actions,
+                observation_space=box("obs", np.inf),
+                action_space=Discrete(data.act_dim) if data.discrete else box("act", 1),
+                **metadata,
             )
         made.storage.update_metadata({"provenance": {"name": data.name} | data.info})
     except BaseException:
@@ -333,17 +286,18 @@ def buffers(data: Dataset) -> Iterator[Any]:
     from minari.data_collector import EpisodeBuffer
 
     for first, count in zip(data.starts.tolist(), data.lengths.tolist(), strict=True):
-        rows = slice(first, first + count)
-        obs, next_obs = data["obs"][rows], data["next_obs"][rows]
+        rows = {name: value[first : first + count] for name, value in data.fields.items()}
+        obs, next_obs = rows["obs"], rows["next_obs"]
         if not torch.equal(obs[1:], next_obs[:-1]):
             raise DataError(
                 f"{data.name}: next_obs is not the following row's obs within the episode from row "
                 f"{first} on; Minari stores each observation once"
             )
-        yield EpisodeBuffer(
-            observations=torch.cat([obs, next_obs[-1:]]).numpy(),  # type: ignore[arg-type]
-            actions=data["act"][rows].numpy(),  # type: ignore[arg-type]
-            rewards=data["reward"][rows].numpy(),  # type: ignore[arg-type]
-            terminations=(data["terminal"][rows] != 0).numpy(),  # type: ignore[arg-type]
-            truncations=(data["timeout"][rows] != 0).numpy(),  # type: ignore[arg-type]
-        )
+        arrays: dict[str, Any] = {
+            "observations": torch.cat([obs, next_obs[-1:]]).numpy(),
+            "actions": rows["act"].numpy(),
+            "rewards": rows["reward"].numpy(),
+            "terminations": (rows["terminal"] != 0).numpy(),
+            "truncations": (rows["timeout"] != 0).numpy(),
+        }
+        yield EpisodeBuffer(**arrays)

@@ -51,8 +51,8 @@ class Behavior:
     def digest(self) -> str:
         """SHA-256 of the weights, 64 hex digits."""
         total = hashlib.sha256()
-        for tensor in (tensor for layer in self.layers for tensor in layer):
-            total.update(tensor.numpy().tobytes())
+        for weight, bias in self.layers:
+            total.update(weight.numpy().tobytes() + bias.numpy().tobytes())
         return total.hexdigest()
 
 
@@ -89,14 +89,5 @@ def load(env: str, folder: Path = FOLDER) -> list[Behavior]:
 def layers(tensors: Mapping[str, Tensor], prefix: str = "") -> Weights:
     """Layers of an actor's state, rounded to fp16 as they ship and widened to float32."""
     count = sum(name.startswith(prefix) and name.endswith("weight") for name in tensors)
-    return [
-        (
-            half(tensors[f"{prefix}net.layers.{i}.weight"]),
-            half(tensors[f"{prefix}net.layers.{i}.bias"]),
-        )
-        for i in range(count)
-    ]
-
-
-def half(value: Tensor) -> Tensor:
-    return value.half().float()
+    half = lambda i, kind: tensors[f"{prefix}net.layers.{i}.{kind}"].half().float()  # noqa: E731
+    return [(half(i, "weight"), half(i, "bias")) for i in range(count)]

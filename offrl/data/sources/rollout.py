@@ -12,20 +12,17 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from offrl.data.dataset import FIELDS, bounds, episode_sums, store
+from offrl.data.dataset import FIELDS, Arrays, bounds, store_episodes, stream
 from offrl.engine.method import Now, Policy
 from offrl.errors import DataError
 from offrl.seeding import derive, generator
@@ -35,11 +32,11 @@ CHUNK = 10_000  # steps; ten full episodes of a MuJoCo robot, about a second of 
 Made = TypeVar("Made")
 
 
+@dataclass(frozen=True)
 class Uniform:
     """Uniformly random actions in [-1, 1]."""
 
-    def __init__(self, act_dim: int):
-        self.act_dim = act_dim
+    act_dim: int
 
     def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         return torch.rand(len(now["obs"]), self.act_dim, generator=now["generator"]) * 2 - 1, memory
@@ -63,14 +60,10 @@ def roll_out(
     workers: int = 0,
     label: str = "rolling out",
 ) -> dict[str, Any]:
-    """Play the shares one after the other and write their rows as a cache entry's arrays.
-
-    Meant for `offrl.data.dataset.write`, which makes the entry appear whole or not at all.
+    """Play the shares one after the other; for `offrl.data.dataset.write`, which gives a `place`.
 
     Args:
-        shares: policies with their numbers of rows.
         make_env: picklable maker of an environment with actions in [-1, 1].
-        place: folder that receives `<field>.npy`, `starts.npy`, `returns.npy`.
         workers: processes; 0 for one per core. The rows do not depend on it.
         label: of the progress bar.
 
@@ -81,7 +74,6 @@ def roll_out(
     Raises:
         DataError: no rows are asked for, or a process died. An error of a policy or an
             environment is raised as it is.
-        OSError: if the disk is full.
     """
     total, jobs = sum(share.rows for share in shares), []
     if total < 1:
@@ -91,29 +83,21 @@ def roll_out(
         for number, first in enumerate(range(0, share.rows, CHUNK)):
             chunk_seed = derive(seed, "rollout", share.name, number)
             jobs.append((packed, min(CHUNK, share.rows - first), chunk_seed))
-    rewards, ends, cut = [], [], []
-    with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
-        bar = stack.enter_context(
-            tqdm(total=total, desc=label, unit="step", unit_scale=True, dynamic_ncols=True)
-        )
+    cut = []
+
+    def chunks() -> Iterator[Arrays]:
         for chunk, was_cut in in_processes(play, jobs, workers):
-            for name, array in chunk.items():
-                if name not in files:
-                    files[name] = stack.enter_context(open(place / f"{name}.npy", "wb"))
-                    start_array(files[name], (total, *array.shape[1:]))
-                files[name].write(array.data)
-            rewards.append(chunk["reward"])
-            ends.append((chunk["terminal"] + chunk["timeout"]) > 0)
-            cut.append((was_cut, int(ends[-1].sum())))
-            bar.update(len(chunk["reward"]))
-    starts = bounds(torch.from_numpy(np.concatenate(ends)))
-    returns = episode_sums(torch.from_numpy(np.concatenate(rewards)), starts)
-    store(place / "starts.npy", starts.numpy())
-    store(place / "returns.npy", returns.float().numpy())
+            cut.append(was_cut)
+            yield chunk
+
+    stream(place, chunks(), total, label)
+    written = lambda name: torch.from_numpy(np.load(place / f"{name}.npy"))  # noqa: E731
+    ends = (written("terminal") + written("timeout")) > 0
+    starts = bounds(ends)
+    returns = store_episodes(place, starts, written("reward"))
+    last = torch.tensor([rows for _, rows, _ in jobs]).cumsum(0) - 1  # rows that end a chunk
     whole = torch.ones(len(starts), dtype=torch.bool)
-    last = torch.tensor([count for _, count in cut]).cumsum(0) - 1
-    whole[last] = ~torch.tensor([was_cut for was_cut, _ in cut])
+    whole[ends.cumsum(0)[last] - 1] = ~torch.tensor(cut)
     return {
         "episodes": len(starts),
         "cut_episodes": int((~whole).sum()),
@@ -121,45 +105,31 @@ def roll_out(
     }
 
 
-def start_array(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    """The head of a float32 .npy file; plain writes tell of a full disk, a mapped file crashes."""
-    head = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_2_0(file, head)
-
-
 @torch.inference_mode()
-def play(packed: bytes, rows: int, seed: int) -> tuple[dict[str, np.ndarray], bool]:
+def play(packed: bytes, rows: int, seed: int) -> tuple[Arrays, bool]:
     """One chunk: float32 arrays by field, and whether the last episode was cut by its end."""
     make_env, policy, explore = pickle.loads(packed)
     env = make_env()
-    stream = generator(seed, "policy")
-    raw, _ = env.reset(seed=derive(seed, "environment"))
-    obs = torch.as_tensor(raw, dtype=torch.float32).view(1, -1)
-    obs_dim, act_dim = obs.shape[-1], int(np.prod(env.action_space.shape))
-    widths = {"obs": (obs_dim,), "act": (act_dim,), "next_obs": (obs_dim,)}
+    how = {"scenario": torch.zeros(1).long(), "explore": explore}
+    how["generator"] = generator(seed, "policy")
+    read = lambda raw: torch.as_tensor(raw, dtype=torch.float32).view(1, -1)  # noqa: E731
+    obs = read(env.reset(seed=derive(seed, "environment"))[0])
+    widths = dict.fromkeys(("obs", "next_obs"), (obs.shape[-1],))
+    widths["act"] = (int(np.prod(env.action_space.shape)),)
     out = {name: np.zeros((rows, *widths.get(name, ())), np.float32) for name in FIELDS}
     begin, later = torch.ones(1), torch.zeros(1)
     memory, start, gained = None, begin, later
     for row in range(rows):
-        now = {
-            "obs": obs,
-            "start": start,
-            "reward": gained,
-            "scenario": torch.zeros(1).long(),
-            "explore": explore,
-            "generator": stream,
-        }
-        act, memory = policy.act(now, memory)
+        act, memory = policy.act({"obs": obs, "start": start, "reward": gained} | how, memory)
         action = act.view(-1).numpy()
         raw, reward, terminated, truncated, _ = env.step(action.reshape(env.action_space.shape))
-        next_obs = torch.as_tensor(raw, dtype=torch.float32).view(1, -1)
-        out["obs"][row], out["act"][row], out["next_obs"][row] = obs[0], action, next_obs[0]
-        out["reward"][row], out["terminal"][row] = reward, terminated
-        out["timeout"][row] = truncated and not terminated
+        next_obs = read(raw)
+        found = (obs[0], action, reward, next_obs[0], terminated, truncated and not terminated)
+        for name, value in zip(FIELDS, found, strict=True):
+            out[name][row] = value
         obs, start, gained = next_obs, later, torch.tensor([float(reward)])
         if terminated or truncated:
-            obs = torch.as_tensor(env.reset()[0], dtype=torch.float32).view(1, -1)
-            start, gained = begin, later
+            obs, start, gained = read(env.reset()[0]), begin, later
     env.close()
     cut = start is later
     if cut:
@@ -176,8 +146,7 @@ def in_processes(
         DataError: if a process died.
     """
     jobs = list(jobs)
-    limit = min(workers or cores(), len(jobs))
-    context = multiprocessing.get_context("spawn")
+    limit, context = min(workers or cores(), len(jobs)), multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(limit, mp_context=context, initializer=set_up)
     try:
         yield from pool.map(function, *zip(*jobs, strict=True))
@@ -193,16 +162,16 @@ def in_processes(
 
 def set_up() -> None:
     """One thread; the parent decides when to stop, and its death is a reason too."""
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-
-
-def end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def borders(weights: Sequence[float], rows: int) -> list[int]:

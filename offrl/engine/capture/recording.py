@@ -16,8 +16,10 @@ place, and numbers of Python keep the value they had. A call of `offrl.nets.kern
 replayed whole.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_s
 SHAPED = ("ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full")
 # of an allocation; an operator that writes into given memory takes them from it
 PLACEMENT = {"dtype", "layout", "device", "pin_memory", "memory_format"}
+WAITS = "makes the host wait for a value"
 
 
 def syncs_host(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -65,19 +68,66 @@ class Call:
     """One operator as it was called.
 
     Attributes:
-        inputs: tensors among the arguments.
-        writes: those of them that it changes.
+        writes: tensors among the arguments that it changes.
         outs: tensors that it returned.
         fixed: the same inputs give the same outputs.
+        inputs: all tensors among the arguments.
     """
 
     run: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    inputs: list[Tensor]
-    outs: list[Tensor]
     writes: list[Tensor]
+    outs: list[Tensor]
     fixed: bool
+
+    def __post_init__(self) -> None:
+        self.inputs = tensors((self.args, self.kwargs))
+        self.operator = isinstance(self.run, torch._ops.OpOverload)  # no opaque function
+
+    def named(self, names: tuple[str, ...]) -> bool:
+        return str(self.run).removeprefix("aten.").partition(".")[0] in names
+
+    def is_view(self) -> bool:
+        """Whether it computes nothing: a new tensor on the memory of an argument."""
+        if self.writes or not self.operator:
+            return False
+        return bool(self.outs) and memories(self.outs) <= memories(self.inputs)
+
+    def is_repeatable(self) -> bool:
+        """Whether a replay of the operator would do what the call did.
+
+        Batch normalization changes its statistics without telling; some operators change a tensor's
+        shape in place, or both write and return; conjugates are lazy.
+        """
+        for x in (*self.inputs, *self.outs):
+            if x.layout != torch.strided or x.is_conj() or x.is_neg():
+                return False
+        if torch.Tag.inplace_view in self.run.tags or "batch_norm" in str(self.run):
+            return False
+        return not self.writes or memories(self.outs) <= memories(self.inputs)
+
+    @cached_property
+    def variant(self) -> tuple[Any, list[str]] | None:
+        """The operator's form that writes into given tensors, and the names of those arguments.
+
+        These are as many as tensors were returned: gradients that nobody asks for are None.
+        """
+        mine = {a.name: str(a.type) for a in self.run._schema.arguments}
+        returns = [str(r.type) for r in self.run._schema.returns]
+        for name in self.run.overloadpacket.overloads():
+            other = getattr(self.run.overloadpacket, name)
+            outs = [a.name for a in other._schema.arguments if a.is_out]
+            rest = {a.name: str(a.type) for a in other._schema.arguments if not a.is_out}
+            same = rest.items() <= mine.items() and mine.keys() - rest.keys() <= PLACEMENT
+            if same and returns == ["Tensor"] * len(outs) and len(outs) == len(self.outs):
+                return other, outs
+        return None
+
+    def takes_no_memory(self) -> bool:
+        """Whether its results come in memory of their own, as torch's operators return them."""
+        computes = self.operator and not self.writes and not self.named(ALLOCATIONS)
+        return computes and self.variant is None
 
 
 class Recorder(TorchDispatchMode):
@@ -86,9 +136,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.syncs: list[str] = []
-        self.refused: list[str] = []
-        self.reads = HostReads(self)
+        self.refused: list[str] = []  # why the work cannot be repeated
+        self.reads = HostReads(self.refused)
 
     def __enter__(self) -> "Recorder":
         opaque.watchers.append(self)
@@ -106,30 +155,20 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if syncs_host(func, args, kwargs):
-            self.syncs.append(str(func))
+            self.refused.append(f"{func} {WAITS}")
         out = func(*args, **kwargs)
-        named = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | kwargs
-        writes = [
-            t
-            for a in func._schema.arguments
-            if a.alias_info is not None and a.alias_info.is_write and a.name in named
-            for t in tensors(named[a.name])
-        ]
-        if unrepeatable(func, inputs := tensors((args, kwargs)), tensors(out), writes):
-            self.refused.append(str(func))
+        arguments = func._schema.arguments
+        given = dict(zip([a.name for a in arguments], args, strict=False)) | kwargs
+        changed = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        writes = tensors([given.get(name) for name in changed])
         fixed = torch.Tag.nondeterministic_seeded not in func.tags
-        self.calls.append(Call(func, args, kwargs, inputs, tensors(out), writes, fixed))
+        self.calls.append(Call(func, args, kwargs, writes, tensors(out), fixed))
+        if not self.calls[-1].is_repeatable():
+            self.refused.append(f"{func} cannot be repeated on fixed memory")
         return out
 
-    def check(self, result: Any) -> None:
-        """Raises NotRecordable if the work cannot be repeated."""
-        if self.syncs:
-            raise NotRecordable(f"{self.syncs[0]} makes the host wait for a value", result)
-        if self.refused:
-            raise NotRecordable(f"{self.refused[0]} cannot be repeated on fixed memory", result)
-
     def whole(self, function: opaque.Function, inputs: Any, outputs: Any) -> None:
-        self.calls.append(Call(function, inputs, {}, list(inputs), list(outputs), [], False))
+        self.calls.append(Call(function, inputs, {}, [], list(outputs), False))
 
 
 class HostReads(TorchFunctionMode):
@@ -137,31 +176,27 @@ class HostReads(TorchFunctionMode):
 
     READS = (torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__)
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, refused: list[str]):
         super().__init__()
-        self.recorder = recorder
+        self.refused = refused
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.READS and self.recorder in opaque.watchers:  # not within an opaque call
-            self.recorder.syncs.append(f"Tensor.{func.__name__}")
+        if func in self.READS and opaque.watchers:  # not within an opaque call
+            self.refused.append(f"Tensor.{func.__name__} {WAITS}")
         return func(*args, **(kwargs or {}))
 
 
-def unrepeatable(
-    operator: Any, inputs: list[Tensor], outs: list[Tensor], writes: list[Tensor]
-) -> bool:
-    """Whether a replay of an operator would not do what the call did.
+def recorded(work: Callable[[], Any]) -> tuple[Any, list[Call]]:
+    """Do work; returns its result, and the calls that compute something.
 
-    Batch normalization changes its statistics without telling; some operators change a tensor's
-    shape in place, or both write and return; conjugates are lazy.
+    Raises:
+        NotRecordable: after the work, if it cannot be repeated.
     """
-    given = {memory(x) for x in inputs if x.layout == torch.strided}
-    return (
-        "batch_norm" in str(operator)
-        or torch.Tag.inplace_view in operator.tags
-        or any(x.layout != torch.strided or x.is_conj() or x.is_neg() for x in [*inputs, *outs])
-        or (bool(writes) and any(memory(x) not in given for x in outs))
-    )
+    with Recorder() as recorder:
+        result = work()
+    if recorder.refused:
+        raise NotRecordable(recorder.refused[0], result)
+    return result, [c for c in recorder.calls if not c.is_view() and (c.outs or c.writes)]
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -173,6 +208,10 @@ def memory(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
+def memories(xs: Iterable[Tensor]) -> set[int]:
+    return set(map(memory, xs))
+
+
 class Recording:
     """`work` run once under a recorder; a call replays it.
 
@@ -180,21 +219,17 @@ class Recording:
         first: what the work returned.
         result: the same structure; its tensors are overwritten by every replay.
         written: what existed before and is changed by a replay, as whole storages.
+        memory: bytes of intermediate results.
 
     Raises:
         NotRecordable: after the work has been done.
     """
 
     def __init__(self, work: Callable[[], Any]):
-        with Recorder() as recorder:
-            self.first = work()
-        recorder.check(self.first)
-        calls = [c for c in recorder.calls if not is_view(c) and (c.outs or c.writes)]
+        self.first, calls = recorded(work)
         if reads_unwritten(calls):
-            reason = (
-                "memory is filled by code that is no operator of torch (see nets.kernels.opaque)"
-            )
-            raise NotRecordable(reason, self.first)
+            reason = "memory is filled by code that is no operator of torch"
+            raise NotRecordable(f"{reason} (see nets.kernels.opaque)", self.first)
         try:
             plan = Plan(calls, tensors(self.first))
             self.steps = [step(c, plan) for c in calls if plan.replayed(c)]
@@ -202,8 +237,7 @@ class Recording:
             raise NotRecordable(str(error).splitlines()[0], self.first) from error
         self.result = tree_map(plan.moved, self.first)
         self.written = written(calls)
-        places = {storage.data_ptr(): storage.nbytes() for storage in plan.place.values()}
-        self.memory = sum(places.values())  # bytes of intermediate results
+        self.memory = sum({x.data_ptr(): x.nbytes() for x in plan.place.values()}.values())
 
     def __call__(self) -> Any:
         with torch.inference_mode():
@@ -212,33 +246,41 @@ class Recording:
         return self.result
 
 
-def is_view(call: Call) -> bool:
-    """Whether it computes nothing: a new tensor on the memory of an argument."""
-    if call.writes or not isinstance(call.run, torch._ops.OpOverload):
-        return False
-    given = {memory(x) for x in call.inputs}
-    return bool(call.outs) and all(memory(x) in given for x in call.outs)
-
-
-def named(call: Call, names: tuple[str, ...]) -> bool:
-    return str(call.run).removeprefix("aten.").partition(".")[0] in names
-
-
-def allocates(call: Call) -> bool:
-    return named(call, ALLOCATIONS)
-
-
 def reads_unwritten(calls: list[Call]) -> bool:
     """Whether fresh memory is read that nothing in the recording has written to."""
     blank: set[int] = set()
     for call in calls:
-        if allocates(call):
-            blank |= {memory(x) for x in call.outs}
+        if call.named(ALLOCATIONS):
+            blank |= memories(call.outs)
             continue
-        blank -= {memory(x) for x in call.writes}
-        if any(memory(x) in blank for x in call.inputs):
+        blank -= memories(call.writes)
+        if blank & memories(call.inputs):
             return True
     return False
+
+
+def existing(calls: list[Call]) -> set[int]:
+    """Memory that was there before the calls."""
+    made: set[int] = set()
+    found: set[int] = set()
+    for call in calls:
+        found |= memories(call.inputs) - made
+        made |= memories(call.outs) - found
+    return found
+
+
+def written(calls: list[Call]) -> list[Tensor]:
+    """The tensors that existed before the calls and are changed by them, as whole storages."""
+    before = existing(calls)
+    found = {memory(x): x for call in calls for x in call.writes}
+    return [everything(x) for key, x in found.items() if key in before]
+
+
+def everything(x: Tensor) -> Tensor:
+    """All of the storage of `x`, (n,)."""
+    storage = x.untyped_storage()
+    every = torch.empty(0, dtype=x.dtype, device=x.device)
+    return every.set_(storage, 0, (storage.nbytes() // x.element_size(),), (1,))
 
 
 class Plan:
@@ -250,57 +292,34 @@ class Plan:
     """
 
     def __init__(self, calls: list[Call], kept: Iterable[Tensor]):
-        birth: dict[int, int] = {}
-        last: dict[int, int] = {}
-        size: dict[int, int] = {}
-        outside: set[int] = set()
-        for i, call in enumerate(calls):
-            outside |= {memory(x) for x in call.inputs} - birth.keys()
-            for x in [*call.inputs, *call.outs]:
-                if (key := memory(x)) not in outside:
-                    birth.setdefault(key, i)
-                    size.setdefault(key, x.untyped_storage().nbytes())
-                    last[key] = i
-        changed = {memory(x) for call in calls for x in call.writes}
-        self.constant = self.constants(calls, birth, changed)
-        for x in kept:
-            if memory(x) in last:
-                last[memory(x)] = len(calls)
+        before, changed = existing(calls), memories(x for call in calls for x in call.writes)
+        last = {memory(x): i for i, c in enumerate(calls) for x in (*c.inputs, *c.outs)}
+        last |= dict.fromkeys(map(memory, kept), len(calls))
+        self.constant: set[int] = set()  # results that come out the same in every replay
         self.place: dict[int, torch.UntypedStorage] = {}
-        free: dict[int, list[torch.UntypedStorage]] = {}
-        own: set[int] = set()
-        begin, end = by_time(birth), by_time(last)
-        for i, call in enumerate(calls):
-            for key in begin.get(i, ()):
-                if key in self.constant:
-                    continue
-                spare = free.get(size[key])
-                if new_memory(call):
-                    own.add(key)
-                    spare = None
-                self.place[key] = spare.pop() if spare else torch.UntypedStorage(size[key])
-            for key in end.get(i, ()):
-                if key in self.place and key not in own:
-                    free.setdefault(size[key], []).append(self.place[key])
         self.tensors: dict[int, Tensor] = {}
-        self.families: dict[int, list[Tensor]] = {key: [] for key in birth}  # all on one memory
-
-    @staticmethod
-    def constants(calls: list[Call], birth: dict[int, int], changed: set[int]) -> set[int]:
-        """Results that come out the same in every replay."""
-        found: set[int] = set()
-        for call in calls:
-            shaped = named(call, SHAPED)
-            inputs = set() if shaped else {memory(x) for x in call.inputs}
-            made = {memory(x) for x in call.outs}
-            if call.fixed and not call.writes and inputs <= found and not made & changed:
-                found |= made & birth.keys()
-        return found
+        self.families: dict[int, list[Tensor]] = defaultdict(list)  # all on one memory
+        free: dict[int, list[torch.UntypedStorage]] = defaultdict(list)  # by size
+        for i, call in enumerate(calls):
+            made = {memory(x): x.untyped_storage().nbytes() for x in call.outs}
+            inputs = set() if call.named(SHAPED) else memories(call.inputs)
+            steady = call.fixed and not call.writes and inputs <= self.constant
+            if steady and not made.keys() & changed:
+                self.constant |= made.keys() - before
+            alone = call.takes_no_memory()
+            for key, size in made.items():
+                if key not in before | self.constant | self.place.keys():
+                    spare = not alone and free[size]
+                    self.place[key] = spare.pop() if spare else torch.UntypedStorage(size)
+                if alone:  # memory that comes anew in every replay, which nothing else may take
+                    last.pop(key, None)
+            for key in dict.fromkeys(map(memory, (*call.inputs, *call.outs))):
+                if last.get(key) == i and key in self.place:
+                    free[self.place[key].nbytes()].append(self.place[key])
 
     def replayed(self, call: Call) -> bool:
-        return not allocates(call) and not (
-            call.outs and not call.writes and all(memory(x) in self.constant for x in call.outs)
-        )
+        steady = bool(call.outs) and not call.writes and memories(call.outs) <= self.constant
+        return not steady and not call.named(ALLOCATIONS)
 
     def moved(self, x: Any) -> Any:
         """The tensor where the plan puts it."""
@@ -314,40 +333,13 @@ class Plan:
         return self.tensors[id(x)]
 
 
-def by_time(times: dict[int, int]) -> dict[int, list[int]]:
-    """The keys of each value."""
-    found: dict[int, list[int]] = {}
-    for key, time in times.items():
-        found.setdefault(time, []).append(key)
-    return found
-
-
-def written(calls: list[Call]) -> list[Tensor]:
-    """The tensors that existed before the calls and are changed by them, as whole storages."""
-    outside: set[int] = set()
-    born: set[int] = set()
-    found: dict[int, Tensor] = {}
-    for call in calls:
-        outside |= {memory(x) for x in call.inputs} - born
-        born |= {memory(x) for x in call.outs} - outside
-        found |= {memory(x): x for x in call.writes if memory(x) in outside}
-    return [everything(x) for x in found.values()]
-
-
-def everything(x: Tensor) -> Tensor:
-    """All of the storage of `x`, (n,)."""
-    storage = x.untyped_storage()
-    every = torch.empty(0, dtype=x.dtype, device=x.device)
-    return every.set_(storage, 0, (storage.nbytes() // x.element_size(),), (1,))
-
-
 def step(call: Call, plan: Plan) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """What a replay does for a call: the same kernel, writing where the results live."""
     run, args, kwargs = call.run, tree_map(plan.moved, call.args), tree_map(plan.moved, call.kwargs)
     outs = [plan.moved(x) for x in call.outs]
     if call.writes:
         return run, args, kwargs
-    if not isinstance(run, torch._ops.OpOverload):
+    if not call.operator:
 
         def copying(*args: Any) -> None:
             with torch.inference_mode(False), torch.no_grad():  # what it keeps is ordinary
@@ -355,9 +347,8 @@ def step(call: Call, plan: Plan) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
                     out.copy_(value)
 
         return copying, args, kwargs
-    found = out_variant(run, len(outs))
-    if found is not None:
-        operator, names = found
+    if call.variant is not None:
+        operator, names = call.variant
         known = {a.name for a in operator._schema.arguments}
         taken = {name: value for name, value in kwargs.items() if name in known}
         return operator, args, taken | dict(zip(names, outs, strict=True))
@@ -370,31 +361,3 @@ def step(call: Call, plan: Plan) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
                 x.set_(storage, x.storage_offset(), x.shape, x.stride())
 
     return adopting, args, kwargs
-
-
-def new_memory(call: Call) -> bool:
-    """Whether the call's results come in memory of their own, as torch's operators return them."""
-    return (
-        isinstance(call.run, torch._ops.OpOverload)
-        and not call.writes
-        and not allocates(call)
-        and out_variant(call.run, len(call.outs)) is None
-    )
-
-
-def out_variant(operator: Any, count: int) -> tuple[Any, list[str]] | None:
-    """The operator's form that writes into given tensors, and the names of those arguments.
-
-    Args:
-        count: of tensors that the call returned; gradients that nobody asks for are None.
-    """
-    mine = {a.name: str(a.type) for a in operator._schema.arguments}
-    returns = [str(r.type) for r in operator._schema.returns]
-    for name in operator.overloadpacket.overloads():
-        other = getattr(operator.overloadpacket, name)
-        outs = [a.name for a in other._schema.arguments if a.is_out]
-        rest = {a.name: str(a.type) for a in other._schema.arguments if not a.is_out}
-        same = rest.items() <= mine.items() and mine.keys() - rest.keys() <= PLACEMENT
-        if same and returns == ["Tensor"] * len(outs) and len(outs) == count:
-            return other, outs
-    return None

@@ -25,14 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from offrl.engine.capture.recording import (
-    NotRecordable,
-    Recorder,
-    Recording,
-    everything,
-    memory,
-    written,
-)
+from offrl.engine.capture import recording
+from offrl.engine.capture.recording import NotRecordable, Recording
 from offrl.engine.capture.watch import Watch
 from offrl.engine.method import Batch, Metrics, Sampler
 
@@ -75,13 +69,16 @@ class Updates:
         self.speed, self.say = speed, say
         self.on_gpu = algo.generator.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
-        if speed == "compile":
-            self.compile()
+        compiler = os.environ.get("CXX", "g++")
+        if speed == "compile" and not self.on_gpu and shutil.which(compiler) is None:
+            say(f"updates run eagerly: torch.compile needs {compiler}, which is not available")
+        elif speed == "compile":
+            self.update = torch.compile(update)
         self.captures = speed in ("auto", "graph") or (speed == "compile" and self.on_gpu)
         self.courses: dict[int, Iterator[Metrics]] = {}  # by turn, as are all of these
         self.replays: dict[int, Captured] = {}
         self.made: Counter[int] = Counter()
-        self.spent: dict[int, list[float]] = {}  # ms of an update, eager and captured
+        self.spent: dict[int, tuple[float, float]] = {}  # ms of an update, eager and captured
         self.told = False
 
     def __call__(self, step: int) -> Metrics:
@@ -89,32 +86,25 @@ class Updates:
         if not self.captures:
             return self.eager(turn)
         self.made[turn] += 1
-        if turn not in self.courses:
-            self.courses[turn] = self.course(turn)
-        elif turn in self.replays and (change := self.replays[turn].watch.changes()):
-            return self.stay_eager(f"{change} between updates", self.eager(turn))
         try:
-            return next(self.courses[turn])
-        except NotRecordable as no:
-            return self.stay_eager(str(no), no.result)
+            if turn in self.replays and (change := self.replays[turn].watch.changes()):
+                raise NotRecordable(f"{change} between updates", self.eager(turn))
+            return next(self.courses.setdefault(turn, self.course(turn)))
+        except NotRecordable as no:  # from now on all updates are eager
+            self.captures = False
+            self.courses.clear()
+            self.replays.clear()
+            self.say(f"updates run eagerly: {no}")
+            return no.result
 
     def eager(self, turn: int) -> Metrics:
         return self.update(self.sample(self.algo.generator), turn)
-
-    def stay_eager(self, reason: str, metrics: Metrics) -> Metrics:
-        """Make all further updates eagerly."""
-        self.captures = False
-        self.courses.clear()
-        self.replays.clear()
-        self.say(f"updates run eagerly: {reason}")
-        return metrics
 
     def course(self, turn: int) -> Iterator[Metrics]:
         """The updates of a turn, one after another."""
         for _ in range(WARM_UP):
             yield self.eager(turn)
-        piece = Captured(partial(self.eager, turn), self.algo, self.pool)
-        self.replays[turn] = piece
+        piece = self.replays[turn] = Captured(partial(self.eager, turn), self.algo, self.pool)
         yield piece.first
         for _ in range(CHECKS):
             yield self.checked(piece, turn)
@@ -146,24 +136,24 @@ class Updates:
         Raises:
             NotRecordable: if they do not.
         """
-        before, again, failure = copies(piece.state()), None, ""
+        before, again, failed = copies(piece.state()), None, ""
         try:
             again = piece()
         except (RuntimeError, NotImplementedError) as error:
-            failure = str(error).splitlines()[0]
+            failed = str(error).splitlines()[0]
         after = copies(piece.state())
         piece.restore(before)
         metrics = self.eager(turn)
         if change := piece.watch.changes():
-            failure = f"{change} during an update"
-        elif again is not None and not (
+            raise NotRecordable(f"{change} during an update", metrics)
+        if again is None:
+            raise NotRecordable(failed, metrics)
+        if not (
             shapes(again) == shapes(metrics)
             and agree(after, piece.state(), before)
             and agree([packed(again)], [packed(metrics)], [torch.zeros(1)])
         ):
-            failure = "a replay does not give what the update gives"
-        if failure:
-            raise NotRecordable(failure, metrics)
+            raise NotRecordable("a replay does not give what the update gives", metrics)
         return metrics
 
     def compared(self, piece: "Captured", turn: int) -> Iterator[Metrics]:
@@ -174,23 +164,15 @@ class Updates:
             metrics = piece() if i % 2 else self.eager(turn)
             times[i % 2].append(1e3 * (self.now() - start))
             yield metrics
-        self.spent[turn] = [statistics.median(spent) for spent in times]
+        self.spent[turn] = statistics.median(times[0]), statistics.median(times[1])
         known = sum(self.made[turn] for turn in self.spent)
         if not self.told and known >= 0.9 * self.made.total():
             self.told = True
-            slow, fast = (
-                sum(self.made[turn] * spent[i] for turn, spent in self.spent.items()) / known
-                for i in (0, 1)
-            )
+            parts = [
+                [self.made[turn] * ms / known for ms in self.spent[turn]] for turn in self.spent
+            ]
+            slow, fast = map(sum, zip(*parts, strict=True))
             self.say(f"an update takes {slow:.2f} ms eager, {fast:.2f} ms captured")
-
-    def compile(self) -> None:
-        """Put the compiled update in the place of the eager one, if there is a compiler."""
-        compiler = os.environ.get("CXX", "g++")
-        if not self.on_gpu and shutil.which(compiler) is None:
-            self.say(f"updates run eagerly: torch.compile needs {compiler}, which is not available")
-            return
-        self.update = torch.compile(self.update)
 
     def now(self) -> float:
         if self.on_gpu:
@@ -235,7 +217,7 @@ class Captured:
     """An update and its replay.
 
     Args:
-        work: makes the update.
+        update: makes the update.
         algo: what it changes; draws from its `generator`.
         pool: memory of a run's CUDA graphs, which never run at the same time.
 
@@ -245,48 +227,42 @@ class Captured:
 
     Raises:
         NotRecordable: after the update has been made.
+        ValueError: if CUDA fails to capture it.
     """
 
-    def __init__(self, work: Callable[[], Metrics], algo: Any, pool: Any):
-        self.shapes: dict[str, torch.Size] = {}
-        self.watch, generator = Watch(algo), algo.generator
-        known = {id(g): g for g in (generator, torch.default_generator, *self.watch.generators)}
+    def __init__(self, update: Callable[[], Metrics], algo: Any, pool: Any):
+        self.watch, device = Watch(algo), algo.generator.device
+        self.generators = [algo.generator, torch.default_generator, *self.watch.generators]
+        self.first: Metrics = {}
+        self.replay: Any = None
 
-        def row() -> Tensor:
-            metrics = work()
-            self.shapes = shapes(metrics)
-            return packed(metrics)
+        def work() -> Tensor:
+            self.first = {name: value.detach() for name, value in update().items()}
+            return packed(self.first)
 
-        self.replay: Any
         try:
-            if generator.device.type == "cuda":
-                common = torch.cuda.default_generators[generator.device.index]
-                known[id(common)] = common
-                first, changed = tried(row)
-                self.refuse_changes(first)
-                self.replay = CudaGraph(row, generator, pool)
+            if device.type == "cuda":
+                # nothing else is kept of the calls: they hold the nodes of parameters in the graph
+                # of gradients; met again within the capture, these would make it wait for the
+                # stream they were made on, which ends it
+                changed = recording.written(recording.recorded(work)[1])
             else:
-                self.replay = Recording(row)
-                first, changed = self.replay.first, self.replay.written
-                self.refuse_changes(first)
+                self.replay = Recording(work)
+                changed = self.replay.written
         except NotRecordable as no:
-            raise NotRecordable(str(no), self.named(no.result)) from no
-        self.first = self.named(first)
-        self.generators = list(known.values())
+            no.result = self.first
+            raise
+        if change := self.watch.changes():
+            raise NotRecordable(f"{change} during an update", self.first)
+        if device.type == "cuda":
+            self.generators.append(torch.cuda.default_generators[device.index])
+            self.replay = cuda_graph(lambda: packed(update()), algo.generator, pool)
+        self.shapes = shapes(self.first)
         every = [x for x in self.watch.tensors if x.layout == torch.strided] + changed
-        self.places = list({memory(x): everything(x) for x in every}.values())
+        self.places = list({recording.memory(x): recording.everything(x) for x in every}.values())
 
     def __call__(self) -> Metrics:
-        return self.named(self.replay().clone())
-
-    def refuse_changes(self, first: Tensor) -> None:
-        if change := self.watch.changes():
-            raise NotRecordable(f"{change} during an update", first)
-
-    def named(self, values: Tensor) -> Metrics:
-        if not self.shapes:
-            return {}
-        parts = values.split([shape.numel() for shape in self.shapes.values()])
+        parts = self.replay().clone().split([shape.numel() for shape in self.shapes.values()])
         pairs = zip(self.shapes.items(), parts, strict=True)
         return {name: part.view(shape) for (name, shape), part in pairs}
 
@@ -295,49 +271,31 @@ class Captured:
         return [*self.places, *(g.get_state() for g in self.generators)]
 
     def restore(self, state: list[Tensor]) -> None:
-        count = len(self.places)
-        for x, value in zip(self.places, state[:count], strict=True):
+        for x, value in zip(self.places, state, strict=False):
             x.copy_(value)
-        for generator, value in zip(self.generators, state[count:], strict=True):
+        for generator, value in zip(self.generators, state[len(self.places) :], strict=True):
             generator.set_state(value)
 
 
-def tried(work: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Do work that is to be captured; returns its result, and what it has changed.
-
-    Nothing else is kept of it: what a recorder keeps holds the nodes of parameters in the graph of
-    gradients; met again within the capture, they would make it wait for the stream they were made
-    on, which ends it.
-
-    Raises:
-        NotRecordable: after the work, if it cannot be captured.
-    """
-    with Recorder() as recorder:
-        result = work()
-    calls, recorder.calls = recorder.calls, []
-    recorder.check(result)
-    return result, written(calls)
-
-
-class CudaGraph:
+def cuda_graph(
+    work: Callable[[], Tensor], generator: torch.Generator, pool: Any
+) -> Callable[[], Tensor]:
     """Work captured as a CUDA graph, which does not run it.
 
     Raises:
         ValueError: if the capture fails; torch says nothing of its state after that.
     """
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            result = work()
+    except RuntimeError as error:
+        reason = str(error.__context__ or error).splitlines()[0]  # torch's own hides the first
+        raise ValueError(f"CUDA cannot capture this update ({reason}): use speed=eager") from error
 
-    def __init__(self, work: Callable[[], Tensor], generator: torch.Generator, pool: Any):
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(generator)
-        try:
-            with torch.cuda.graph(self.graph, pool=pool):
-                self.result = work()
-        except RuntimeError as error:
-            reason = str(error.__context__ or error).splitlines()[0]  # torch's own hides the first
-            raise ValueError(
-                f"CUDA cannot capture this update ({reason}): use speed=eager"
-            ) from error
+    def replay() -> Tensor:
+        graph.replay()
+        return result
 
-    def __call__(self) -> Tensor:
-        self.graph.replay()
-        return self.result
+    return replay

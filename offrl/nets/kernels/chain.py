@@ -1,72 +1,83 @@
-"""Affine maps with ReLU between them as one node of the graph, member by member of a stack."""
+"""Affine maps with activations between them as one node of the graph, member by member of a stack.
+
+A layer is the weight (*lead, in, out) and bias (*lead, 1, out) of a map and, where a LayerNorm
+stands behind its activation, the scale and shift (*lead, 1, out).
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offrl.nets.kernels import matmul
+from offrl.nets.kernels import gelu, matmul
 
-EPS = 1e-6  # of norms: flax's, where torch has 1e-5
+ROWS = 512  # of GELUs without gradient at a time, so that their results stay in a core's cache
+ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": gelu.gelu}
+Layer = Sequence[Tensor]
 
 
-def chain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], rectified: bool = False) -> Tensor:
-    """Affine maps with ReLU between them: (..., B, in) -> (*lead, B, out).
+class Kind(NamedTuple):
+    activation: str
+    last: bool  # see `chain`
+    each: int  # parameters of a layer but the last
+
+
+def chain(x: Tensor, layers: Sequence[Layer], last: bool = False, kind: str = "relu") -> Tensor:
+    """Affine maps with activations and norms behind them: (..., B, in) -> (*lead, B, out).
 
     On a CPU the products run member by member straight into one result, forward and backward: a
-    batched product of two 256-cubed matrices is up to twice as slow there as two single ones, and
-    the backward pass of the broadcast would write copies. All layers are one node of the graph,
-    whose backward pass masks gradients in place and computes no more than is asked for. Twice
+    batched product of two 256-cubed matrices is up to twice as slow there as two single ones, the
+    backward pass of the broadcast would write copies, and GELUs computed layer by layer leave the
+    cache. All layers are one node of the graph, whose backward pass masks gradients in place and
+    computes no more than is asked for; with tanh and with norms behind ReLU each map is one. Twice
     differentiable.
 
     Args:
         x: has at most the leading axes of the weights, each equal or 1.
-        layers: (weight (*lead, in, out), bias (*lead, 1, out)) of each map; detached ones receive
-            no gradient.
-        rectified: ReLU after the last map too.
+        layers: detached ones receive no gradient.
+        last: activation and norm stand behind the last map too.
+        kind: the activation: relu, tanh or gelu, in its tanh approximation.
     """
     if layers[0][0].dim() == 2 and x.dim() > 2:  # one network on stacked rows
-        return chain(x.flatten(0, -2), layers, rectified).unflatten(0, x.shape[:-1])
+        return chain(x.flatten(0, -2), layers, last, kind).unflatten(0, x.shape[:-1])
+    whole = Kind(kind, last, len(layers[0]))
     if x.is_cuda:
-        return plain(x, layers, rectified)
-    if torch.is_grad_enabled():
-        return Chain.apply(x, rectified, *[p for layer in layers for p in layer])
-    return forward(x, layers, rectified)[0]
+        return through(x, layers, whole, affine)
+    if len(layers) > (not last) and (kind == "tanh" or (kind == "relu" and whole.each > 2)):
+        return through(x, layers, whole, lambda x, *layer: chain(x, [layer]))
+    params = [p for layer in layers for p in layer]
+    return Chain.apply(x, whole, *params) if torch.is_grad_enabled() else forward(x, params, whole)
 
 
-def plain(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], rectified: bool = False) -> Tensor:
-    """The chain in ordinary operators."""
-    for i, (weight, bias) in enumerate(layers):
-        x = x @ weight + bias if weight.dim() > 2 else torch.addmm(bias, x, weight)
-        x = x.relu() if rectified or i < len(layers) - 1 else x
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x @ weight + bias if weight.dim() > 2 else torch.addmm(bias, x, weight)
+
+
+def through(
+    x: Tensor, layers: Sequence[Layer], kind: Kind, affine: Callable[..., Tensor]
+) -> Tensor:
+    """The chain in ordinary operators, its maps by `affine`."""
+    for i, (weight, bias, *scale) in enumerate(layers):
+        x = affine(x, weight, bias)
+        if kind.last or i < len(layers) - 1:
+            x = ACTIVATIONS[kind.activation](x)
+        if scale:
+            x = torch.addcmul(scale[1], F.layer_norm(x, x.shape[-1:], eps=gelu.EPS), scale[0])
     return x
 
 
-def forward(
-    x: Tensor, layers: Sequence[tuple[Tensor, Tensor]], rectified: bool = False
-) -> tuple[Tensor, list[list[Tensor]]]:
-    """The chain's result, and what every member's maps but the last return, in turn."""
-    split = [[matrices(part) for part in layer] for layer in layers]
-    (weights, biases), lead = split[-1], layers[0][0].shape[:-2]
-    out = x.new_empty(*lead, x.shape[-2], layers[-1][0].shape[-1])
-    inner: list[list[Tensor]] = []
-    for m, (x_m, out_m) in enumerate(zip(matrices(x, layers[0][0]), matrices(out), strict=True)):
-        inner.append([])
-        for weight, bias in split[:-1]:
-            x_m = matmul.forward(x_m, weight[m], bias[m])
-            inner[-1].append(x_m)
-        if rectified:
-            out_m.copy_(matmul.forward(x_m, weights[m], biases[m]))
-        else:
-            matmul.multiply(x_m, weights[m], out_m, biases[m])
-    return out, inner
+def grouped(params: Sequence[Any], each: int) -> list[Sequence[Any]]:
+    """The layers of a flat list of parameters."""
+    return [params[i : i + each] for i in range(0, len(params), each)]
 
 
-def matrices(x: Tensor, like: Tensor | None = None) -> list[Tensor]:
+def matrices(x: Tensor, like: Tensor) -> list[Tensor]:
     """The matrices of a stack in order, views only; broadcast to the leading axes of `like`."""
-    if like is not None and x.shape[:-2] != like.shape[:-2]:
+    if like.dim() == 2:
+        return [x]
+    if x.shape[:-2] != like.shape[:-2]:
         x = x.expand(*like.shape[:-2], *x.shape[-2:])
     out = [x]
     for _ in range(x.dim() - 2):
@@ -74,103 +85,122 @@ def matrices(x: Tensor, like: Tensor | None = None) -> list[Tensor]:
     return out
 
 
+def forward(
+    x: Tensor, params: Sequence[Tensor], kind: Kind, kept: list[Tensor] | None = None
+) -> Tensor:
+    """The chain's result; appends to `kept` what `gradients` asks for, member by member."""
+    first, last = params[0], params[-1]
+    out = x.new_empty(*first.shape[:-2], x.shape[-2], last.shape[-1])
+    for x_m, out_m, *own in zip(*[matrices(p, first) for p in (x, out, *params)], strict=True):
+        layers = grouped(own, kind.each)
+        if kept is not None or kind.activation != "gelu":
+            run(x_m, layers, kind, out_m, kept)
+            continue
+        for rows, result in zip(x_m.split(ROWS), out_m.split(ROWS), strict=True):
+            run(rows, layers, kind, result)
+    return out
+
+
+def run(
+    x: Tensor, layers: Sequence[Layer], kind: Kind, out: Tensor, kept: list[Tensor] | None = None
+) -> None:
+    """One network on rows (B, in) into out (B, out)."""
+    for layer in layers if kind.last else layers[:-1]:
+        before, more = x, []
+        if kind.activation == "relu":
+            x = matmul.forward(x, *layer)
+        else:
+            x, *more = gelu.forward(x, layer, kept is not None)
+        if kept is not None:
+            kept += [before, *more]
+    if kept is not None:
+        kept.append(x)
+    if kind.last:
+        out.copy_(x)
+    else:
+        matmul.multiply(x, layers[-1][0], out, layers[-1][1])
+
+
 class Chain(torch.autograd.Function):
     """The chain on a CPU with its gradients; see `chain`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rectified: bool, *params: Tensor) -> Tensor:
-        out, inner = forward(x, paired(params), rectified)
-        ctx.rectified, kept = rectified, [value for values in inner for value in values]
-        ctx.save_for_backward(x, *params, *kept, *([out] if rectified else []))
+    def forward(ctx: Any, x: Tensor, kind: Kind, *params: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        out = forward(x, params, kind, kept)
+        ctx.kind, ctx.masked = kind, kind.last and kind.activation == "relu"
+        ctx.save_for_backward(x, *params, *kept, *([out] if ctx.masked else []))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        asked_x, _, *asked = ctx.needs_input_grad
-        needs = (asked_x, *asked)
-        count = len(needs) // 2  # of maps
-        x, params, inner = (
-            ctx.saved_tensors[part]
-            for part in (0, slice(1, 2 * count + 1), slice(2 * count + 1, None))
-        )
-        (last,) = grads
+        kind, (asked_x, _, *asked) = ctx.kind, ctx.needs_input_grad
+        count = len(asked) + 1
+        inputs, kept = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        needs, (x, first, *_), (grad,) = [asked_x, *asked], inputs, grads
         if torch.is_grad_enabled():  # differentiated twice: ordinary autograd operators
-            whole = lambda x, *params: plain(x, paired(params), ctx.rectified)  # noqa: E731
-            of_x, *others = again(whole, (x, *params), needs, last)
+            y = through(x, grouped(inputs[1:], kind.each), kind, affine)
+            wanted = [value for value, need in zip(inputs, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+            of_x, *others = (next(found) if need else None for need in needs)
             return of_x, None, *others
-        if ctx.rectified:
-            *inner, result = inner
-            last = torch.ops.aten.threshold_backward(last, result, 0)
-        weights = params[::2]
-        out = [
+        if ctx.masked:
+            *kept, result = kept
+            grad = torch.ops.aten.threshold_backward(grad, result, 0)
+        results = [
             torch.empty_like(p, memory_format=torch.contiguous_format) if need else None
-            for p, need in zip((x, *params), needs, strict=True)
+            for p, need in zip(inputs, needs, strict=True)
         ]
-        shared = x.shape[:-2] != weights[0].shape[:-2]  # members add to one gradient of x
-        if shared and out[0] is not None:
-            out[0].zero_()
-        of = [
-            None if o is None else matrices(o, like)
-            for o, like in zip(out, (weights[0], *params), strict=True)
-        ]
-        w, lowest = list(map(matrices, weights)), lowest_asked(needs)
-        for m, (x_m, grad) in enumerate(zip(matrices(x, weights[0]), matrices(last), strict=True)):
-            values = [x_m, *inner[m * (count - 1) : (m + 1) * (count - 1)]]
-            for i in reversed(range(lowest, count)):
-                if (of_weight := of[2 * i + 1]) is not None:
-                    matmul.weight_gradient(values[i], grad, of_weight[m])
-                if (of_bias := of[2 * i + 2]) is not None:
-                    torch.sum(grad, -2, keepdim=True, out=of_bias[m])
-                if i > lowest:
-                    grad = matmul.input_gradient(grad, w[i][m])
-                    torch.ops.aten.threshold_backward.grad_input(
-                        grad, values[i], 0, grad_input=grad
-                    )
-                elif (of_input := of[0]) is not None:
-                    if shared:
-                        of_input[m].addmm_(grad, w[i][m].mT)
-                    else:
-                        matmul.multiply(grad, w[i][m].mT, of_input[m])
-        return out[0], None, *out[1:]
+        # members may share one gradient of x; GELU's adds in any case, which decides its rounding
+        shared = x.shape[:-2] != first.shape[:-2] or kind.activation == "gelu"
+        if shared and results[0] is not None:
+            results[0].zero_()
+        weights = [p for i, p in enumerate(inputs[1:]) if i % kind.each != 1]  # all but biases
+        parts = [matrices(p, first) for p in (grad, *weights)]
+        out = [[None] * len(parts[0]) if p is None else matrices(p, first) for p in results]
+        size = len(kept) // len(parts[0])
+        for m, (grad_m, *own) in enumerate(zip(*parts, strict=True)):
+            of_x, *of = (part[m] for part in out)
+            layers = zip(grouped(own, kind.each - 1), grouped(of, kind.each), strict=True)
+            gradients(grad_m, list(layers), kind, kept[m * size : (m + 1) * size], of_x, shared)
+        return results[0], None, *results[1:]
 
 
-def lowest_asked(needs: Sequence[bool]) -> int:
-    """The first map for which a gradient is wanted, of x or of its own parameters."""
-    return next(i for i in range(len(needs) // 2) if any(needs[: 2 * i + 3]))
-
-
-def through(
-    x: Tensor,
-    layers: Sequence[Sequence[Tensor]],
-    activation: Callable[[Tensor], Tensor],
-    bare: int = 1,
-) -> Tensor:
-    """Affine maps, each with the activation and, where it has one, a LayerNorm behind it.
+def gradients(
+    grad: Tensor,
+    layers: Sequence[tuple[Layer, Sequence[Tensor | None]]],
+    kind: Kind,
+    kept: Sequence[Tensor],
+    of_x: Tensor | None,
+    shared: bool,
+) -> None:
+    """The gradients of one network, from its output's (B, out).
 
     Args:
-        layers: weight, bias and, if norms follow, their scale and shift, shaped as the bias.
-        bare: maps at the end that have neither behind them.
+        layers: parameters but the bias, and where the gradients of all are written, None for those
+            not asked for.
+        kept: what `run` kept.
+        of_x: where the gradient of x is written, or added if `shared`.
     """
-    for i, (weight, bias, *scale) in enumerate(layers):
-        x = chain(x, [(weight, bias)])
-        if i < len(layers) - bare:
-            x = activation(x)
-        if scale:
-            x = torch.addcmul(scale[1], F.layer_norm(x, x.shape[-1:], eps=EPS), scale[0])
-    return x
-
-
-def paired(params: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Weight and bias of each map, from a flat list."""
-    return list(zip(params[::2], params[1::2], strict=True))
-
-
-def again(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """The gradients of function(*inputs) that are needed, by operators that autograd follows."""
-    with torch.enable_grad():
-        y = function(*inputs)
-    asked = [value for value, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, asked, grad, create_graph=True))
-    return tuple(next(found) if need else None for need in needs)
+    active = len(layers) - (not kind.last)
+    size = (len(kept) - 1) // max(active, 1)
+    asked = (any(place is not None for place in out) for _, out in layers)
+    lowest = 0 if of_x is not None else list(asked).index(True)
+    for i in reversed(range(lowest, len(layers))):
+        (weight, *scale), out = layers[i]
+        x, *more = kept[i * size : (i + 1) * size] if i < active else kept[-1:]
+        if i < active and kind.activation == "gelu":
+            grad = gelu.backward(grad, more, scale, out)
+        elif i < len(layers) - 1:
+            after = kept[(i + 1) * size]
+            torch.ops.aten.threshold_backward.grad_input(grad, after, 0, grad_input=grad)
+        if out[0] is not None:
+            matmul.weight_gradient(x, grad, out[0])
+        if out[1] is not None:
+            torch.sum(grad, -2, keepdim=True, out=out[1])
+        if i > lowest:
+            grad = matmul.input_gradient(grad, weight)
+        elif of_x is not None and shared:
+            of_x.addmm_(grad, weight.mT)
+        elif of_x is not None:
+            matmul.multiply(grad, weight.mT, of_x)

@@ -22,17 +22,8 @@ SOURCE = Path(__file__).with_suffix(".c")
 TYPES = {torch.float32: ("float", "expf"), torch.float64: ("double", "exp")}
 # Sums may be reordered, which vectors need; infinities and NaN keep their meaning. -ffast-math
 # would also let the library switch off denormal numbers in the whole process.
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-fopenmp",
-    "-shared",
-    "-fPIC",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fno-signed-zeros",
-    "-fassociative-math",
-)
+NUMBERS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", *NUMBERS)
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +38,9 @@ def compiled(source: Path, *definitions: str) -> ctypes.CDLL | None:
             subprocess.run(command, check=True, capture_output=True, text=True)
             return ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        logger.warning(
-            "Mamba runs in its slower form, for gcc did not compile %s: %s",
-            source.name,
-            reason.strip(),
-        )
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        told = "Mamba runs in its slower form, for gcc did not compile %s: %s"
+        logger.warning(told, source.name, reason)
         return None
 
 
@@ -93,7 +81,7 @@ class FusedScan(torch.autograd.Function):
                 raise MemoryError(f"no memory for the states of {u.shape[1]} steps of one channel")
             return outputs
 
-        dy = dy.contiguous()  # a name of its own: the loops see an address only
+        dy = dy.contiguous()  # a name of its own, for the loops see an address only
         du, ddelta, dA, dB, dC, dD = opaque(run, *ctx.saved_tensors, dy)
         return None, du, ddelta, dA.sum(0), dB, dC, dD.sum(0)
 
@@ -102,8 +90,8 @@ def sizes(u: Tensor) -> list[ctypes.c_long | ctypes.c_int]:
     return [*map(ctypes.c_long, u.shape), ctypes.c_int(torch.get_num_threads())]
 
 
-def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+def pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
 
 
 @torch.compiler.disable

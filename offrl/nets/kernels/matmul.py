@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +98,16 @@ def select_backend(folder: Path, machine: str) -> str:
     path = folder / "matmul.json"
     key = f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {VERSION}"
     try:
-        kept = json.loads(path.read_text())
-    except (OSError, ValueError):
+        kept = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # none, or a damaged one
         kept = {}
-    kept = kept if isinstance(kept, dict) else {}
     if not isinstance(kept.get(key), list):
         kept[key] = measured()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f".{path.name}.{os.getpid()}")
             part.write_text(json.dumps(kept, indent=1))
-            os.replace(part, path)
+            part.replace(path)
         except OSError as error:
             log.warning("the choice of a backend cannot be kept in %s: %s", path, error)
     use(kept[key])
@@ -126,42 +127,34 @@ def onednn_works() -> bool:
     """Whether oneDNN's operator is there and multiplies; the log says why not."""
     x, y, bias = torch.randn(64, 80), torch.randn(80, 96), torch.randn(96)
     try:
-        found = linear(x, y, bias, "relu")
+        found, wanted = linear(x, y, bias, "relu"), (x @ y + bias).relu()
+        good = torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+        wrong = "" if good else "gives other values"
     except (AttributeError, RuntimeError) as error:  # gone, changed, or torch built without it
-        reason = str(error).strip().splitlines()[0]
-        log.warning(
-            "matrix products stay torch's own, for oneDNN's operator cannot be used: %s", reason
-        )
-        return False
-    if not torch.allclose(found, (x @ y + bias).relu(), rtol=1e-4, atol=1e-4):
-        log.warning("matrix products stay torch's own, for oneDNN's operator gives other values")
-        return False
-    return True
+        wrong = f"cannot be used: {str(error).strip().splitlines()[0]}"
+    if wrong:
+        log.warning("matrix products stay torch's own, for oneDNN's operator %s", wrong)
+    return not wrong
 
 
 def measured(size: int = 256, rounds: int = 12) -> list[str]:
     """The kinds for which oneDNN is faster, in about 50 ms; none, with a warning, without it."""
-    global chosen
-    before = chosen
+    if not onednn_works():
+        return []
     sets = [torch.randn(4, size, size) for _ in range(4)]  # more than the first caches hold
     work: dict[str, Callable[[Any], Any]] = {
         "forward": lambda s: forward(s[0], s[1], s[2][:1]),
         "input gradient": lambda s: input_gradient(s[0], s[1]),
         "weight gradient": lambda s: weight_gradient(s[0], s[1], s[3]),
     }
-    best: dict[tuple[str, bool], float] = {}
-    if not onednn_works():
-        return []
+    before, spent = chosen, defaultdict(list)
     try:
-        for _ in range(rounds):
-            for kind, run in work.items():
-                for other in (False, True):
-                    chosen = frozenset({kind} if other else ())
-                    start = time.perf_counter()
-                    for s in sets:
-                        run(s)
-                    spent = time.perf_counter() - start
-                    best[kind, other] = min(spent, best.get((kind, other), spent))
+        for _, kind, other in product(range(rounds), KINDS, (False, True)):
+            use({kind} if other else ())
+            start = time.perf_counter()
+            for s in sets:
+                work[kind](s)
+            spent[kind, other].append(time.perf_counter() - start)
     finally:
-        chosen = before
-    return [kind for kind in KINDS if best[kind, True] < GAIN * best[kind, False]]
+        use(before)
+    return [kind for kind in KINDS if min(spent[kind, True]) < GAIN * min(spent[kind, False])]

@@ -61,9 +61,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
             f"D (E,); got {', '.join(str(tuple(x.shape)) for x in inputs)}"
         )
     if len({x.device for x in inputs}) > 1:
-        raise ValueError(
-            f"selective_scan takes tensors of one device, got {[str(x.device) for x in inputs]}"
-        )
+        devices = [str(x.device) for x in inputs]
+        raise ValueError(f"selective_scan takes tensors of one device, got {devices}")
     with torch.autocast(u.device.type, enabled=False):
         u, *rest = at_least_float32(*inputs)
         return fastest(u.device, u.dtype, states)(u, *rest)
@@ -72,14 +71,10 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 def selective_step(
     h: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One step of `selective_scan`, from the state that the last one left.
+    """One step of `selective_scan`, whose u, delta (batch, E), B and C (batch, N) lack the time.
 
     Args:
-        h: state (batch, E, N), zeros before the first step.
-        u, delta: (batch, E).
-        A: (E, N).
-        B, C: (batch, N).
-        D: (E,).
+        h: state (batch, E, N) that the last step left, zeros before the first.
 
     Returns:
         y (batch, E) and the new state.
@@ -118,8 +113,7 @@ def segment(
 ) -> tuple[Tensor, Tensor]:
     """All steps from the state h, one by one."""
     ys = []
-    steps = zip(u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True)
-    for u_t, delta_t, B_t, C_t in steps:
+    for u_t, delta_t, B_t, C_t in zip(*(x.unbind(1) for x in (u, delta, B, C)), strict=True):
         y, h = advance(h, u_t, delta_t, A, B_t, C_t, D)
         ys.append(y)
     return torch.stack(ys, 1), h
@@ -137,8 +131,7 @@ def recompute(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
     """
     h, ys = u.new_zeros(len(u), *A.shape), []
     size = math.isqrt(u.shape[1])
-    parts = (x.split(size, 1) for x in (u, delta, B, C))
-    for u_s, delta_s, B_s, C_s in zip(*parts, strict=True):
+    for u_s, delta_s, B_s, C_s in zip(*(x.split(size, 1) for x in (u, delta, B, C)), strict=True):
         y, h = again(segment, h, u_s, delta_s, A, B_s, C_s, D)
         ys.append(y)
     return torch.cat(ys, 1)
@@ -203,9 +196,8 @@ def agrees(form: Form, device: torch.device) -> bool:
 
     with torch.inference_mode(False), torch.enable_grad():
         u, delta, A = draw(2, 9, 8), draw(2, 9, 8).sigmoid(), -draw(8, 16).exp()
-        inputs = u, delta, A, draw(2, 9, 16), draw(2, 9, 16), draw(8)
-        for x in inputs:
-            x.requires_grad_()
+        parts = u, delta, A, draw(2, 9, 16), draw(2, 9, 16), draw(8)
+        inputs = [x.requires_grad_() for x in parts]
         try:
             found, wanted = form(*inputs), loop(*inputs)
             seed = torch.randn_like(wanted)

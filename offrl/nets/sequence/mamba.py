@@ -16,93 +16,45 @@ import math
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from offrl.nets.kernels.scan import STATES, selective_scan, selective_step
+from offrl.nets.linear import Source, device_of, uniform
 
 REACH = 4  # steps that the convolution sees, the current one included
 Memory = tuple[Tensor, Tensor]  # the last inputs of the convolution (B, REACH - 1, E), h (B, E, N)
 
 
-class Selective(nn.Module):
-    """What a mixer does along time, up to the gate: (B, L, E) -> (B, L, E); causal.
+class Mixer(nn.Module):
+    """Mamba mixer (B, L, width) -> (B, L, width); causal, of E = 2 width channels along time.
 
     A_log starts at log(1..16) in each channel, D at 1, the softplus of the step bias log-uniform in
-    [0.001, 0.1], other weights uniform in +-1/sqrt(fan-in), the convolution's bias at 0. `A_log`
-    and `D` stay in float32 under autocast, and so does the scan.
-
-    Args:
-        inner: E, channels. Step sizes are of rank E / 32, rounded up.
-        generator: source of the initial weights; its device holds them.
+    [0.001, 0.1], other weights uniform in +-1/sqrt(fan-in), the convolution's bias at 0. Step sizes
+    are of rank E / 32, rounded up. `A_log` and `D` stay in float32 under autocast, and so does the
+    scan.
     """
 
-    def __init__(self, inner: int, generator: Generator | None = None):
+    def __init__(self, width: int, generator: Source = None):
         super().__init__()
-        rank = math.ceil(inner / 32)
+        inner, rank, device = 2 * width, math.ceil(width / 16), device_of(generator)
         self.sizes = rank, STATES, STATES
-        device = generator.device if generator is not None else None
-        self.conv = uniform(REACH, inner, fan_in=REACH, generator=generator)
-        self.conv_bias = nn.Parameter(torch.zeros(inner, device=device))
-        self.weight_x = uniform(inner, sum(self.sizes), fan_in=inner, generator=generator)
-        self.weight_delta = uniform(rank, inner, fan_in=rank, generator=generator)
+
+        def draw(fan_in: int, fan_out: int) -> nn.Parameter:
+            return uniform(fan_in, fan_out, fan_in=fan_in, generator=generator)
+
+        weight_in, conv = draw(width, 2 * inner), draw(REACH, inner)
+        weight_x, weight_delta = draw(inner, sum(self.sizes)), draw(rank, inner)
         low, high = math.log(1e-3), math.log(1e-1)
         steps = torch.empty(inner, device=device).uniform_(low, high, generator=generator).exp()
         steps.clamp_(min=1e-4)
-        self.delta_bias = nn.Parameter(steps + (-torch.expm1(-steps)).log())  # softplus inverted
         rates = torch.arange(1, STATES + 1, device=device, dtype=torch.float32)
+        self.weight_in, self.weight_out = weight_in, draw(inner, width)
+        self.conv, self.conv_bias = conv, nn.Parameter(torch.zeros(inner, device=device))
+        self.weight_x, self.weight_delta = weight_x, weight_delta
+        self.delta_bias = nn.Parameter(steps + (-torch.expm1(-steps)).log())  # softplus inverted
         self.A_log = nn.Parameter(rates.log().repeat(inner, 1))
         self.D = nn.Parameter(torch.ones(inner, device=device))
-
-    def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Convolve and scan u (B, L, E); `mask` as in `Mixer`."""
-        if mask is not None:
-            mask = mask.unsqueeze(-1).to(u.dtype)
-            u = u * mask
-        length, reach = u.shape[1], len(self.conv)
-        padded = functional.pad(u, (0, 0, reach - 1, 0))
-        taps = (padded[:, k : k + length] * self.conv[k] for k in range(reach))
-        u = functional.silu(sum(taps, self.conv_bias))
-        delta, B, C = self.select(u)
-        if mask is not None:
-            delta = delta * mask
-        return selective_scan(u, delta, -self.A_log.exp(), B, C, self.D)
-
-    def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Step sizes, input and output vectors of the scan, all chosen by its input."""
-        rates, B, C = (u @ self.weight_x).split(self.sizes, -1)
-        return functional.softplus(rates @ self.weight_delta + self.delta_bias), B, C
-
-    def start(self, batch: int) -> Memory:
-        """The memory of `batch` rows before their first step: zeros, so zeroed rows start anew."""
-        inner, states = self.A_log.shape
-        tail = self.A_log.new_zeros(batch, len(self.conv) - 1, inner)
-        return tail, self.A_log.new_zeros(batch, inner, states)
-
-    def step(self, u: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """One step (B, E) of `forward`, and the memory after it."""
-        tail, h = memory
-        window = torch.cat([tail, u.unsqueeze(1)], 1)  # (B, conv, E)
-        u = functional.silu((window * self.conv).sum(1) + self.conv_bias)
-        delta, B, C = self.select(u)
-        y, h = selective_step(h, u, delta, -self.A_log.exp(), B, C, self.D)
-        return y, (window[:, 1:], h)
-
-
-class Mixer(nn.Module):
-    """Mamba mixer (B, L, width) -> (B, L, width); causal. Initial weights as in `Selective`.
-
-    Args:
-        width: features of a step; the path along time has twice as many channels.
-        generator: source of the initial weights; its device holds them.
-    """
-
-    def __init__(self, width: int, generator: Generator | None = None):
-        super().__init__()
-        inner = 2 * width
-        self.weight_in = uniform(width, 2 * inner, fan_in=width, generator=generator)
-        self.time = Selective(inner, generator=generator)
-        self.weight_out = uniform(inner, width, fan_in=inner, generator=generator)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, kept: int | None = None) -> Tensor:
         """Mix along time.
@@ -115,36 +67,43 @@ class Mixer(nn.Module):
             kept: steps at the end whose outputs are wanted, with (B, kept, width) returned; None
                 for all.
         """
-        kept = kept or x.shape[1]
+        length = x.shape[1]
         u, z = (x @ self.weight_in).chunk(2, -1)  # (B, L, E)
-        y = self.time(u, mask) * functional.silu(z)
-        return y[:, -kept:] @ self.weight_out
+        if mask is not None:
+            mask = mask.unsqueeze(-1).to(u.dtype)
+            u = u * mask
+        padded = functional.pad(u, (0, 0, REACH - 1, 0))
+        taps = (padded[:, k : k + length] * self.conv[k] for k in range(REACH))
+        u = functional.silu(sum(taps, self.conv_bias))
+        delta, B, C = self.select(u)
+        if mask is not None:
+            delta = delta * mask
+        y = selective_scan(u, delta, -self.A_log.exp(), B, C, self.D) * functional.silu(z)
+        return y[:, -(kept or length) :] @ self.weight_out
+
+    def select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step sizes, input and output vectors of the scan, all chosen by its input."""
+        rates, B, C = (u @ self.weight_x).split(self.sizes, -1)
+        return functional.softplus(rates @ self.weight_delta + self.delta_bias), B, C
 
     def start(self, batch: int) -> Memory:
         """The memory of `batch` rows before their first step: zeros, so zeroed rows start anew."""
-        return self.time.start(batch)
+        zeros, (inner, states) = self.A_log.new_zeros, self.A_log.shape
+        return zeros(batch, REACH - 1, inner), zeros(batch, inner, states)
 
     def step(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """One step of `forward` at a cost that does not grow with time.
-
-        Args:
-            x: (B, width).
-            memory: what `start` or the last call returned.
+        """One step (B, width) of `forward`, at a cost that does not grow with time.
 
         Returns:
             The output (B, width) and the memory after this step.
         """
+        tail, h = memory
         u, z = (x @ self.weight_in).chunk(2, -1)  # (B, E)
-        y, memory = self.time.step(u, memory)
-        return (y * functional.silu(z)) @ self.weight_out, memory
-
-
-def uniform(*shape: int, fan_in: int, generator: Generator | None) -> nn.Parameter:
-    """A parameter drawn in +-1/sqrt(fan_in), on the device of the generator."""
-    device = generator.device if generator is not None else None
-    bound = fan_in**-0.5
-    value = torch.empty(*shape, device=device).uniform_(-bound, bound, generator=generator)
-    return nn.Parameter(value)
+        window = torch.cat([tail, u.unsqueeze(1)], 1)  # (B, REACH, E)
+        u = functional.silu((window * self.conv).sum(1) + self.conv_bias)
+        delta, B, C = self.select(u)
+        y, h = selective_step(h, u, delta, -self.A_log.exp(), B, C, self.D)
+        return (y * functional.silu(z)) @ self.weight_out, (window[:, 1:], h)
 
 
 def decayed(net: nn.Module, decay: float, everything: bool) -> list[tuple[list[Tensor], float]]:

@@ -9,10 +9,10 @@ Shapes: B batch, K steps of three tokens (R_t, s_t, a_t), d width, E = 2d inner 
 from typing import Any, Literal
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from offrl.nets.kernels import fused_backbone
-from offrl.nets.linear import Linear
+from offrl.nets.linear import Linear, Source, device_of
 from offrl.nets.sequence.mamba import Mixer
 
 Grouping = Literal["causal", "release"]
@@ -21,9 +21,9 @@ Grouping = Literal["causal", "release"]
 class Block(nn.Module):
     """One residual block: (B, 3K, width) -> (B, 3K, width)."""
 
-    def __init__(self, width: int, fine: bool, grouping: Grouping, generator: Generator | None):
+    def __init__(self, width: int, fine: bool, grouping: Grouping, generator: Source):
         super().__init__()
-        device = generator.device if generator is not None else None
+        device = device_of(generator)
         self.causal, self.has_fine = grouping == "causal", fine
         self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
         self.coarse = Mixer(width, generator=generator)
@@ -92,22 +92,18 @@ class Backbone(nn.Module):
         width: int,
         fine: bool = True,
         grouping: Grouping = "causal",
-        generator: Generator | None = None,
+        generator: Source = None,
     ):
         super().__init__()
-        device = generator.device if generator is not None else None
-        self.blocks: Any = nn.ModuleList(
-            Block(width, fine, grouping, generator) for _ in range(layers)
-        )
-        self.norm = nn.RMSNorm(width, eps=1e-5, device=device)
+        blocks = [Block(width, fine, grouping, generator) for _ in range(layers)]
+        self.blocks: Any = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(width, eps=1e-5, device=device_of(generator))
         self.fusible = grouping == "causal"
 
     def forward(self, x: Tensor, mask: Tensor | None, kept: int | None = None) -> Tensor:
         if self.fusible and fused_backbone.serves(x):
-            blocks = [weights(block) for block in self.blocks]
-            return fused_backbone.forward(
-                x, mask, blocks, self.norm.weight, kept or x.shape[1] // 3
-            )
+            blocks, kept = [weights(block) for block in self.blocks], kept or x.shape[1] // 3
+            return fused_backbone.forward(x, mask, blocks, self.norm.weight, kept)
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, mask)
@@ -146,6 +142,5 @@ def weights(block: Block) -> list[Tensor]:
 
 
 def mixer(m: Mixer) -> list[Tensor]:
-    time = m.time
-    step = time.weight_delta, time.delta_bias, time.A_log.mT.contiguous().exp(), time.D
-    return [m.weight_in, time.conv, time.conv_bias, time.weight_x, *step, m.weight_out]
+    step = m.weight_delta, m.delta_bias, m.A_log.mT.contiguous().exp(), m.D
+    return [m.weight_in, m.conv, m.conv_bias, m.weight_x, *step, m.weight_out]

@@ -1,16 +1,16 @@
 """Windows of returns-to-go, states and actions as embedded tokens."""
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offrl.nets.linear import Linear
+from offrl.nets.linear import Linear, Source, device_of
 
 
 class Embedding(nn.Module):
     """(..., n) -> (..., width): affine, with `mlp` plus an affine map of its GELU."""
 
-    def __init__(self, fan_in: int, width: int, mlp: bool, generator: Generator | None):
+    def __init__(self, fan_in: int, width: int, mlp: bool, generator: Source):
         super().__init__()
         self.first = Linear(fan_in, width, generator=generator)
         self.second = Linear(width, width, generator=generator) if mlp else None
@@ -39,10 +39,10 @@ class StepTokens(nn.Module):
         steps: int,
         mlp: bool,
         norm_first: bool,
-        generator: Generator | None = None,
+        generator: Source = None,
     ):
         super().__init__()
-        device = generator.device if generator is not None else None
+        device = device_of(generator)
         self.norm_first = norm_first
         self.embed_return = Embedding(1, width, mlp, generator)
         self.embed_obs = Embedding(obs_dim, width, mlp, generator)

@@ -1,16 +1,16 @@
 """GPT blocks over sequences of embedded tokens, without a table of positions."""
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from offrl.nets.kernels.chain import chain
-from offrl.nets.linear import Linear
+from offrl.nets.linear import Linear, Source, device_of
 
 
 class Dropout(nn.Module):
     """Inverted dropout whose draws come from a generator, so that a run resumes exactly."""
 
-    def __init__(self, rate: float, generator: Generator | None):
+    def __init__(self, rate: float, generator: Source):
         super().__init__()
         self.rate, self.generator = rate, generator
 
@@ -25,9 +25,9 @@ class Dropout(nn.Module):
 class Block(nn.Module):
     """Pre-norm causal self-attention, then an MLP of four times the width with ReLU."""
 
-    def __init__(self, width: int, heads: int, dropout: Dropout, generator: Generator | None):
+    def __init__(self, width: int, heads: int, dropout: Dropout, generator: Source):
         super().__init__()
-        device = generator.device if generator is not None else None
+        device = device_of(generator)
         self.heads, self.dropout = heads, dropout
         self.norm_attention = nn.LayerNorm(width, device=device)
         self.norm_mlp = nn.LayerNorm(width, device=device)
@@ -74,23 +74,17 @@ class Transformer(nn.Module):
         layers: int,
         heads: int = 1,
         dropout: float = 0.1,
-        generator: Generator | None = None,
+        generator: Source = None,
     ):
         super().__init__()
-        device = generator.device if generator is not None else None
         self.dropout = Dropout(dropout, generator)
-        self.blocks = nn.ModuleList(
-            Block(width, heads, self.dropout, generator) for _ in range(layers)
-        )
-        self.norm = nn.LayerNorm(width, device=device)
+        blocks = [Block(width, heads, self.dropout, generator) for _ in range(layers)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width, device=device_of(generator))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Apply the blocks.
-
-        Args:
-            x: (B, T, width).
-            mask: (B, T), 0 at pads, at which nothing looks. What comes out at pads means nothing.
-        """
+        """x (B, T, width); mask (B, T), 0 at pads, at which nothing looks and whose results mean
+        nothing."""
         length = x.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         hidden = future | (mask == 0).unsqueeze(1)  # (B, T, T)

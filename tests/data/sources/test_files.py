@@ -165,9 +165,9 @@ def test_equals_the_literal_loop(tmp_path_factory, monkeypatch, flags, known, ho
     kept = literal(arrays, horizon)
     if not kept:
         with pytest.raises(DataError, match="no row is left"):
-            files.convert(arrays, place, place, horizon)
+            files.convert(arrays, place, place, files.Rule(horizon))
         return
-    files.convert(arrays, place, place, horizon)
+    files.convert(arrays, place, place, files.Rule(horizon))
     field = lambda name: np.load(place / f"{name}.npy")  # noqa: E731
     obs, successors = arrays["observations"], [i + 1 for i in kept]
     np.testing.assert_array_equal(field("obs"), obs[kept])

@@ -77,7 +77,7 @@ def rolled(place, shares, make_env=HOPPER, **options):
 
     def fill(folder):
         found.update(roll_out(shares, make_env, folder, **options))
-        return {"name": "test", "info": {}, "fields": list(rollout.FIELDS)}
+        return {"name": "test", "info": {}}
 
     write(place, fill)
     return read(place), found
@@ -337,7 +337,7 @@ def test_an_entry_tells_where_it_comes_from_and_is_made_once(shipped, here, monk
     assert info["mean_score"] == pytest.approx(
         100 * (info["mean_return"] + 20.272305) / (3234.3 + 20.272305)
     )
-    monkeypatch.setattr(generated, "generate", None)
+    monkeypatch.setattr(generated, "roll_out", None)
     assert generated.load("hopper", "medium", 300, folder=shipped).digest == data.digest
 
 
@@ -373,16 +373,20 @@ def test_wrong_requests_are_answered_in_words(shipped, env, dataset, rows, words
 def test_collected_data_can_be_written_and_read_as_files(tmp_path, here):
     from offrl.data.sources import files
 
+    def collect(out):
+        told = collection.Options(env="hopper", dataset="random", rows=300, out=str(out))
+        return collection.collect_data(told)
+
     for suffix in ("npz", "hdf5"):
         out = tmp_path / f"data.{suffix}"
-        data = collection.collect("hopper", "random", rows=300, out=out)
+        data = collect(out)
         back = files.load(out)
         kept = data["timeout"] == 0
         kept[-1] = False
         assert torch.equal(back["obs"], data["obs"][kept])
         assert torch.equal(back["next_obs"], data["next_obs"][kept])
     with pytest.raises(DataError, match=r"\.npz or \.hdf5"):
-        collection.collect("hopper", "random", rows=300, out=tmp_path / "data.csv")
+        collect(tmp_path / "data.csv")
 
 
 def test_a_trained_algorithm_rolls_out_with_and_without_exploration(tmp_path, here):

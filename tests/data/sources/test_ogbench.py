@@ -87,7 +87,10 @@ def test_transitions_and_trajectories_hold_the_same_triples(tmp_path):
     ("changes", "words"),
     [
         ({"actions": None}, "no field 'actions'.*layout has observations, actions, terminals"),
-        ({"actions": np.zeros((3, 2))}, r"actions is float64 \(3, 2\), observations have 14 rows"),
+        (
+            {"actions": np.zeros((3, 2))},
+            r"actions has shape \(3, 2\), observations \(14, 3\); store one row",
+        ),
         ({"terminals": np.zeros(14, bool)}, "the last row must end a trajectory"),
         ({"terminals": np.eye(14, dtype=bool)[-1] | np.eye(14, dtype=bool)[0]}, "ends in row 0"),
         ({"terminals": np.isin(np.arange(14), (5, 6, 13))}, "ends in row 6 has no transition"),

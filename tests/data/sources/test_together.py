@@ -37,7 +37,7 @@ def ask(name, place, barrier):
         time.sleep(0.3)
         write(folder, fill)
 
-    for module in (files, minari, generated, neighbors):
+    for module in (dataset, minari, neighbors):
         module.write = slowly
     rollout.in_processes = one_process
     barrier.wait(60)

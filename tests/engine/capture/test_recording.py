@@ -5,8 +5,7 @@ import ctypes
 import pytest
 import torch
 
-from offrl.engine.capture.recording import NotRecordable, Recording
-from offrl.engine.capture.updates import tried
+from offrl.engine.capture.recording import NotRecordable, Recording, recorded
 from offrl.nets.kernels.opaque import opaque
 
 X, Y = torch.zeros(1), torch.ones(1)
@@ -105,7 +104,7 @@ def test_trying_work_that_is_to_be_captured_leaves_no_node_of_its_graph():
         (grad,) = torch.autograd.grad(kept.pop().sum(), p)
         return grad
 
-    tried(work)
+    recorded(work)
     assert "of" not in node().metadata
     held = p * 2  # while something holds the graph, the node is the same
     held.grad_fn.next_functions[0][0].metadata["of"] = "another"

@@ -53,6 +53,7 @@ def test_all_tensors_and_generators_are_found_once():
         (lambda m: setattr(m, "config", Config()), "Method.config is replaced"),
         (lambda m: setattr(m.net, "0", torch.nn.Linear(2, 2)), "Method.net.0 is replaced"),
         (lambda m: m.parts.append(2), "the length of Method.parts changes"),
+        (lambda m: m.net[1].register_buffer("more", torch.ones(1)), "the length of Method.net.1"),
         (lambda m: m.opt.param_groups[0].pop("eps"), "the length of Method.opt.param_groups[0]"),
         (lambda m: delattr(m, "pair"), "'pair' is removed"),
         (lambda m: m.opt.state.clear(), "Method.opt.state[0] is replaced"),

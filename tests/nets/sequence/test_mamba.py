@@ -18,11 +18,11 @@ def test_release_size_has_the_published_number_of_parameters():
 
 def test_initial_step_sizes_and_decay_rates():
     m = mixer(64)
-    steps = torch.nn.functional.softplus(m.time.delta_bias)
+    steps = torch.nn.functional.softplus(m.delta_bias)
     assert steps.min() >= 1e-4
     assert steps.max() <= 0.1 + 1e-6
     rates = torch.arange(1.0, 17.0).expand(128, 16)
-    torch.testing.assert_close(m.time.A_log.exp(), rates)
+    torch.testing.assert_close(m.A_log.exp(), rates)
 
 
 def test_same_generator_seed_same_weights():

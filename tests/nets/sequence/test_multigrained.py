@@ -67,7 +67,7 @@ def test_it_equals_the_operators_where_step_sizes_span_twenty_magnitudes():
     with torch.no_grad():
         for block in net.blocks:
             block.coarse.weight_in.mul_(10)
-            block.coarse.time.weight_delta.mul_(30)  # step sizes from 0 to 100, decays to 0
+            block.coarse.weight_delta.mul_(30)  # step sizes from 0 to 100, decays to 0
     # the operators in float32 deviate by 2.7e-5
     assert_equal_where_real(net, draw(3, 60, 16), mask(3, 20), tolerance=2e-5)
 
