@@ -24,9 +24,15 @@ Overrides = list[tuple[str, list[Any], str]]  # key, values (several in a sweep)
 
 
 def main() -> None:
-    """The console command: offrl train|evaluate|collect|report|export key=value ..."""
-    commands = {"train": train, "evaluate": evaluate, "collect": collect, "report": report}
-    commands["export"] = export
+    """The console command: offrl train|evaluate|collect|report|describe|export key=value ..."""
+    commands = {
+        "train": train,
+        "evaluate": evaluate,
+        "collect": collect,
+        "report": report,
+        "describe": describe,
+        "export": export,
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
         sys.exit(2)
@@ -275,6 +281,15 @@ def export(argv: Words = None) -> None:
 def command(work: Callable[[Any], object], cls: type, argv: Words) -> None:
     with readable_errors():
         work(options(cls, sys.argv[1:] if argv is None else argv))
+
+
+def describe(argv: Sequence[str] | None = None) -> None:
+    """A look at a data set before training: `dataset=log.hdf5 out=look`; exit 1 at an error."""
+    from offrl.runs.describe import Options, describe_data
+
+    with readable_errors():
+        found = describe_data(options(Options, sys.argv[1:] if argv is None else argv))
+        sys.exit(1 if found.errors else 0)
 
 
 def options(cls: type, argv: Sequence[str]) -> Any:

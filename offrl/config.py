@@ -16,6 +16,7 @@ import re
 import sys
 import types
 import typing
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +30,6 @@ from offrl.data import sources
 from offrl.engine.method import Method
 from offrl.envs import ogbench
 from offrl.errors import ConfigError
-from offrl.seeding import derive
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,8 @@ def own_method(path: Path) -> Method:
     """The METHOD of a user's file, which is run once."""
     if not path.is_file():
         raise ConfigError(f"there is no file {path}")
-    name = f"offrl_own_{path.stem}_{derive(0, str(path))}"  # two files may have the same name
+    place = zlib.crc32(str(path).encode())  # two files may have the same name
+    name = f"offrl_own_{path.stem}_{place}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

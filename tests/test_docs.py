@@ -76,7 +76,8 @@ def check_script(name, words, monkeypatch):
     source = (ROOT / "scripts" / f"{name}.py").read_text()
     home, function = re.findall(r"^from (\S+) import (\w+)$", source, re.M)[-1]
     if name == "train":
-        values = cli.check_overrides(words)
+        flags, given = cli.divided(words)
+        values = cli.checked(cli.overrides_of(given), sweeps="-m" in flags)
         if "resume" not in values:
             for chosen in itertools.product(*values.values()):
                 given = dict(zip(values, chosen, strict=True))

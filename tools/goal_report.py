@@ -59,7 +59,7 @@ def make_goal_report(options: Options) -> dict[str, Any]:
     for folder in options.runs:
         for path in sorted(Path(folder).rglob("result.json")):
             result = json.loads(path.read_text())
-            resolved = configuration.from_yaml((path.parent / "config.yaml").read_text())
+            resolved = configuration.of_run(path.parent)
             if ogbench.known(resolved.settings.env):
                 result["order"] = order(path.parent, resolved)
                 rows[result["task"], label(resolved), result["steps"]].append(result)

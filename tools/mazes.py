@@ -71,7 +71,7 @@ def look(options: Options) -> list[dict[str, Any]]:
     mazes = set()
     for run in options.runs:
         folder, files = checkpoints(Path(run))
-        resolved = configuration.from_yaml((folder / "config.yaml").read_text())
+        resolved = configuration.of_run(folder)
         mazes.add(resolved.settings.env)
         if len(mazes) > 1 or not resolved.settings.env.startswith("pointmaze-"):
             raise ConfigError(

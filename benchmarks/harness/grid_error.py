@@ -23,7 +23,7 @@ def main() -> None:
     with readable_errors():
         for name in sys.argv[1:]:
             folder, files = checkpoints(Path(name))
-            resolved = config.from_yaml((folder / "config.yaml").read_text())
+            resolved = config.of_run(folder)
             if resolved.algo != "dqn" or env_id(resolved.settings.env) != grid.ID:
                 raise ConfigError(f"{folder} is not a run of algo=dqn env={grid.NAME}")
             options = resolved.config()

@@ -109,6 +109,12 @@ class Dataset:
         square = sum(((block.double() - mean).square().sum(0) for block in blocks), zero)
         return mean.float(), ((square / len(self)).sqrt() + eps).float()
 
+    def describe(self, discount: float = 0.99, limit: int | None = None) -> Any:
+        """A look before training; print it. See `offrl.data.describe.describe`."""
+        from offrl.data.describe import describe
+
+        return describe(self, discount, limit)
+
 
 def bounds(ends: Tensor) -> Tensor:
     """First rows of the episodes, from flags (N,) that are true on the last row of each.

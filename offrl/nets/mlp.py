@@ -38,8 +38,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation, device = activation, device_of(generator)
         layers = [Linear(i, o, lead, generator) for i, o in pairwise(dims)]
+        inner = 2**0.5 if activation == "tanh" else 1.0
         for layer in layers:
-            inner = 2**0.5 if activation == "tanh" else 1.0
             initialize(layer, activation, last if layer is layers[-1] else inner, generator)
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(Norm(width, lead, device) for width in dims[1:-1] if norm)

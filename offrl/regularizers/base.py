@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from offrl.regularizers.coefficients import Coefficient, Schedule, value_of
-from offrl.regularizers.reductions import masked_reduce
+from offrl.regularizers.reductions import masked_reduce, times
 
 Stage = Literal["reward", "advantage", "token", "loss", "model"]
 STAGES: tuple[Stage, ...] = ("reward", "advantage", "token", "loss", "model")
@@ -320,7 +320,7 @@ class Compose(nn.Module):
                 if out.per_element is not None:
                     per = out.per_element
                     if stage == "loss" and total.token_weight is not None:
-                        per = per * total.token_weight
+                        per = times(total.token_weight, per)
                     number = count if part.reduction == "token-mean" else sequences
                     loss = loss + masked_reduce(per, x.mask, part.reduction, number)
                 elif out.loss is not None:
@@ -371,11 +371,13 @@ def output(part: Regularizer, x: RegInputs) -> RegOutput:
     here: Any = x.elements()
     there: Any = whole.elements()
     ranks, loss = len(there) / len(own), out.loss
+    if loss is not None:
+        loss = ranks * loss - (ranks - 1) * torch.where(loss.isinf(), 0.0, loss.detach())
     place = (own,) if here.dim() == 1 else (own, slice(here.size(1)))
     return RegOutput(
         token_weight=None if out.token_weight is None else out.token_weight[place],
         per_element=None if out.per_element is None else out.per_element[place],
-        loss=None if loss is None else ranks * loss - (ranks - 1) * loss.detach(),
+        loss=loss,
         metrics=out.metrics,
         sync={name: value / ranks for name, value in out.sync.items()},
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from offrl.regularizers.base import RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import Coefficient
-from offrl.regularizers.reductions import keep, masked_reduce, over_tokens
+from offrl.regularizers.reductions import keep, masked_reduce, over_tokens, times
 
 
 def imitation(act: Tensor, anchor: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -175,7 +175,7 @@ class AdvantageGatedClone(Regularizer):
                 "candidate": masked_reduce(wins.to(loss.dtype), x.mask),
                 "distance": masked_reduce(loss.detach(), gate),
             }
-        return RegOutput(per_element=self.weight * loss, metrics=metrics)
+        return RegOutput(per_element=times(self.weight, loss), metrics=metrics)
 
 
 PARTS = ("act", "candidate", "data_act", "q_candidate", "q_data", "value")

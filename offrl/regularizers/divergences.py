@@ -5,9 +5,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributions import Beta, Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Beta,
+    Categorical,
+    Distribution,
+    Independent,
+    Normal,
+    OneHotCategorical,
+    kl_divergence,
+)
+from torch.nn import functional as F
 
-from offrl.regularizers.reductions import keep
+from offrl.regularizers.reductions import keep, log_ratio, times
 
 Divergence = Literal["kl", "reverse-kl", "chi2", "tv", "js", "alpha"]
 
@@ -111,6 +121,33 @@ def discrete_kl(p: Tensor, q: Tensor) -> Tensor:
     return torch.where((alive & missing).any(-1), torch.inf, (p.exp() * gap).sum(-1))
 
 
+def closed_kl(p: Any, q: Any) -> Tensor:
+    """`torch.distributions.kl_divergence`, whose gradient is NaN next to a probability of 0.
+
+    Value and gradient are the same elsewhere; inf where q excludes what p does not.
+    """
+    kinds = {type(p), type(q)}
+    (base, dims), (other, others) = unwrap(p), unwrap(q)
+    if dims and dims == others:
+        return closed_kl(base, other).flatten(-dims).sum(-1)
+    if kinds in ({Categorical}, {OneHotCategorical}):
+        return kl_terms(p.probs, log_ratio(p.logits, q.logits), q.probs == 0).sum(-1)
+    if kinds == {Bernoulli}:
+        # In torch's order, in which gradients are added up; `probs` are made at first sight.
+        one, missing = p.probs, q.probs
+        gain = log_ratio(F.softplus(-q.logits), F.softplus(-p.logits))
+        yes = kl_terms(one, gain, missing == 0)
+        gain = log_ratio(F.softplus(q.logits), F.softplus(p.logits))
+        return yes + kl_terms(1 - one, gain, missing == 1)
+    return kl_divergence(p, q)
+
+
+def kl_terms(probs: Tensor, gap: Tensor, missing: Tensor) -> Tensor:
+    """probs * gap, 0 where the probability is, inf where it is not but `missing` in the other."""
+    infinite = missing & (probs > 0)
+    return torch.where(infinite, torch.inf, times(probs, torch.where(infinite, 0.0, gap)))
+
+
 def log_affinity(p: Any, q: Any, order: float) -> tuple[Tensor, Tensor]:
     """log of the integral of p^order q^(1 - order), and where it is infinite (0 stands there)."""
     if isinstance(p, Categorical):
@@ -205,9 +242,11 @@ def robust_value(
     p = valid if probs is None else keep(probs.detach().double(), mask) + empty
     p = p / p.sum(-1, keepdim=True)
     lam = torch.as_tensor(lam, dtype=v.dtype, device=v.device).detach().unsqueeze(-1)
+    if kind != "tv":
+        v = torch.where(v.isinf() & (p == 0), 0.0, v)
     if kind == "tv":
         least = torch.where(valid > 0, v, torch.inf).amin(-1, keepdim=True)
-        result = (p * torch.minimum(v, least + lam)).sum(-1)
+        result = times(p, torch.minimum(v, least + lam)).sum(-1)
     elif kind == "kl":
         result = -lam.squeeze(-1) * (p.log() - v / lam).logsumexp(-1)
     else:

@@ -24,12 +24,14 @@ from offrl.regularizers.reductions import (
     group_std,
     group_sum,
     keep,
+    log_ratio,
     masked_mean,
     masked_quantile,
     masked_reduce,
     over_tokens,
     real,
     sum_and_count,
+    times,
 )
 from offrl.regularizers.self_evolution import progressive_target, smoothed_nll
 from offrl.regularizers.tokens.advantage import (
@@ -128,6 +130,7 @@ __all__ = [
     "levels",
     "lipschitz_bound",
     "lipschitz_penalty",
+    "log_ratio",
     "low_probability_loss",
     "low_probability_mask",
     "masked_mean",
@@ -158,6 +161,7 @@ __all__ = [
     "spectral_refresh",
     "spo_reward",
     "sum_and_count",
+    "times",
     "token_stats",
     "token_stats_from_logits",
     "truncate",

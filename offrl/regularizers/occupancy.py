@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from offrl.regularizers.base import RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import Coefficient
-from offrl.regularizers.reductions import keep, masked_mean, masked_reduce
+from offrl.regularizers.reductions import keep, log_ratio, masked_mean, masked_reduce, times
 
 Penalty = Literal["kl", "chi2", "sqrt-chi2", "tv", "wasserstein"]
 
@@ -161,10 +161,13 @@ def sequence_chi2(
     """
     if grad not in ("path", "ratio"):
         raise ValueError(f"grad must be path or ratio, got {grad!r}")
-    ratio = keep(logp, mask) - keep(ref_logp.detach(), mask)
+    ratio = log_ratio(keep(logp, mask), keep(ref_logp.detach(), mask))
     ratio = ratio if ratio.dim() == 1 else ratio.sum(-1)
     value = linear_expm1(ratio) + linear_expm1(-ratio)
-    return value if grad == "path" else (ratio - ratio.detach()).exp() * value
+    if grad == "path":
+        return value
+    ratio = torch.where(ratio.isinf(), 0.0, ratio)
+    return (ratio - ratio.detach()).exp() * value
 
 
 def linear_expm1(x: Tensor, edge: float = 10.0) -> Tensor:
@@ -202,6 +205,6 @@ class Chi2Occupancy(Regularizer):
         chi2 = masked_reduce(values, valid)
         root = torch.where(valid.any(), chi2.clamp(min=self.floor).sqrt(), chi2)
         return RegOutput(
-            loss=self.weight * root,
+            loss=times(self.weight, root),
             metrics={"chi2": chi2.detach(), "floor": (chi2 <= self.floor).to(chi2.dtype)},
         )

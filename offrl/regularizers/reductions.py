@@ -27,6 +27,35 @@ def real(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def times(weight: Tensor | float, x: Tensor) -> Tensor:
+    """weight * x, where 0 times an infinity is 0 and has no gradient: p log p at p = 0.
+
+    Args:
+        weight: of a shape that broadcasts against `x`: probabilities, gates, coefficients.
+        x: log-probabilities and what is made of them.
+
+    >>> times(torch.tensor([0.0, 0.5]), torch.tensor([0.0, 0.5]).log())
+    tensor([ 0.0000, -0.3466])
+    """
+    return weight * torch.where(x.isinf() & (weight == 0), 0.0, x)
+
+
+def log_ratio(p: Tensor, q: Tensor) -> Tensor:
+    """p - q of log-probabilities; 0 without gradient where both are the same infinity.
+
+    What both exclude they agree on. What one of them excludes gives an infinity.
+
+    >>> log_ratio(torch.tensor([-torch.inf, -1.0]), torch.tensor([-torch.inf, -3.0]))
+    tensor([0., 2.])
+    """
+    return torch.where((p == q) & p.isinf(), 0.0, p - q)
+
+
+def held(x: Tensor) -> Tensor:
+    """`x`, without gradient where it is infinite: what is then made of it has a finite one."""
+    return torch.where(x.isinf(), x.detach(), x)
+
+
 def masked_reduce(
     x: Tensor,
     mask: Tensor | None = None,
@@ -118,7 +147,8 @@ def masked_quantile(
     rank = quantile * (valid.sum(-1, keepdim=True) - 1).clamp(min=0).double()
     ordered = x.sort(-1).values
     low, high = (ordered.gather(-1, edge.long()) for edge in (rank.floor(), rank.ceil()))
-    return torch.lerp(low, high, (rank - rank.floor()).to(low.dtype))
+    between = torch.lerp(low, high, (rank - rank.floor()).to(low.dtype))
+    return torch.where(low.isinf(), low, between)
 
 
 def over_tokens(x: Tensor, like: Tensor) -> Tensor:

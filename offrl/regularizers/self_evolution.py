@@ -8,7 +8,7 @@ from torch import Tensor
 
 from offrl.regularizers.base import RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import Coefficient
-from offrl.regularizers.reductions import keep
+from offrl.regularizers.reductions import keep, times
 
 
 def progressive_target(act: Tensor, previous: Tensor, blend: float | Tensor) -> Tensor:
@@ -51,9 +51,7 @@ def smoothed_nll(
     logp = keep(logits, rows).log_softmax(-1)
     soft = keep(previous_logits.detach(), rows).softmax(-1)
     hard = logp.gather(-1, keep_index(tokens, mask).unsqueeze(-1)).squeeze(-1)
-    # A token that both exclude has logp -inf and probability 0.
-    other = torch.where(soft > 0, soft * torch.where(soft > 0, logp, 0.0), 0.0).sum(-1)
-    return keep(-(1 - blend) * hard - blend * other, mask)
+    return keep(-times(1 - blend, hard) - times(blend, times(soft, logp).sum(-1)), mask)
 
 
 def keep_index(index: Tensor, mask: Tensor | None) -> Tensor:
@@ -136,7 +134,7 @@ class ProgressiveTarget(Regularizer):
             given = (x.need(f"extra.{name}") for name in ("prediction", "act", "previous"))
             prediction, act, previous = (keep(part, rows) for part in given)
             loss = (prediction - progressive_target(act, previous, blend)).square().mean(-1)
-        return RegOutput(per_element=self.weight * loss, metrics={"blend": blend})
+        return RegOutput(per_element=times(self.weight, loss), metrics={"blend": blend})
 
     @torch.no_grad()
     def update(self, sync: Mapping[str, Tensor]) -> None:

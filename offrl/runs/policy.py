@@ -5,6 +5,7 @@ action = policy.act(observation)
 """
 
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,10 +316,11 @@ def check_label(resolved: Resolved, saved: dict[str, Any], file: Path) -> None:
 
 
 def group_of(file: Path) -> list[int]:
-    """The seeds in a checkpoint, by the name of its group's folder."""
-    name = next(p.name for p in file.parents if p.name.startswith("seed"))
-    first, *last = map(int, name.partition("-")[2].split("-"))
-    return list(range(first, (last or [first])[0] + 1))
+    """The seeds in a checkpoint, by the name of its group's folder where that has one."""
+    for folder in file.parents:
+        if found := re.fullmatch(r"seeds?-(\d+)(?:-(\d+))?", folder.name):
+            return list(range(int(found[1]), int(found[2] or found[1]) + 1))
+    return checkpoint.load(file)["seeds"]
 
 
 def checkpoints(place: Path) -> tuple[Path, list[Path]]:

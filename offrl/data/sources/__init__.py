@@ -23,6 +23,7 @@ def load(
     rows: int | None = None,
     workers: int = 0,
     episodes: bool = False,
+    strict: bool = True,
 ) -> Dataset:
     """The data set `dataset` of `env` from a source.
 
@@ -34,6 +35,7 @@ def load(
         workers: processes that generate; 0 for one per core.
         episodes: whole episodes for methods that read them in order; by default files of D4RL's
             layout lose the rows that its rule for Q-learning drops. Other sources have every row.
+        strict: refuse files whose rows do not follow one another.
 
     Raises:
         DataError: if the data cannot be found or used.
@@ -53,4 +55,4 @@ def load(
         return minari.load(dataset)
     if source == "ogbench":
         return ogbench.load(env, dataset)
-    return files.load(Path(dataset), episodes=episodes)
+    return files.load(Path(dataset), episodes=episodes, strict=strict)

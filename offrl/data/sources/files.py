@@ -69,11 +69,14 @@ class Rule:
     episodes: bool = False
 
 
-def load(path: Path, horizon: int | None = None, episodes: bool = False) -> Dataset:
+def load(
+    path: Path, horizon: int | None = None, episodes: bool = False, strict: bool = True
+) -> Dataset:
     """The rows of an HDF5 (.hdf5, .h5) or npz file, converted once and memory-mapped.
 
     Args:
         horizon, episodes: see `Rule`.
+        strict: refuse rows that do not follow one another; otherwise info["strays"] counts them.
 
     Raises:
         DataError: if the file is missing, damaged, holds pickled objects, lacks a field, or its
@@ -81,7 +84,7 @@ def load(path: Path, horizon: int | None = None, episodes: bool = False) -> Data
     """
     rule = Rule(horizon, episodes=episodes)
     data = rows_of(path, entry(path, "files"), f"files/{path.stem}", rule, {"source": "files"})
-    if strays := data.info["strays"]:
+    if strict and (strays := data.info["strays"]):
         raise DataError(
             f"{path}: next_observations differs from the following row of observations in "
             f"{strays} rows that are neither terminal nor timeout; keep the rows in order of time "

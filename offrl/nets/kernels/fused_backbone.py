@@ -67,16 +67,9 @@ def forward(
         addresses = (ctypes.c_void_p * (layers * WEIGHTS))()  # null where a block has none
         for i, part in enumerate(parts):
             addresses[i // each * WEIGHTS + i % each] = part.data_ptr()
-        failed = loops.backbone(
-            *map(ctypes.c_long, (batch, tokens // 3)),
-            ctypes.c_int(torch.get_num_threads()),
-            sizes,
-            *map(ctypes.c_long, (layers, kept)),
-            *map(pointer, (x, mask)),
-            addresses,
-            *map(pointer, (norm, y)),
-        )
-        if failed:
+        shape = *map(ctypes.c_long, (batch, tokens // 3)), ctypes.c_int(torch.get_num_threads())
+        given = *map(ctypes.c_long, (layers, kept)), *map(pointer, (x, mask))
+        if loops.backbone(*shape, sizes, *given, addresses, *map(pointer, (norm, y))):
             raise MemoryError(f"no memory for one window of {tokens} tokens of width {width}")
         return (y,)
 

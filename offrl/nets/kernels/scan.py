@@ -198,9 +198,8 @@ def agrees(form: Form, device: torch.device) -> bool:
 
     with torch.inference_mode(False), torch.enable_grad():
         u, delta, A = draw(2, 9, 8), draw(2, 9, 8).sigmoid(), -draw(8, 16).exp()
-        inputs = u, delta, A, draw(2, 9, 16), draw(2, 9, 16), draw(8)
-        for x in inputs:
-            x.requires_grad_()
+        parts = u, delta, A, draw(2, 9, 16), draw(2, 9, 16), draw(8)
+        inputs = [x.requires_grad_() for x in parts]
         try:
             found, wanted = form(*inputs), loop(*inputs)
             seed = torch.randn_like(wanted)

@@ -17,10 +17,12 @@ from offrl.regularizers.reductions import (
     group_mean,
     group_sum,
     keep,
+    log_ratio,
     masked_mean,
     masked_reduce,
     over_tokens,
     real,
+    times,
 )
 from offrl.regularizers.tokens.kl import kl_in_reward
 
@@ -220,7 +222,8 @@ def rto_rewards(
     >>> rto_rewards(torch.tensor([2.0]), -one, -one, zero, clip=1.0)
     tensor([[0.0500, 2.0500]])
     """
-    liked = beta_dpo * (keep(dpo_logp.detach(), mask) - keep(ref_logp.detach(), mask))
+    ratio = log_ratio(keep(dpo_logp.detach(), mask), keep(ref_logp.detach(), mask))
+    liked = times(beta_dpo, ratio)
     outcome = keep(rewards, None).clamp(-clip_reward, clip_reward)
     return liked.clamp(-clip, clip) + kl_in_reward(outcome, logp, ref_logp, beta_kl, mask)
 
@@ -415,6 +418,6 @@ def bgpo_objective(elbo: Tensor, old_elbo: Tensor, advantages: Tensor) -> Tensor
     tensor([[ 1.5000,  0.5000],
             [-1.6487, -0.6065]])
     """
-    x = keep(elbo, None) - keep(old_elbo.detach(), None)
+    x = log_ratio(keep(elbo, None), keep(old_elbo.detach(), None))
     gain = keep(advantages.detach(), None).unsqueeze(-1)
-    return gain * torch.where(gain >= 0, 1 + x, x.clamp(-20, 20).exp())
+    return times(gain, torch.where(gain >= 0, 1 + x, x.clamp(-20, 20).exp()))

@@ -19,6 +19,7 @@ from offrl.regularizers.reductions import (
     masked_reduce,
     over_tokens,
     sum_and_count,
+    times,
 )
 
 Scope = Literal["sequence", "batch"]
@@ -303,7 +304,7 @@ def reinforce_positive(logp: Tensor, correct: Tensor, mask: Tensor | None = None
     tensor([1., 0.])
     """
     logp = keep(logp, mask)
-    return -logp * over_tokens(correct.detach().to(logp.dtype), logp)
+    return -times(over_tokens(correct.detach().to(logp.dtype), logp), logp)
 
 
 class TemperatureController(Regularizer):

@@ -23,11 +23,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Distribution, Independent, Normal
 
 from offrl.regularizers.base import RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import Coefficient, DualVariable, needs_target
-from offrl.regularizers.reductions import group_mean, keep, over_tokens, sum_and_count
+from offrl.regularizers.divergences import closed_kl
+from offrl.regularizers.reductions import (
+    group_mean,
+    held,
+    keep,
+    log_ratio,
+    over_tokens,
+    sum_and_count,
+    times,
+)
 
 Kind = Literal["k1", "k2", "k3"]
 Grad = Literal["path", "ratio", "straight"]
@@ -58,7 +67,8 @@ def kl_estimate(
 
     Returns:
         L, unreduced and unscaled. 0 where policy and reference agree; k2 and k3 are never negative
-        and have no gradient there. Unbounded above.
+        and have no gradient there. Unbounded above; k1 and k2 are infinite, without gradient, where
+        one of the two excludes the element.
 
     Raises:
         ValueError: unknown `kind` or `grad`.
@@ -71,7 +81,7 @@ def kl_estimate(
             f"kind must be k1, k2 or k3 and grad path, ratio or straight, got {kind!r}, {grad!r}"
         )
     logp = keep(logp, mask)
-    d = logp - keep(ref_logp.detach(), mask)
+    d = held(log_ratio(logp, keep(ref_logp.detach(), mask)))
     if kind == "k1":
         value = d
     elif kind == "k2":
@@ -81,10 +91,12 @@ def kl_estimate(
         value = torch.expm1(exponent) - exponent
     if grad == "path":
         return value
-    drift = logp - (logp if old_logp is None else keep(old_logp, mask)).detach()
+    drift = log_ratio(logp, (logp if old_logp is None else keep(old_logp, mask)).detach())
     if grad == "ratio":
+        drift = torch.where(value.isinf(), drift.detach(), drift)
         return drift.clamp(-20, 20).exp() * value
-    surrogate = drift.detach().clamp(max=math.log(10)).exp() * d.square() / 2
+    finite = torch.where(d.isinf(), 0.0, d)
+    surrogate = drift.detach().clamp(max=math.log(10)).exp() * finite.square() / 2
     return value.detach() + (surrogate - surrogate.detach())
 
 
@@ -117,7 +129,7 @@ def kl_in_reward(
     >>> kl_in_reward(torch.tensor([1.0]), logp, ref_logp, 0.1)
     tensor([[-0.1000,  0.8000]])
     """
-    penalty = -beta * kl_estimate(logp.detach(), ref_logp, "k1", "path", mask=mask)
+    penalty = times(-beta, kl_estimate(logp.detach(), ref_logp, "k1", "path", mask=mask))
     if penalty.dim() == 1:
         return penalty + keep(rewards.detach(), mask)
     place = torch.arange(penalty.shape[-1], device=penalty.device).expand_as(penalty)
@@ -140,7 +152,8 @@ def geometric_mixture(
             on policy, since scores have mean 0, and the path gradient of k3 does not.
 
     Returns:
-        (..., V), whose exponentials sum to 1, or L.
+        (..., V), whose exponentials sum to 1, or L. -inf, without gradient, for what one of them
+        excludes, unless its weight is 0; NaN in a row in which nothing is left.
 
     >>> half = geometric_mixture([torch.tensor([0.8, 0.2]).log(), torch.zeros(2)], [0.5, 0.5])
     >>> half.exp()
@@ -148,8 +161,13 @@ def geometric_mixture(
     """
     if len(logps) != len(weights):
         raise ValueError(f"{len(logps)} policies but {len(weights)} weights")
-    total = sum(w * keep(logp, None) for w, logp in zip(weights, logps, strict=True))
-    assert isinstance(total, Tensor)
+    total: Any = 0.0
+    excluded: Any = False
+    for w, logp in zip(weights, logps, strict=True):
+        none = logp == -torch.inf
+        total = total + w * torch.where(none, 0.0, keep(logp, None))
+        excluded = excluded | (none & (w != 0))
+    total = torch.where(excluded, -torch.inf, total)
     return total.log_softmax(-1) if normalized else total
 
 
@@ -213,7 +231,8 @@ class KLToReference(Regularizer):
             Ziegler's controller (horizon 10000), rule "factor" that of PPO-KLPEN (target 0.01).
         kind: k1, k2 or k3 of `kl_estimate`; "exact" takes stats["kl"]; "dist" computes
             `torch.distributions.kl_divergence(dist, ref_dist)`, where an undefined divergence at
-            padding would reach the gradients, so padding must hold valid distributions.
+            padding would reach the gradients, so padding must hold valid distributions; actions of
+            probability 0 count 0 and get no gradient.
         grad: of `kl_estimate`; all but "path" need `old_logp`, which is `logp.detach()` on policy.
             "exact" and "dist" differentiate the divergence itself.
         target: nats per element.
@@ -239,14 +258,15 @@ class KLToReference(Regularizer):
         if self.kind == "exact":
             return keep(x.need("stats.kl"), x.mask)
         if self.kind == "dist":
-            return keep(kl_divergence(x.need("dist"), x.need("ref_dist")), x.mask)
+            return keep(closed_kl(x.need("dist"), x.need("ref_dist")), x.mask)
         old = None if self.grad == "path" else x.need("old_logp")
         return kl_estimate(x.need("logp"), x.need("ref_logp"), self.kind, self.grad, old, x.mask)
 
     def forward(self, x: RegInputs) -> RegOutput:
         kl = self.divergence(x)
         sync = observed(kl, x.mask)
-        return RegOutput(per_element=self.weight * kl, metrics={"kl": mean_of(sync)}, sync=sync)
+        per_element = times(self.weight, kl)
+        return RegOutput(per_element=per_element, metrics={"kl": mean_of(sync)}, sync=sync)
 
     def update(self, sync: Mapping[str, Tensor]) -> None:
         super().update(sync)
@@ -274,7 +294,8 @@ class KLReward(Regularizer):
     def forward(self, x: RegInputs) -> RegOutput:
         old, ref = x.need("old_logp").detach(), x.need("ref_logp")
         kl = kl_estimate(old, ref, "k1", "path", mask=x.mask)
-        rewards = x.need("rewards") - self.weight * (kl if kl.dim() == 1 else kl.sum(-1))
+        total = kl if kl.dim() == 1 else kl.sum(-1)
+        rewards = x.need("rewards") - times(self.weight, total)
         sync = observed(kl, x.mask)
         return RegOutput(rewards=rewards, metrics={"kl": mean_of(sync)}, sync=sync)
 

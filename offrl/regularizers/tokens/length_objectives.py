@@ -12,8 +12,10 @@ from offrl.regularizers.reductions import (
     group_mean,
     group_sum,
     keep,
+    log_ratio,
     masked_mean,
     real,
+    times,
 )
 
 
@@ -107,7 +109,7 @@ def drpo_loss(
     total = group_sum(keep((keep(score / tau, wrong) - top).clamp(max=0).exp(), wrong), group)
     count = group_sum(wrong.to(score.dtype), group)
     mean = torch.where(has, total, 1.0).log() - count.clamp(min=1).log() + top
-    return keep(-weights.detach() * (score - tau * mean), correct & has)
+    return keep(-times(weights.detach(), score - tau * mean), correct & has)
 
 
 class DRPO(Regularizer):
@@ -163,10 +165,10 @@ class DRPO(Regularizer):
         )
         counted = size > 0 if self.over == "all" else (rights > 0) & (wrongs > 0)
         policy = loss.sum() / (counted / size).sum().clamp(min=1)
-        drift = keep(x.need("old_logp").detach(), x.mask) - logp
-        kl = masked_mean(drift.reshape(-1), rows.reshape(-1))
+        drift = log_ratio(keep(x.need("old_logp").detach(), x.mask), logp)
+        kl = masked_mean(drift.reshape(-1), (rows & ~drift.isinf()).reshape(-1))
         penalty = (self.beta * (kl - self.delta).clamp(min=0)).detach() * kl
         return RegOutput(
-            loss=self.weight * (policy + penalty),
+            loss=times(self.weight, policy + penalty),
             metrics={"policy": policy.detach(), "kl": kl.detach()},
         )

@@ -6,7 +6,7 @@ two. With rho = sum_t (logp - ref_logp) of a row and m = rho_chosen - rho_reject
     DPO     -log sigmoid(beta m)                               `dpo_loss`, `LDDPO(alpha=1)`
     LD-DPO  the same with alpha on tokens past the shorter one `ld_weight`, `LDDPO`
     f-DPO   the same of f'(e^rho), other divergences than KL   `f_link`, `LDDPO(divergence=)`
-    RPO     DPO - eta log-likelihood of the chosen one         `RPO`, or DPO and `NLLAnchor`
+    RPO     DPO - beta eta log-likelihood of the chosen one    `RPO`, or DPO and `NLLAnchor`
     XPO     DPO + alpha log-likelihood of reference samples    DPO and `XPOTerm`
     INPO    squared distance of a margin to 1 / (2 eta)        `inpo_loss`, `INPO`
     SPO     win rate against the other samples as reward       `spo_reward`, `SPO`
@@ -24,7 +24,15 @@ from torch.nn import functional as F
 
 from offrl.regularizers.base import RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import Coefficient
-from offrl.regularizers.reductions import keep, masked_mean, masked_reduce, over_tokens
+from offrl.regularizers.reductions import (
+    held,
+    keep,
+    log_ratio,
+    masked_mean,
+    masked_reduce,
+    over_tokens,
+    times,
+)
 from offrl.regularizers.tokens.kl import geometric_mixture
 
 SFTReduction = Literal["sum", "seq-mean", "token-mean"]
@@ -45,8 +53,17 @@ def pairs(x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 def row_sum(x: Tensor, mask: Tensor | None, weight: Tensor | None = None) -> Tensor:
     """(B,) sums over the valid tokens of x (B, T), each times its weight; (B,) stays as it is."""
     x = keep(x, mask)
-    x = x if weight is None else x * weight
+    x = x if weight is None else times(weight, x)
     return x if x.dim() == 1 else x.sum(-1)
+
+
+def row_ratio(
+    logp: Tensor, ref_logp: Tensor, mask: Tensor | None, weight: Tensor | None = None
+) -> Tensor:
+    """(B,), `row_sum` of logp less that of the reference; tokens that both exclude count 0."""
+    both = (logp == ref_logp) & logp.isinf()
+    own, other = (row_sum(torch.where(both, 0.0, x), mask, weight) for x in (logp, ref_logp))
+    return log_ratio(own, other)
 
 
 def has_tokens(like: Tensor, mask: Tensor | None) -> Tensor:
@@ -70,7 +87,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     >>> dpo_loss(torch.tensor([0.0, 10.0]), torch.tensor([0.0, 0.0]), 0.5)
     tensor([0.6931, 0.0067])
     """
-    return F.softplus(-beta * (keep(chosen, None) - keep(rejected, None)))
+    return F.softplus(-beta * log_ratio(keep(chosen, None), keep(rejected, None)))
 
 
 def f_link(rho: Tensor, kind: Link, order: float | None = None) -> Tensor:
@@ -122,10 +139,10 @@ def sequence_nll(
 ) -> Tensor:
     """Negative log-likelihood per sequence (P,), scaled in one of the three ways in use for RPO.
 
-    "sum" over the tokens (body of the paper), "seq-mean" the mean of each sequence's tokens (its
-    appendix and released script), "token-mean" scaled so that the mean over the sequences is the
-    mean over all tokens (TRL's "sft" loss). They differ by about the length of a response, and so
-    do the coefficients that belong to them.
+    "sum" over the tokens (body of the paper, released trainer), "seq-mean" the mean of each
+    sequence's tokens (appendix, released script), "token-mean" scaled so that the mean over the
+    sequences is the mean over all tokens (TRL's "sft" loss). They differ by about the length of a
+    response, and so do the coefficients that belong to them.
 
     Args:
         logp: (P, T) or (P,), receives the gradient. mask: of that shape.
@@ -186,8 +203,9 @@ def inpo_loss(
     >>> inpo_loss(torch.tensor([3.0]), torch.tensor([1.0]), torch.tensor([5.0]), 0.5, 1.0)
     tensor([1.])
     """
-    h = keep(policy, None) - ratio * keep(ref.detach(), None)
-    return (h - (1 - ratio) * keep(previous.detach(), None) - 1 / (2 * eta)).square()
+    h = log_ratio(keep(policy, None), times(ratio, keep(ref.detach(), None)))
+    h = held(log_ratio(h, times(1 - ratio, keep(previous.detach(), None))))
+    return (h - 1 / (2 * eta)).square()
 
 
 def spo_reward(preferences: Tensor, group: Tensor) -> Tensor:
@@ -277,24 +295,25 @@ class LDDPO(Regularizer):
         weight = None
         if self.alpha < 1 and logp.dim() == 2:
             weight = ld_weight(torch.ones_like(logp) if x.mask is None else x.mask, self.alpha)
-        rho = row_sum(logp, x.mask, weight) - row_sum(x.need("ref_logp").detach(), x.mask, weight)
+        rho = row_ratio(logp, x.need("ref_logp").detach(), x.mask, weight)
         win, lose = pairs(f_link(rho, self.divergence, self.order), chosen)
-        values = self.weight * dpo_loss(win, lose, self.beta)
-        return over_pairs(values, win - lose, logp, x)
+        values = times(self.weight, dpo_loss(win, lose, self.beta))
+        return over_pairs(values, log_ratio(win, lose), logp, x)
 
 
 class RPO(LDDPO):
-    """Loss coef (DPO + eta `sequence_nll`(chosen)): DPO, kept on responses that exist.
+    """Loss coef (DPO + beta eta `sequence_nll`(chosen)): DPO, kept on responses that exist.
 
     Args:
-        beta, eta: of the paper for sft_reduction="sum": 0.01 and 0.005 (learning rate 5e-7, one
-            epoch, a 7B model); its appendix has 0.5 and 0.2 for "seq-mean". eta = 0 is DPO.
-        sft_reduction: see `sequence_nll`; TRL's documentation suggests the weight 0.005 with its
-            token mean, weaker than the paper by the mean length of a response.
+        beta, eta: of the released configuration for sft_reduction="sum": 0.01 and 0.005 (learning
+            rate 5e-7, one epoch, a 7B model), 5e-5 per token. eta = 0 is DPO.
+        sft_reduction: see `sequence_nll`. The released script for "seq-mean" has beta 0.5 and
+            weighs the mean by 0.2: eta 0.4. TRL's documentation suggests the weight 0.005 with its
+            token mean: eta 0.5 at beta 0.01, the released strength at a mean length of 100.
 
     Another method of that name, arXiv:2404.19733, is TRL's former `rpo_alpha`.
 
-    Source: Liu et al., arXiv:2405.16436.
+    Source: Liu et al., arXiv:2405.16436, and its code.
     """
 
     def __init__(
@@ -318,7 +337,7 @@ class RPO(LDDPO):
         nll = masked_reduce(sequence_nll(win, valid, self.sft_reduction), both)
         assert out.loss is not None
         return RegOutput(
-            loss=out.loss + self.weight * self.eta * nll,
+            loss=out.loss + times(self.weight * (self.beta * self.eta), nll),
             metrics=out.metrics | {"nll": nll.detach()},
         )
 
@@ -346,7 +365,7 @@ class XPOTerm(Regularizer):
         logp = x.need("logp")
         rows = x.need("extra.from_reference").bool() & has_tokens(logp, x.mask)
         mean = masked_reduce(row_sum(logp, x.mask), rows)
-        return RegOutput(loss=self.weight * mean, metrics={"logp": mean.detach()})
+        return RegOutput(loss=times(self.weight, mean), metrics={"logp": mean.detach()})
 
 
 class INPO(Regularizer):
@@ -365,10 +384,13 @@ class INPO(Regularizer):
 
     def forward(self, x: RegInputs) -> RegOutput:
         logp, chosen = x.need("logp"), x.need("chosen")
-        rows = (row_sum(part, x.mask) for part in (logp, x.need("ref_logp"), x.need("old_logp")))
-        policy, ref, previous = (win - lose for win, lose in (pairs(r, chosen) for r in rows))
-        values = self.weight * inpo_loss(policy, ref, previous, self.eta, self.ratio)
-        return over_pairs(values, policy - ref.detach(), logp, x)
+        ref_logp, old_logp = x.need("ref_logp"), x.need("old_logp")
+        none = logp.isinf() & (logp == ref_logp) & (logp == old_logp)
+        parts = (torch.where(none, 0.0, part) for part in (logp, ref_logp, old_logp))
+        rows = (row_sum(part, x.mask) for part in parts)
+        policy, ref, previous = (log_ratio(*pairs(row, chosen)) for row in rows)
+        values = times(self.weight, inpo_loss(policy, ref, previous, self.eta, self.ratio))
+        return over_pairs(values, log_ratio(policy, ref.detach()), logp, x)
 
 
 class GenARM(Regularizer):
@@ -393,7 +415,8 @@ class GenARM(Regularizer):
     def forward(self, x: RegInputs) -> RegOutput:
         logp = x.need("logp")
         win, lose = pairs(row_sum(logp, x.mask), x.need("chosen"))
-        return over_pairs(self.weight * dpo_loss(win, lose, self.beta), win - lose, logp, x)
+        values = times(self.weight, dpo_loss(win, lose, self.beta))
+        return over_pairs(values, log_ratio(win, lose), logp, x)
 
 
 class SPO(Regularizer):
@@ -414,8 +437,8 @@ class NLLAnchor(Regularizer):
     """Loss coef times the negative log-likelihood of given responses or actions: SFT, cloning.
 
     Args:
-        coef: RPO's eta; with reduction="token-mean" and rows="chosen" the weight of "sft" in TRL's
-            loss_type=["sigmoid", "sft"].
+        coef: RPO's beta eta; with reduction="token-mean" and rows="chosen" the weight of "sft" in
+            TRL's loss_type=["sigmoid", "sft"].
         reduction: of `masked_reduce`: "token-mean", "seq-mean-token-mean" or "seq-mean-token-sum".
         rows: "chosen" of preference pairs, normalized by their number; "all" for data of
             demonstrations, in control (B,) log-likelihoods of its actions.
@@ -438,8 +461,8 @@ class NLLAnchor(Regularizer):
         if self.rows == "all":
             nll = -keep(logp, mask)
             metrics = {"nll": masked_reduce(nll.detach(), mask)}
-            return RegOutput(per_element=self.weight * nll, metrics=metrics)
+            return RegOutput(per_element=times(self.weight, nll), metrics=metrics)
         kept = over_tokens(x.need("chosen").bool(), logp)
         kept = kept if mask is None else kept & mask.bool()
         nll = masked_reduce(-keep(logp, kept), kept, self.reduction)
-        return RegOutput(loss=self.weight * nll, metrics={"nll": nll.detach()})
+        return RegOutput(loss=times(self.weight, nll), metrics={"nll": nll.detach()})

@@ -8,7 +8,14 @@ from torch import Generator, Tensor
 
 from offrl.regularizers.base import RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import Coefficient
-from offrl.regularizers.reductions import keep, masked_mean, masked_reduce, over_tokens
+from offrl.regularizers.reductions import (
+    keep,
+    log_ratio,
+    masked_mean,
+    masked_reduce,
+    over_tokens,
+    times,
+)
 from offrl.regularizers.tokens.kl import kl_estimate
 
 
@@ -100,7 +107,7 @@ def low_probability_loss(
         L, finite everywhere; of use where the mask is 1.
     """
     kept = keep(logp, mask)
-    ratio = (kept - keep(old_logp.detach(), mask)).clamp(-20, 20).exp()
+    ratio = log_ratio(kept, keep(old_logp.detach(), mask)).clamp(-20, 20).exp()
     gain = keep(over_tokens(advantages.detach(), logp), mask) * ratio
     return coef * kl_estimate(logp, proxy, "k3", "path", mask=mask) - gain
 
@@ -138,7 +145,7 @@ class LowProbability(Regularizer):
         # Elsewhere the policy is its own proxy: k3 and its gradient are 0 there.
         kl = kl_estimate(logp, torch.where(chosen, proxy, logp), "k3", "path", mask=x.mask)
         return RegOutput(
-            per_element=self.weight * kl,
+            per_element=times(self.weight, kl),
             metrics={"share": masked_reduce(chosen.to(kl.dtype), x.mask)},
         )
 
@@ -146,7 +153,8 @@ class LowProbability(Regularizer):
 def covariance(logp: Tensor, advantages: Tensor, mask: Tensor | None = None) -> Tensor:
     """Per element (A - mean A) (logp - mean logp), with means over the valid ones of the batch.
 
-    Its mean is the covariance that drives the entropy down in policy-gradient training.
+    Its mean is the covariance that drives the entropy down in policy-gradient training. Elements of
+    infinite logp do not count in the means.
 
     Args:
         logp: (B, T) or (B,). advantages: (B,) or of the shape of `logp`.
@@ -157,10 +165,10 @@ def covariance(logp: Tensor, advantages: Tensor, mask: Tensor | None = None) -> 
     >>> covariance(torch.tensor([-1.0, -3.0]), torch.tensor([1.0, -1.0]))
     tensor([1., 1.])
     """
-    valid = all_or(mask, logp).reshape(-1)
+    valid = (all_or(mask, logp) & ~logp.isinf()).reshape(-1)
     parts = [keep(part.detach(), mask) for part in (logp, over_tokens(advantages, logp))]
     low, high = (part - masked_mean(part.reshape(-1), valid) for part in parts)
-    return keep(low * high, mask)
+    return keep(times(high, low), mask)
 
 
 class ClipCov(Regularizer):
@@ -239,8 +247,8 @@ class KLCov(Regularizer):
         score = covariance(logp, x.need("advantages"), x.mask)
         valid = all_or(x.mask, logp)
         top = lowest(-score, valid, share_of(valid, self.fraction).clamp(min=1))
-        drift = (keep(logp, x.mask) - keep(old.detach(), x.mask)).abs()
+        drift = log_ratio(keep(logp, x.mask), keep(old.detach(), x.mask)).abs()
         return RegOutput(
-            per_element=self.weight * torch.where(top, drift, 0.0),
+            per_element=times(self.weight, torch.where(top, drift, 0.0)),
             metrics={"drift": masked_reduce(drift.detach(), top)},
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from offrl.regularizers.base import RegInputs, RegOutput, Regularizer
 from offrl.regularizers.coefficients import Coefficient
-from offrl.regularizers.reductions import keep, masked_reduce
+from offrl.regularizers.reductions import held, keep, masked_reduce, times
 
 Divergence = Literal["chi2", "hellinger", "kl", "kl-shifted", "js"]
 DIVERGENCES = ("chi2", "hellinger", "kl", "kl-shifted", "js")
@@ -71,7 +71,7 @@ def soft_q_reward(logp: Tensor, lse: Tensor, following: Tensor, gamma: float) ->
     >>> soft_q_reward(torch.tensor([-1.0]), torch.tensor([3.0]), torch.tensor([2.0]), 0.5)
     tensor([1.])
     """
-    return keep(logp, None) + keep(lse, None) - gamma * keep(following, None)
+    return keep(logp, None) + keep(lse, None) - times(gamma, keep(following, None))
 
 
 def soft_q_weight(reward: Tensor, divergence: Divergence) -> Tensor:
@@ -150,13 +150,13 @@ class InverseSoftQ(Regularizer):
         known = known if x.mask is None else known & x.mask.bool()
         reward = torch.where(known, soft_q_reward(logp, lse, following, self.gamma), 0.0)
         loss = -logp
-        if self.divergence == "chi2":
-            loss = loss + reward.square() / (4 * self.alpha)
-        else:
+        if self.divergence != "chi2":
             # -w r + V - gamma V' = -(Q - V) + (1 - w) r
             loss = loss + (1 - soft_q_weight(reward, self.divergence)) * reward
+        elif math.isfinite(self.alpha):
+            loss = loss + held(reward).square() / (4 * self.alpha)
         return RegOutput(
-            per_element=self.weight * keep(loss, x.mask),
+            per_element=times(self.weight, keep(loss, x.mask)),
             metrics={
                 "nll": masked_reduce(-logp.detach(), x.mask),
                 "reward": masked_reduce(reward.detach(), known),

@@ -89,7 +89,7 @@ def token_stats(
 
     Returns:
         {name: Tensor (*L,)} in nats. Logits of -inf are allowed; a divergence that is infinite
-        comes out as about 1e30.
+        has no gradient.
 
     Raises:
         ValueError: an unknown name, or one without the targets or reference it needs.

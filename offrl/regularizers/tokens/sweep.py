@@ -145,6 +145,7 @@ def sweep(
     zero = head.hidden.new_zeros(rows.stop - rows.start, dtype=plan.dtype)
     p, r, w = Sum(zero), Sum(zero), Sum(zero)  # of e^z, e^(z^r), e^(2 x - x^r)
     u, square, gap, reverse_gap = zero, zero, zero, zero
+    lacks = exceeds = zero.bool()  # a token excluded by the reference, by the policy alone
     chosen = torch.full_like(zero, torch.nan)  # logit of the target
     tops = []
     for cols in plan.tiles(head.vocab):
@@ -155,6 +156,10 @@ def sweep(
         if plan.sets:
             tops.append(z.topk(min(TOP, z.shape[1])).values)
         z_ref = None if reference is None else plan.tile(reference, rows, cols)
+        if z_ref is not None:
+            none, ref_none = z <= LEAST, z_ref <= LEAST
+            lacks = lacks | (ref_none > none).any(-1)
+            exceeds = exceeds | (none > ref_none).any(-1)
         before = p.sum
         e, shift, decay = p.add(z)
         if plan.wants("log_sum_sq"):
@@ -174,15 +179,16 @@ def sweep(
     log_s = p.sum.log()
     found = {"max": p.max, "sum": p.sum, "entropy": log_s - u / p.sum, "lse": p.max + log_s}
     if targets is not None:
-        found["logp"] = chosen - p.max - log_s
+        found["logp"] = torch.where(chosen <= LEAST, -torch.inf, chosen - p.max - log_s)
     if plan.wants("log_sum_sq"):
         found |= {"square": square, "log_sum_sq": square.log() - 2 * log_s}
     if reference is not None:
         log_r = r.sum.log()
-        found |= {"ref_max": r.max, "ref_sum": r.sum, "kl": gap / p.sum - log_s + log_r}
-        found["reverse_kl"] = reverse_gap / r.sum - log_r + log_s
+        kl, reverse = gap / p.sum - log_s + log_r, reverse_gap / r.sum - log_r + log_s
+        found |= {"ref_max": r.max, "ref_sum": r.sum, "kl": kl.masked_fill(lacks, torch.inf)}
+        found["reverse_kl"] = reverse.masked_fill(exceeds, torch.inf)
         if plan.wants("log1p_chi2"):
-            chi2 = w.max + w.sum.log() - 2 * log_s + log_r
+            chi2 = (w.max + w.sum.log() - 2 * log_s + log_r).masked_fill(lacks, torch.inf)
             found |= {"chi2_max": w.max, "chi2_sum": w.sum, "log1p_chi2": chi2}
         if plan.wants("tv"):
             found |= total_variation(plan, head, reference, rows, found)
@@ -377,6 +383,7 @@ class Recipe:
                     "square"
                 ]
             elif isinstance(statistic, str):
+                g = torch.where(self.rows[statistic].isinf(), 0, g)
                 self.relative[statistic] = self.relative.get(statistic, 0) + g
             else:
                 self.add_set(statistic, g)
@@ -413,7 +420,8 @@ class Recipe:
         r = x_ref.exp().div_(s_ref)
         extra = torch.zeros_like(factor)
         if (g := self.relative.get("kl")) is not None:
-            factor += (x - x_ref + (s_ref / s).log() - rows["kl"]) * (g / s)
+            mean = torch.where(rows["kl"].isinf(), 0, rows["kl"])
+            factor += (x - x_ref + (s_ref / s).log() - mean) * (g / s)
         if (g := self.relative.get("reverse_kl")) is not None:
             factor += g / s
             extra -= g * r

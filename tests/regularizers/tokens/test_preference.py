@@ -186,6 +186,20 @@ def test_rpo_without_eta_is_dpo():
         assert torch.equal(loss, LDDPO(beta=0.2)(x).loss)
 
 
+def test_rpo_at_its_defaults_pays_a_twenty_thousandth_of_a_nat():
+    """Margin 3: log(1 + e^-0.03) = 0.678260; 0.01 0.005 20 = 0.001, as in the released trainer."""
+    logp = torch.tensor([[-5.0, -15.0], [-10.0, -20.0]], dtype=torch.float64, requires_grad=True)
+    ref_logp = torch.tensor([[-11.0, -11.0], [-9.0, -20.0]], dtype=torch.float64)
+    x = RegInputs(logp=logp, ref_logp=ref_logp, chosen=torch.tensor([True, False]))
+    loss = RPO()(x).loss
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-0.03)) + 0.001, abs=1e-15)
+    assert loss.item() == pytest.approx(0.679260, abs=1e-6)
+    pull = 0.01 / (1 + math.exp(0.03))
+    (gradient,) = torch.autograd.grad(loss, logp)
+    expected = torch.tensor([[-pull - 5e-5], [pull]], dtype=torch.float64).expand(2, 2)
+    torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize(
     ("reduction", "mode"),
     [
@@ -197,14 +211,14 @@ def test_rpo_without_eta_is_dpo():
 def test_rpo_is_dpo_and_an_anchor_on_the_chosen_responses(reduction, mode):
     x = batch()
     loss = RPO(beta=0.2, eta=0.3, sft_reduction=reduction)(x).loss
-    parts = Compose([LDDPO(beta=0.2), NLLAnchor(0.3, mode)])
+    parts = Compose([LDDPO(beta=0.2), NLLAnchor(0.2 * 0.3, mode)])
     torch.testing.assert_close(loss, parts.run_loss(x)[0].to(loss))
     by_hand = {
         "sum": -(x.logp * MASK)[:2].sum(-1).mean(),
         "seq-mean": -((x.logp * MASK)[:2].sum(-1) / torch.tensor([4, 2])).mean(),
         "token-mean": -(x.logp * MASK)[:2].sum() / 6,
     }[reduction]
-    torch.testing.assert_close(loss, LDDPO(beta=0.2)(x).loss + 0.3 * by_hand)
+    torch.testing.assert_close(loss, LDDPO(beta=0.2)(x).loss + 0.06 * by_hand)
     nll = sequence_nll(x.logp[:2], MASK[:2], reduction)
     torch.testing.assert_close(nll.mean(), by_hand)
 
