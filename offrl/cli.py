@@ -273,7 +273,8 @@ def report(argv: Words = None) -> None:
 
 def export(argv: Words = None) -> None:
     """Write a policy as a file of its own: `run=runs/... out=policy.onnx seed=0`."""
-    from offrl.runs.policy import Options, export_run
+    from offrl.runs.export import Options
+    from offrl.runs.policy import export_run
 
     command(export_run, Options, argv)
 

@@ -19,6 +19,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ TOLERANCE = 1e-5  # of half the range of an action
 TOLD = "offrl.json"  # within a .pt2 file
 NEEDED = "pip install 'offrl[export]'"
 Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of scripts/export.py: a policy as a file."""
+
+    run: str  # a run directory, a seed's folder, a checkpoint or a snapshot
+    out: str  # the file: .onnx, or .pt2 for torch.export
+    seed: int | None = None  # which of the run's seeds; null: its first
 
 
 class Step(nn.Module):
@@ -212,7 +222,7 @@ def write(path: Path, step: Step, told: dict[str, Any], seen: Arrays) -> dict[st
             warnings.simplefilter("ignore")  # the exporters warn about their own insides
             save = saving(part, program(graph), list(inputs), outputs)
         save(kept)
-        kept["parity"] = parity(step, read(part)[0], seen)
+        kept["parity"] = parity(step, read(part, trusted=True)[0], seen)
         save(kept)
         part.replace(path)
         beside.write_text(json.dumps(kept, indent=1))
@@ -281,16 +291,26 @@ class File:
         return np.zeros((rows, *shape[1:]), type)
 
 
-def read(path: Path) -> tuple[File, dict[str, Any]]:
-    """A written policy and what is told of it. Nothing in the file is executed as Python.
+def read(path: Path, trusted: bool = False) -> tuple[File, dict[str, Any]]:
+    """A written policy and what is told of it.
+
+    Args:
+        trusted: needed for .pt2, whose reader, torch's own, can run code that stands in the file.
+            ONNX cannot.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is of another kind or damaged, or a later version of offrl wrote it.
+        ValueError: if it is of another kind, damaged or not trusted, or a later version of offrl
+            wrote it.
         Failed: if ONNX is not installed.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix == ".pt2" and not trusted:
+        raise ValueError(
+            f"reading {path} can run code that stands in it, as torch's own format allows; if you "
+            "trust it: load_policy(path, trusted=True). A .onnx file cannot"
+        )
     told: dict[str, Any] = {}
     run = onnx_file(path, told) if path.suffix == ".onnx" else torch_file(path, told)
     if "format" not in told:

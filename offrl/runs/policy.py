@@ -30,15 +30,6 @@ NOT_GIVEN: Any = object()
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of scripts/export.py: a policy as a file."""
-
-    run: str  # a run directory, a seed's folder, a checkpoint or a snapshot
-    out: str  # the file: .onnx, or .pt2 for torch.export
-    seed: int | None = None  # which of the run's seeds; null: its first
-
-
-@dataclass(frozen=True)
 class Memory:
     """What a policy remembers of the episodes that it acts in, one per row."""
 
@@ -223,20 +214,22 @@ class Policy:
         return self.generator
 
 
-def load_policy(place: str | Path, seed: int | None = None) -> Policy:
+def load_policy(place: str | Path, seed: int | None = None, trusted: bool = False) -> Policy:
     """The policy of a run directory, a seed's folder, a checkpoint, a snapshot or an exported file.
 
     Args:
         seed: which of the run's seeds; None for its first.
+        trusted: needed for a .pt2 file, whose reader can run code that stands in it. Nothing in the
+            others is executed.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if a file is damaged, or the run has no such seed.
+        ValueError: if a file is damaged or not trusted, or the run has no such seed.
         ConfigError: if the method is a user's own and its file is gone.
     """
     place = Path(place)
     if place.suffix in export.SUFFIXES:
-        step, info = export.read(place)
+        step, info = export.read(place, trusted)
         seen = {k: np.array(v, np.float32) for k, v in info.get("observations", {}).items()}
         return Policy(step, info, seen)
     folder, files = checkpoints(place)
@@ -271,7 +264,7 @@ def algorithm(
     return resolved.method.make(resolved.config(), signature.spec, stream, seeds)
 
 
-def export_run(options: Options) -> None:
+def export_run(options: export.Options) -> None:
     """Write the policy of a run to a file, and print what is in it."""
     kept = load_policy(options.run, options.seed).export(options.out)
     inputs, outputs, same = (kept[name] for name in ("inputs", "outputs", "parity"))

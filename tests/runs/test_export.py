@@ -23,6 +23,10 @@ def needs_onnx(suffix):
             pytest.importorskip(package)
 
 
+def load(path):
+    return offrl.load_policy(path, trusted=path.suffix == ".pt2")
+
+
 def chained(p, goal, steps=6, rows=5):
     """Actions of a few steps in which some episodes begin anew, (steps, rows, ...)."""
     random, found, memory = np.random.default_rng(2), [], None
@@ -48,7 +52,7 @@ def test_every_method_is_written_and_acts_the_same(name, suffix, tmp_path):
     kept = p.export(path)
     assert kept["parity"] == {"largest": kept["parity"]["largest"], "random": 1000, "data": 1000}
     assert kept["parity"]["largest"] <= 1e-5
-    back = offrl.load_policy(path)
+    back = load(path)
     assert back.signature == p.signature
     assert back.info == json.loads(path.with_suffix(".json").read_text())
     ours, theirs = (chained(one, method(name).goals) for one in (p, back))
@@ -69,7 +73,7 @@ def test_the_memory_of_a_recurrent_policy_is_named_inputs_and_outputs(tmp_path):
     assert kept["inputs"]["memory_step"] == {"shape": ["batch"], "type": "int64"}
     assert kept["outputs"] == ["action", *(f"{name}_out" for name in names)]
     assert list(kept["inputs"])[:4] == ["obs", "target", "start", "reward"]
-    back = offrl.load_policy(tmp_path / "policy.pt2")
+    back = load(tmp_path / "policy.pt2")
     np.testing.assert_allclose(chained(p, False), chained(back, False), rtol=0, atol=1e-5 * HALF)
 
 
@@ -168,13 +172,13 @@ def test_a_policy_without_observations_is_compared_at_random_ones(tmp_path):
     p = policy("td3bc")
     p.seen, p.limits = {}, None
     assert p.export(tmp_path / "policy.pt2")["parity"]["data"] == 0
-    back = offrl.load_policy(tmp_path / "policy.pt2")
+    back = load(tmp_path / "policy.pt2")
     back.act([1e9, 0, 0])  # no range, no warning
 
 
 def test_the_range_of_the_data_goes_with_the_file(tmp_path):
     policy("td3bc").export(tmp_path / "policy.pt2")
-    back = offrl.load_policy(tmp_path / "policy.pt2")
+    back = load(tmp_path / "policy.pt2")
     with pytest.warns(UserWarning, match=r"obs\[2\] is 9 in row 0"):
         back.act([0, 0, 9])
 
@@ -182,7 +186,7 @@ def test_the_range_of_the_data_goes_with_the_file(tmp_path):
 def test_what_a_file_cannot_do_is_said(tmp_path):
     p = policy("sac")
     p.export(tmp_path / "policy.pt2")
-    back = offrl.load_policy(tmp_path / "policy.pt2")
+    back = load(tmp_path / "policy.pt2")
     with pytest.raises(ValueError, match="deterministic"):
         back.act([0, 0, 0], explore=True)
     with pytest.raises(ValueError, match="export that of the run"):
@@ -191,6 +195,12 @@ def test_what_a_file_cannot_do_is_said(tmp_path):
         p.export(tmp_path / "policy.pb")
     with pytest.raises(OSError, match="there is no folder"):
         p.export(tmp_path / "nowhere" / "policy.pt2")
+
+
+def test_a_file_that_could_run_code_is_read_only_if_it_is_trusted(tmp_path):
+    policy("bc").export(tmp_path / "policy.pt2")
+    with pytest.raises(ValueError, match=r"can run code .*trusted=True"):
+        offrl.load_policy(tmp_path / "policy.pt2")
 
 
 def test_without_the_extra_its_name_is_told(tmp_path, monkeypatch):
@@ -205,16 +215,16 @@ def test_without_the_extra_its_name_is_told(tmp_path, monkeypatch):
 def test_files_of_others_and_of_the_future_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "policy.pt2"
     with pytest.raises(FileNotFoundError, match=r"no file .*policy\.pt2"):
-        offrl.load_policy(path)
+        load(path)
     path.write_bytes(b"something else")
     with pytest.raises(ValueError, match=r"not a readable \.pt2 file"):
-        offrl.load_policy(path)
+        load(path)
     monkeypatch.setattr(export, "FORMAT", 2)
     policy("bc").export(path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="is of format 2, this version reads 1: install"):
-        offrl.load_policy(path)
+        load(path)
     graph = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
     torch.export.save(graph, path)
     with pytest.raises(ValueError, match="not written by offrl"):
-        offrl.load_policy(path)
+        load(path)
