@@ -11,7 +11,7 @@ from offrl.runs import export
 from tests.algos.cases import CASES, method
 from tests.runs.policies import HIGH, LOW, policy, seen, stored
 
-# Decision Mamba's scans make a graph of thousands of nodes, which takes minutes to write
+# Decision Mamba's scans make a graph of thousands of nodes, which takes half a minute to write
 LONG = {"decision_mamba": [pytest.mark.slow]}
 every = pytest.mark.parametrize("name", [pytest.param(n, marks=LONG.get(n, [])) for n in CASES])
 HALF = (HIGH - LOW) / 2

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import offrl
+from offrl import cli
 from offrl.data.dataset import Dataset
 from offrl.engine.method import Spec
 from offrl.envs.make import ScaleAction, own_actions
@@ -231,6 +233,33 @@ def test_range_and_sample_of_the_data_are_kept(tmp_path):
     assert found["sample"].shape == (1000, 2)
     rows = {tuple(row) for row in obs.numpy()}
     assert all(tuple(row) in rows for row in found["sample"])
+
+
+@pytest.mark.parametrize("name", ["td3bc", "ddpg"])
+def test_a_run_stores_what_its_policy_needs(name, tmp_path, monkeypatch):
+    """Of data and of an online method; Pendulum's actions lie in [-2, 2]."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OFFRL_HOME", str(tmp_path))
+    random = np.random.default_rng(0)
+    rows = {
+        "observations": random.uniform(-1, 1, (60, 3)),
+        "actions": random.uniform(-1, 1, (60, 1)),
+    }
+    rows |= {"rewards": random.standard_normal(60), "terminals": np.zeros(60, bool)}
+    np.savez("own.npz", **rows, timeouts=np.arange(60) % 20 == 19)
+    more = ["dataset=own.npz"] if name == "td3bc" else ["algo.warmup=20"]
+    sizes = ["steps=30", "algo.batch=8", "algo.hidden=[8]", "eval_episodes=1", "final_episodes=1"]
+    cli.train([f"algo={name}", "env=Pendulum-v1", "speed=eager", *sizes, *more])
+    (folder,) = Path("runs").glob("*/*/*")
+    p = offrl.load_policy(folder)
+    assert (p.signature.low, p.signature.high, p.signature.obs_shape) == ((-2,), (2,), (3,))
+    assert set(p.seen) == {"low", "high", "std", "sample"}
+    assert np.abs(p.act(p.seen["sample"])).max() <= 2
+    assert p.info["env"]["id"] == "Pendulum-v1"
+    if name == "td3bc":
+        used = np.asarray(rows["observations"], np.float32)[np.arange(60) % 20 != 19]
+        np.testing.assert_array_equal(p.seen["high"], used.max(0))
+        assert p.info["data"]["digest"]
 
 
 def test_a_fresh_process_loads_no_simulator(tmp_path):
