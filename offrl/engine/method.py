@@ -111,7 +111,7 @@ class Stage:
             add up: a later one goes on from the last step of the one before.
         measure: values (*S,) that are logged at every point of the learning curve, such as ranks of
             a representation; draws nothing from the run's generator.
-        parts: state beside the algorithm's, by name.
+        parts: state beside the algorithm's, by name; stages that share one give it the same name.
     """
 
     name: str
