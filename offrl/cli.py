@@ -24,13 +24,14 @@ Overrides = list[tuple[str, list[Any], str]]  # key, values (several in a sweep)
 
 
 def main() -> None:
-    """The console command: offrl train|evaluate|collect|report|describe key=value ..."""
+    """The console command: offrl train|evaluate|collect|report|describe|export key=value ..."""
     commands = {
         "train": train,
         "evaluate": evaluate,
         "collect": collect,
         "report": report,
         "describe": describe,
+        "export": export,
     }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
@@ -268,6 +269,14 @@ def report(argv: Words = None) -> None:
     from offrl.runs.report import Options, make_report
 
     command(make_report, Options, argv)
+
+
+def export(argv: Words = None) -> None:
+    """Write a policy as a file of its own: `run=runs/... out=policy.onnx seed=0`."""
+    from offrl.runs.export import Options
+    from offrl.runs.policy import export_run
+
+    command(export_run, Options, argv)
 
 
 def command(work: Callable[[Any], object], cls: type, argv: Words) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
-from omegaconf import OmegaConf
 
 import offrl.algos
 from offrl.data import sources
@@ -230,6 +229,8 @@ def shipped(algo: str) -> dict[str, Any]:
 
     Those of a user's own file lie beside it, in a YAML file of the same name.
     """
+    from omegaconf import OmegaConf  # a policy is loaded without it
+
     own = is_own(algo)
     stored = Path(algo).with_suffix(".yaml") if own else folder() / "algo" / f"{algo}.yaml"
     if own and not stored.exists():

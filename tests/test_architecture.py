@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "engine",
         "engine.method",
+        "engine.optim",
         "envs",
         "errors",
         "nets",

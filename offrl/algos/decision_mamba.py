@@ -45,7 +45,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from offrl.data.windows import SEQUENCE, asked_returns, renewed, window_stages
+from offrl.data.windows import SEQUENCE, asked, asked_returns, renewed, window_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Run, Seeds, Spec, Stage, Task
 from offrl.engine.optim import adamw, descend, target_copy, warm_up
 from offrl.nets import Linear, Standardize
@@ -187,7 +187,7 @@ class DecisionMamba:
         not grow. It equals the windowed one while an episode is shorter than a window; from there
         on it remembers more than the network was trained with.
         """
-        c, net, goal = self.config, self.net, self.targets[now["scenario"]]
+        c, net, goal = self.config, self.net, asked(self, now)
         obs, start = self.standardize(now["obs"]), now["start"].bool()
         window = c.eval_mode == "window"
         if memory is None:

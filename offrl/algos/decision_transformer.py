@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from offrl.data.windows import SEQUENCE, act_taken, asked_returns, extend, window_stages
+from offrl.data.windows import SEQUENCE, act_taken, asked, asked_returns, extend, window_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adamw, descend, warm_up
 from offrl.nets import Linear, Standardize
@@ -104,7 +104,7 @@ class DecisionTransformer:
         return loss, {"actor/loss": loss}
 
     def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
-        c, goal = self.config, self.targets[now["scenario"]]
+        c, goal = self.config, asked(self, now)
         seen = now | {"obs": self.standardize(now["obs"])}
         window = extend(memory, seen, goal, c.scale, c.context, self.act_dim)
         act = self.net.predict(window)[:, -1].clamp(-1, 1)

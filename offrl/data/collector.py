@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
@@ -10,7 +10,9 @@ from torch import Generator, Tensor
 from offrl.data.dataset import FIELDS
 from offrl.data.replay import Replay
 from offrl.engine.method import Algorithm, Run, Task
-from offrl.envs.vector import Vector
+
+if TYPE_CHECKING:  # a policy is loaded without Gymnasium
+    from offrl.envs.vector import Vector
 
 Choose = Callable[[int], dict[str, Any] | None]  # number of an environment -> options of its reset
 
@@ -33,7 +35,7 @@ class Collector:
 
     def __init__(
         self,
-        envs: Vector,
+        envs: "Vector",
         seeds: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
         on_episode: Choose | None = None,

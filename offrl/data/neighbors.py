@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from torch import Tensor
 from tqdm import tqdm
 
@@ -250,6 +249,8 @@ class Tree:
     """
 
     def __init__(self, points: Tensor):
+        from scipy.spatial import cKDTree  # half a second that a policy does without
+
         x = points.numpy()
         centered = x - x.mean(0)
         self.axes = np.linalg.eigh(centered.T @ centered)[1][:, ::-1]

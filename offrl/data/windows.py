@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from offrl.data.collector import each
 from offrl.data.dataset import Dataset
 from offrl.data.samplers import BUDGET, gatherer, prepare
-from offrl.engine.method import Batch, Run, Sampler, Seeds, Stage, Task
+from offrl.engine.method import Batch, Now, Run, Sampler, Seeds, Stage, Task
 from offrl.nets import Standardize
 
 ACT_PAD = -10.0  # what the released code of Decision Transformer puts there
@@ -155,6 +155,13 @@ def asked_returns(name: str, config: Any, seeds: Seeds, device: torch.device) ->
             "algo.targets=[3600,1800]"
         )
     return torch.tensor(config.targets, device=device) / config.scale
+
+
+def asked(algo: Any, now: Now) -> Tensor:
+    """The return (B,) to ask for, divided by the config's scale: `target`, else the scenario's."""
+    if "target" in now:
+        return now["target"] / algo.config.scale
+    return algo.targets[now["scenario"]]
 
 
 def scenarios(config: Any) -> tuple[str, ...]:

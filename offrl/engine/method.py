@@ -47,8 +47,10 @@ class Policy(Protocol):
 
     `now` holds obs (*S, B, o), start (*S, B), 1 where an episode begins, and reward (*S, B) of the
     action before (0 at a start); in evaluation scenario (*S, B), int64 index into the scenarios;
-    goal (*S, B, g), an observation, where the environment names one; `explore`, True to act as in
-    training; and `generator`, from which all random draws come. Called without gradients.
+    goal (*S, B, g), an observation, where the environment names one; target (*S, B), a return to
+    ask for where `config.targets` names those of the scenarios, if it shall be another one;
+    `explore`, True to act as in training; and `generator`, from which all random draws come. Called
+    without gradients.
 
     `memory` is what the last call returned, None at first: tensors in dicts, lists or tuples, each
     with the rows of obs. A policy with memory resets the rows where start is 1.

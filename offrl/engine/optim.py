@@ -1,6 +1,7 @@
 """Steps shared by many updates: optimizers, target networks, targets; torch only."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import TypeVar
 
@@ -11,6 +12,24 @@ Metrics = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
 
 
+makes = True  # optimizers; see `acting`
+
+
+@contextmanager
+def acting() -> Iterator[None]:
+    """Within it methods are made without their optimizers, which are None.
+
+    A policy that only acts has no use for them, and torch's first one loads its compiler, which
+    takes longer than all else.
+    """
+    global makes
+    makes = False
+    try:
+        yield
+    finally:
+        makes = True
+
+
 def adam(
     params: nn.Module | Iterable[Tensor], lr: float, eps: float = 1e-8, weight_decay: float = 0.0
 ) -> torch.optim.Adam:
@@ -19,6 +38,8 @@ def adam(
     On CUDA the learning rate and the step counters are tensors on the device, so that the step
     can be captured in a graph; on a CPU they are what the fused kernel there takes.
     """
+    if not makes:
+        return None  # type: ignore[return-value]
     params = list(params.parameters() if isinstance(params, nn.Module) else params)
     cuda = params[0].is_cuda
     return torch.optim.Adam(
@@ -39,6 +60,8 @@ def adamw(
     Args:
         lr: to start from; `warm_up` raises it on the device.
     """
+    if not makes:
+        return None  # type: ignore[return-value]
     parts = [(list(params), decay) for params, decay in groups]
     device = parts[0][0][0].device
     return torch.optim.AdamW(

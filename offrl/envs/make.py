@@ -14,6 +14,7 @@ import numpy as np
 from gymnasium.envs.registration import load_env_creator
 
 from offrl.envs import dm_control, grid, ogbench
+from offrl.envs.randomness import OwnRandomness
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,11 @@ class ScaleAction(gymnasium.ActionWrapper):
 
     def action(self, action: np.ndarray) -> np.ndarray:
         return np.clip(action, -1.0, 1.0) * self.half + self.middle
+
+
+def own_actions(env: gymnasium.Env) -> gymnasium.Space:
+    """The action space of what `factory` makes as it was before scaling."""
+    return env.env.action_space if isinstance(env, ScaleAction) else env.action_space
 
 
 class RepeatAction(gymnasium.Wrapper):
@@ -184,7 +190,7 @@ def build(
         lighten(env)
     if render:
         track_camera(env)
-    env = ogbench.OwnRandomness(env) if from_ogbench else env
+    env = OwnRandomness(env) if from_ogbench else env
     if settings:
         if from_ogbench:
             env.reset(seed=0)  # its arms have no model before

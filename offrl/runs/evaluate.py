@@ -15,16 +15,15 @@ from tqdm import tqdm
 
 from offrl import config as configuration
 from offrl.config import Resolved
-from offrl.engine import checkpoint
 from offrl.engine.evaluate import Evaluator, scenarios_of
 from offrl.engine.method import Algorithm
-from offrl.engine.state import load_state
 from offrl.envs.make import engines, env_id, factory
 from offrl.errors import ConfigError, Failed
+from offrl.runs.policy import checkpoints, load_algorithm
 from offrl.runs.record import UNITS, played_in, rows, scored, summary
-from offrl.runs.task import axes_of, make_env, make_evaluator, spec_of, version
+from offrl.runs.task import axes_of, make_env, make_evaluator, version
 from offrl.runs.workers import prepare
-from offrl.seeding import derive, generator
+from offrl.seeding import derive
 
 
 @dataclass(frozen=True)
@@ -96,45 +95,6 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         write_video(Path(options.video), frames)
         print(f"{len(frames)} frames in {options.video}")
     return found
-
-
-def checkpoints(place: Path) -> tuple[Path, list[Path]]:
-    """The run directory and the checkpoint files that a path means.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
-    if place.is_file():
-        inside = [p for p in place.parents if (p / "config.yaml").exists()]
-        if not inside:
-            raise FileNotFoundError(f"{place} lies in no run directory (no config.yaml above it)")
-        return inside[0], [place]
-    if (place / "checkpoint.pt").exists():
-        return checkpoints(place / "checkpoint.pt")
-    files = sorted(place.glob("seed*/checkpoint.pt"))
-    if not files or not (place / "config.yaml").exists():
-        raise FileNotFoundError(f"{place} is neither a run directory nor a checkpoint")
-    return place, files
-
-
-def load_algorithm(
-    resolved: Resolved, file: Path, device: torch.device | str = "cpu"
-) -> tuple[Algorithm, list[int]]:
-    """An algorithm with the weights of a checkpoint, and the seeds it holds.
-
-    Raises:
-        ConfigError: if the checkpoint is of another method.
-        ValueError: if the file is damaged or does not fit.
-    """
-    saved = checkpoint.load(file)
-    if saved["label"] != resolved.name:
-        raise ConfigError(f"{file} belongs to {saved['label']}, the run is of {resolved.name}")
-    group, state, stream = saved["seeds"], saved["algo"], generator(0, "evaluation", device=device)
-    algo = resolved.method.make(resolved.config(), spec_of(resolved), stream, axes_of(group))
-    if state["generator"].shape != stream.get_state().shape:  # trained on another device
-        state = state | {"generator": stream.get_state()}
-    load_state(algo, state)
-    return algo, group
 
 
 def player(folder: Path, device: torch.device) -> Callable[[Path], dict[str, torch.Tensor]]:

@@ -2,6 +2,8 @@
 
 runs/<algo>/<env>-<dataset>/<time>/
     config.yaml     every value with its origin
+    policy.json     what its policy takes and gives: shapes, bounds, names
+    observations.npz  range and a sample of the observations that it learned from
     run.json        package versions, device, the data set's name, digest and provenance
     seed-<i>/       one group: checkpoint.pt, metrics.csv, TensorBoard events
     episodes.csv    raw return and length of every evaluation episode
@@ -28,11 +30,12 @@ from offrl.data.dataset import Dataset, home
 from offrl.engine.curve import AsyncEvaluator, Curve
 from offrl.engine.loop import Progress, Schedule, fit
 from offrl.engine.method import Run
-from offrl.envs.make import engines, env_id
+from offrl.envs.make import engines, env_id, own_actions
 from offrl.errors import Diverged, Failed, Interrupted
 from offrl.nets.kernels import matmul
 from offrl.runs.evaluate import player
 from offrl.runs.record import finish, provenance, resuming, write_json
+from offrl.runs.signature import keep_collected, store
 from offrl.runs.task import (
     axes_of,
     check_task,
@@ -40,6 +43,7 @@ from offrl.runs.task import (
     make_env,
     make_task,
     pick_device,
+    spec_of,
     version,
 )
 from offrl.runs.workers import Display, Group, at_once, prepare, spread
@@ -63,6 +67,7 @@ def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[s
     with closing(make_env(resolved)()) as env:
         check_task(resolved, env)  # a wrong name stops the run before anything is loaded
         played = env_id(resolved.settings.env, version(resolved)), engines(env)
+        spaces = env.observation_space, own_actions(env)
     data = load_data(resolved)
     if data is not None:
         print(
@@ -79,6 +84,7 @@ def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[s
                 system.prepare(resolved.settings.threads, resolved.settings.keep_memory)
                 print(matmul.select_backend(home(), cpu_name()), flush=True)
             write_json(folder / "run.json", provenance(resolved, data, *played, device))
+            store(folder, resolved, spec_of(resolved, data), data, *spaces)
             (folder / "config.yaml").write_text(resolved.to_yaml())  # last: makes it resumable
         groups = layout(resolved, device)
         began = time.monotonic()
@@ -174,9 +180,10 @@ def train_group(
         algo = method.make(config, task.spec, stream, axes)
         run = Run(config.steps, axes, device, method.fields, str(home()), progress)
         apart = evaluates_async(resolved, device)
-        return fit(
+        stages = method.stages(algo, task, run)
+        curve = fit(
             algo,
-            method.stages(algo, task, run),
+            stages,
             place,
             task.evaluate,
             schedule,
@@ -188,6 +195,9 @@ def train_group(
             AsyncEvaluator(partial(player, folder, device)) if apart else None,
             task.headline,
         )
+        for stage in stages if method.online else ():
+            keep_collected(place, stage.parts)
+        return curve
 
 
 def work(folder: Path, group: Group, resume: bool, inbox: Any) -> None:

@@ -43,7 +43,7 @@ def chain(x: Tensor, layers: Sequence[Layer], last: bool = False, kind: str = "r
     if layers[0][0].dim() == 2 and x.dim() > 2:  # one network on stacked rows
         return chain(x.flatten(0, -2), layers, last, kind).unflatten(0, x.shape[:-1])
     whole = Kind(kind, last, len(layers[0]))
-    if x.is_cuda:
+    if x.is_cuda or torch.compiler.is_exporting():
         return through(x, layers, whole, affine)
     if len(layers) > (not last) and (kind == "tanh" or (kind == "relu" and whole.each > 2)):
         return through(x, layers, whole, lambda x, *layer: chain(x, [layer]))

@@ -35,6 +35,7 @@ def serves(x: Tensor) -> bool:
         (x.device.type, x.dtype) == ("cpu", torch.float32)
         and x.shape[-1] % WIDTH == 0
         and not torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()
         and not torch.is_autocast_enabled("cpu")
         and library() is not None
     )

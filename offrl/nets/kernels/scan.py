@@ -92,6 +92,8 @@ def at_least_float32(*inputs: Tensor) -> tuple[Tensor, ...]:
 @torch.compiler.disable
 def fastest(device: torch.device, dtype: torch.dtype, states: int) -> Form:
     """The form that `selective_scan` takes."""
+    if torch.compiler.is_exporting():
+        return chunked
     if device.type == "cpu":
         return fused_scan.fused if fused_scan.library(states, dtype) else recompute
     if device.type == "cuda" and dtype == torch.float32 and agrees(mamba_ssm, device):
@@ -121,7 +123,7 @@ def segment(
 
 def loop(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """The definition, step by step; autograd keeps every state."""
-    return segment(u.new_zeros(len(u), *A.shape), u, delta, A, B, C, D)[0]
+    return segment(u.new_zeros(u.shape[0], *A.shape), u, delta, A, B, C, D)[0]
 
 
 def recompute(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
