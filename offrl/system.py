@@ -28,29 +28,18 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "CPU")
 
 
-def prepare(threads: int | str, keep_memory: bool) -> None:
-    """Set torch's threads, "auto" begins with one, and stop glibc from returning freed memory.
+def prepare(threads: int, keep_memory: bool) -> None:
+    """Set torch's threads, and stop glibc from returning freed memory.
 
     Without the second, activations above 128 KiB are unmapped and faulted in again page by page.
     Elsewhere than on glibc it does nothing.
     """
-    torch.set_num_threads(1 if threads == "auto" else int(threads))
+    torch.set_num_threads(threads)
     if keep_memory and sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
             for key, value in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)):
                 libc.mallopt(key, value)  # mmap threshold, trim threshold, top pad
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    """Within it torch has so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def end_with_parent() -> None:

@@ -242,8 +242,8 @@ def test_cores_are_shared_among_training_and_evaluating_processes(
     run, cpu = resolve("td3bc", given), torch.device("cpu")
     assert parallel.at_once(run, given["seeds"]) == at_once
     assert experiment.share(run, cpu) == share
-    assert experiment.evaluates_beside(run, cpu) == room
+    assert experiment.evaluates_async(run, cpu) == room
 
 
 def test_a_run_on_a_gpu_is_evaluated_beside():
-    assert experiment.evaluates_beside(resolve("td3bc", {"threads": 8}), torch.device("cuda"))
+    assert experiment.evaluates_async(resolve("td3bc", {"threads": 8}), torch.device("cuda"))

@@ -1,1 +1,1 @@
-"""The methods, one file each. A module here offers FIELDS, Config, make and stages."""
+"""The methods, one file each. A module here ends with METHOD = Method(...)."""

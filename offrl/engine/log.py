@@ -33,6 +33,8 @@ class Meter:
         """
         means, first = {}, None
         for name, values in self.values.items():
+            if len({value.device for value in values}) > 1:  # loaded ones lie on the CPU
+                values = [value.cpu() for value in values]
             stack = torch.stack(values).cpu().double()  # (updates, *S)
             bad = ~(stack.abs() <= LIMIT).view(len(values), -1).all(-1)
             if bad.any():
@@ -49,7 +51,7 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """The values since the last flush, so that a resumed run averages the same ones."""
-        values = {name: torch.stack(v) for name, v in self.values.items()}
+        values = {name: torch.stack([x.cpu() for x in v]) for name, v in self.values.items()}
         return {"values": values, "steps": self.steps}
 
     def load(self, state: dict[str, Any]) -> None:

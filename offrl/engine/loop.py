@@ -129,8 +129,17 @@ class Loop:
             part.load(saved["parts"][name], self.folder / name)
 
     def parts(self) -> Iterator[tuple[str, Part]]:
+        """Each once: stages may share one.
+
+        Raises:
+            ValueError: if two have the same name.
+        """
+        found: dict[str, Part] = {}
         for stage in self.stages:
-            yield from stage.parts.items()
+            for name, part in stage.parts.items():
+                if found.setdefault(name, part) is not part:
+                    raise ValueError(f"two stages have different parts of the name {name!r}")
+        yield from found.items()
 
     def run(self) -> Curve:
         self.first, self.began = self.global_step, time.monotonic() - self.points.curve.seconds

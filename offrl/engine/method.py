@@ -98,7 +98,8 @@ class Stage:
     Attributes:
         name: appears in the metrics.
         steps: number of updates, or None to run until `stop` says so.
-        start: builds the sampler when the stage begins, on a fresh run and on a resumed one.
+        start: builds the sampler when the stage begins, on a fresh run and on a resumed one, so it
+            draws nothing from the run's generator.
         update: (batch, turn) -> metrics.
         turn: number of an update -> which of its few patterns it makes; each is captured once.
         between: (period, work) pairs of eager work, done before every update whose number is a
@@ -113,7 +114,7 @@ class Stage:
             add up: a later one goes on from the last step of the one before.
         measure: values (*S,) that are logged at every point of the learning curve, such as ranks of
             a representation; draws nothing from the run's generator.
-        parts: state beside the algorithm's, by name.
+        parts: state beside the algorithm's, by name; stages that share one give it the same name.
     """
 
     name: str

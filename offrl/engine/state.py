@@ -43,7 +43,7 @@ def packed(value: Any, path: str) -> Any:
         return value.state_dict()
     if isinstance(value, Generator):
         return value.get_state()
-    if isinstance(value, (Tensor, *PLAIN)):
+    if isinstance(value, Tensor) or type(value) in PLAIN:  # no subclass: NumPy's are not loaded
         return value
     if isinstance(value, dict):
         return {key: packed(part, f"{path}[{key!r}]") for key, part in value.items()}
@@ -58,7 +58,7 @@ def packed(value: Any, path: str) -> Any:
 
 
 def load_state(owner: Any, state: dict[str, Any]) -> None:
-    """Inverse of `state_of`. Tensors are filled in place.
+    """Inverse of `state_of`. Tensors, dicts and lists are filled in place: others may hold them.
 
     Raises:
         ValueError: naming the attribute, if the state is of another method or of other sizes.
@@ -91,12 +91,17 @@ def unpacked(current: Any, state: Any, path: str) -> Any:
         elif isinstance(current, PLAIN):
             return state
         elif isinstance(current, dict):
-            return {k: unpacked(current[k], v, k) if k in current else v for k, v in state.items()}
+            new = {k: unpacked(current[k], v, k) if k in current else v for k, v in state.items()}
+            current.clear()
+            current.update(new)
         elif isinstance(current, (list, tuple)):
-            if len(current) != len(state):  # one that grows
-                return type(current)(state)
-            parts = enumerate(zip(current, state, strict=True))
-            return type(current)(unpacked(*pair, f"{path}[{i}]") for i, pair in parts)
+            parts = list(state)  # of another length: one that grows
+            if len(current) == len(state):
+                pairs = enumerate(zip(current, state, strict=True))
+                parts = [unpacked(*pair, f"{path}[{i}]") for i, pair in pairs]
+            if isinstance(current, tuple):
+                return tuple(parts)
+            current[:] = parts
         else:
             load_state(current, state)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:

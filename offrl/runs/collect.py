@@ -174,8 +174,8 @@ def check_targets(out: Path | None, minari_id: str | None) -> None:
 def to_file(data: Dataset, path: Path) -> None:
     """Write a .npz or .hdf5 file with D4RL's field names, whole or not at all.
 
-    `source=files` reads it, by D4RL's rule: the last transition of a truncated episode is in the
-    file but is dropped when it is read.
+    `source=files` reads it. For methods of transitions that is by D4RL's rule: the last transition
+    of a truncated episode is in the file but is dropped when it is read.
 
     Raises:
         OSError: if the place is not writable or the disk full.

@@ -184,7 +184,7 @@ def provenance(
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
         "commit": source_commit(),
-        "versions": {name: metadata.version(name) for name in PACKAGES} | engines,
+        "versions": {name: installed(name) for name in PACKAGES} | engines,
         "engines": engines,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "device_type": device.type,
@@ -194,6 +194,14 @@ def provenance(
         "env": {"id": id, "legacy_mass": s.legacy_mass} | repeat,
         "dataset": data_set,
     }
+
+
+def installed(package: str) -> str | None:
+    """Its version; None for a checkout that is on the path and not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def played_in(env: Mapping[str, Any], engines: Mapping[str, str]) -> str:

@@ -179,7 +179,7 @@ def train_group(
         stream = generator(group[0], "run", *group[1:], device=device)
         algo = method.make(config, task.spec, stream, axes)
         run = Run(config.steps, axes, device, method.fields, str(home()), progress)
-        beside = evaluates_beside(resolved, device)
+        apart = evaluates_async(resolved, device)
         stages = method.stages(algo, task, run)
         curve = fit(
             algo,
@@ -192,7 +192,7 @@ def train_group(
             resume,
             partial(report, group),
             s.speed,
-            AsyncEvaluator(partial(player, folder, device)) if beside else None,
+            AsyncEvaluator(partial(player, folder, device)) if apart else None,
             task.headline,
         )
         for stage in stages if method.online else ():
@@ -221,7 +221,7 @@ def share(resolved: Resolved, device: torch.device) -> int:
     return cores() // at_once(resolved, len(layout(resolved, device))) or 1
 
 
-def evaluates_beside(resolved: Resolved, device: torch.device) -> bool:
+def evaluates_async(resolved: Resolved, device: torch.device) -> bool:
     """Whether points of the curve are played in a process of their own."""
     s = resolved.settings
     if s.evaluation != "auto":

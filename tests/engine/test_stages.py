@@ -269,3 +269,32 @@ def test_a_run_that_dies_while_a_point_is_played_has_the_copy_of_its_step(tmp_pa
             assert checkpoint.load(tmp_path / "checkpoint.pt")["pending"] == 40
     found = sorted(int(path.stem) for path in (tmp_path / "snapshots").iterdir())
     assert found == [40, 80, 120, 160, 200]
+
+
+class Counted:
+    """A part that counts how often it is saved."""
+
+    def __init__(self):
+        self.saves = 0
+
+    def save(self, place):
+        self.saves += 1
+        return {}
+
+    def load(self, state, place): ...
+
+
+def test_a_part_of_two_stages_is_saved_once_and_names_are_its_own(tmp_path):
+    """A replay deletes old rows when it is saved: twice in one checkpoint, those of the last."""
+    algo, (stage,) = offline()
+    alone, shared = Counted(), Counted()
+    for part, count in ((alone, 1), (shared, 2)):
+        both = [
+            replace(stage, name=str(i), parts={"rows": part} if i < count else {}) for i in (0, 1)
+        ]
+        (tmp_path / str(count)).mkdir()
+        fit(algo, both, tmp_path / str(count), None, SCHEDULE, [0], "toy")
+    assert alone.saves == shared.saves > 2
+    other = [replace(stage, name=str(i), parts={"rows": Counted()}) for i in (0, 1)]
+    with pytest.raises(ValueError, match="different parts of the name 'rows'"):
+        fit(algo, other, tmp_path, None, SCHEDULE, [0], "toy")
