@@ -175,6 +175,9 @@ def run(resolved: Resolved, resumed: Path | None = None) -> dict[str, Any]:
 
     print("\n".join(resolved.lines()), flush=True)
     folder, result = experiment.train(resolved, resumed)
+    if result["score"] is None:
+        print(f"no score; result.json, metrics.csv in {folder}")
+        return result
     score, interval = result["score"], result["score"]["interval95"]
     spread = f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
     data = f"data {result['dataset']['name']}; " if result["dataset"] else ""

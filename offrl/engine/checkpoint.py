@@ -42,7 +42,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path} is not a checkpoint of this library: damaged, cut short, or holding objects "
-            f"other than tensors and plain values, which are never loaded ({first_line(error)})"
+            f"other than tensors and plain values, which are never loaded ({type(error).__name__})"
         ) from error
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{path} is not a checkpoint of this library (format missing)")
@@ -52,7 +52,3 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
             "use the version of offrl that wrote it (run.json beside it names its commit)"
         )
     return content
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

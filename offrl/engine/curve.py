@@ -13,6 +13,7 @@ from torch import Tensor
 
 from offrl.engine.log import Log
 from offrl.engine.method import Algorithm, Evaluate
+from offrl.errors import Diverged
 
 Play = Callable[[Path], dict[str, Tensor]]  # a checkpoint -> name -> (*S, episodes)
 Row = tuple[int, str, dict[str, list[float]]]  # step, stage, means
@@ -95,6 +96,7 @@ class Points:
 
     def put(self, point: dict[str, Tensor]) -> None:
         assert self.pending is not None
+        self.check(point)
         self.curve.steps.append(self.pending)
         self.curve.points.append(point)
         means = {name: x.double().mean(-1).reshape(-1).tolist() for name, x in point.items()}
@@ -112,8 +114,18 @@ class Points:
         if self.evaluate is None or self.curve.final is not None:
             return False
         self.settle()
-        self.curve.final = self.evaluate(algo, self.schedule.final_episodes)
+        final = self.evaluate(algo, self.schedule.final_episodes)
+        self.check(final)
+        self.curve.final = final
         return True
+
+    def check(self, point: dict[str, Tensor]) -> None:
+        """Raises Diverged for a score that is NaN, as that of actions that are not finite."""
+        if bool(point[self.curve.headline].isnan().any()):
+            raise Diverged(
+                f"the {self.curve.headline} of an evaluation is NaN; look at the policy's actions, "
+                "or at the environment's rewards"
+            )
 
     def settle(self) -> None:
         """Wait for the point that is being played, and write what waited for it."""

@@ -74,7 +74,12 @@ class Log:
 
         self.seeds = seeds
         self.file = open(folder / "metrics.csv", "a", newline="")  # noqa: SIM115
-        known = 0 if saved is None else min(saved["metrics_bytes"], self.file.tell())
+        known = 0 if saved is None else saved["metrics_bytes"]
+        if self.file.tell() < known:
+            raise ValueError(
+                f"{self.file.name} has {self.file.tell()} bytes, the checkpoint knows {known}: "
+                "copy the run's folder again with all of its files, or start a new run"
+            )
         self.file.seek(self.file.truncate(known))
         self.writer = csv.writer(self.file)
         if saved is None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from offrl.engine import checkpoint
 from offrl.engine.capture.updates import Speed, Updates
 from offrl.engine.curve import AsyncEvaluator, Curve, Points, Schedule
@@ -159,7 +161,13 @@ class Loop:
         with self.stopping.at_once():  # nothing is lost: the last stage's end is in the checkpoint
             if not self.begun and stage.before is not None:
                 stage.before()
+            drawn = self.algo.generator.get_state()
             sample = stage.start()
+            if not torch.equal(drawn, self.algo.generator.get_state()):
+                raise ValueError(
+                    f"`start` of stage {stage.name} draws from the run's generator, but runs again "
+                    "when the run is resumed: draw in `before`, or from a generator of its own"
+                )
         if not self.begun:
             self.begun = True
             self.save()
@@ -197,7 +205,8 @@ class Loop:
                     self.fitting.append(work)
         except Stopped:
             raise Interrupted(
-                f"stopped before update {self.step} of stage {stage.name}; checkpoint written"
+                f"stopped in a fit of stage {stage.name}; the checkpoint is that of its update "
+                f"{self.saved[1] if self.saved else 0}"
             ) from None
 
     def after_update(self, stage: Stage) -> None:

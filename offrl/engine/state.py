@@ -1,9 +1,10 @@
 """The state of an algorithm, found on the object: no method lists what it consists of.
 
-State are attributes with `state_dict` and `load_state_dict` (networks, optimizers), tensors,
-generators and plain values, in dicts, lists and tuples too, and objects of a method's own that hold
-such. Functions and frozen dataclasses (config, spec, tables of a data set) are constants, and what
-is a `Part` of a stage is saved with its stage.
+State are attributes with `state_dict` and `load_state_dict` (optimizers; networks, with the numbers
+and tensors that their modules hold unregistered), tensors, generators and plain values, in dicts,
+lists and tuples too, and objects of a method's own that hold such. Functions and frozen
+dataclasses (config, spec, tables of a data set) are constants, and what is a `Part` of a stage is
+saved with its stage.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+UNREGISTERED = "(unregistered)"  # beside the names of a network's state_dict
 PLAIN = (bool, int, float, str, type(None))
 CONSTANT = (FunctionType, MethodType, BuiltinFunctionType, type, torch.device, torch.dtype)
 
@@ -22,7 +24,7 @@ def state_of(owner: Any) -> dict[str, Any]:
     """Everything of `owner` that a run needs to continue: tensors and plain values, by attribute.
 
     Raises:
-        TypeError: naming the attribute that is of a kind which cannot be saved.
+        ValueError: naming the attribute that is of a kind which cannot be saved.
     """
     return {k: packed(value, f"{type(owner).__name__}.{k}") for k, value in kept(owner).items()}
 
@@ -40,7 +42,9 @@ def constant(value: Any) -> bool:
 
 def packed(value: Any, path: str) -> Any:
     if hasattr(value, "state_dict"):
-        return value.state_dict()
+        apart = dict(unregistered(value)) if isinstance(value, nn.Module) else {}
+        held = {f"{name}.{key}": getattr(part, key) for (name, key), part in apart.items()}
+        return value.state_dict() | ({UNREGISTERED: held} if held else {})
     if isinstance(value, Generator):
         return value.get_state()
     if isinstance(value, Tensor) or type(value) in PLAIN:  # no subclass: NumPy's are not loaded
@@ -51,10 +55,19 @@ def packed(value: Any, path: str) -> Any:
         return [packed(part, f"{path}[{i}]") for i, part in enumerate(value)]
     if hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] != "numpy":
         return {key: packed(part, f"{path}.{key}") for key, part in kept(value).items()}
-    raise TypeError(
+    raise ValueError(
         f"{path} is a {type(value).__name__}, which cannot be saved; hold it as a tensor, a number "
         "or a frozen dataclass"
     )
+
+
+def unregistered(net: nn.Module) -> Iterator[tuple[tuple[str, str], nn.Module]]:
+    """Numbers and tensors in attributes of a network's modules: ((module, attribute), module)."""
+    for name, part in net.named_modules():
+        for key, value in vars(part).items():
+            number = type(value) in (bool, int, float) and key != "training"
+            if not key.startswith("_") and (number or isinstance(value, Tensor)):
+                yield (name, key), part
 
 
 def load_state(owner: Any, state: dict[str, Any]) -> None:
@@ -77,7 +90,12 @@ def unpacked(current: Any, state: Any, path: str) -> Any:
     """What an attribute becomes: `current` itself where it can be filled, else the state."""
     try:
         if hasattr(current, "load_state_dict"):
-            current.load_state_dict(state)
+            apart = dict(unregistered(current)) if isinstance(current, nn.Module) else {}
+            held = state.get(UNREGISTERED, {}) if apart else {}
+            current.load_state_dict({k: v for k, v in state.items() if k != UNREGISTERED})
+            for (name, key), part in apart.items():
+                value = unpacked(getattr(part, key), held[f"{name}.{key}"], f"{path}.{name}.{key}")
+                setattr(part, key, value)
             for group in getattr(current, "param_groups", ()):
                 if isinstance(rate := group["lr"], Tensor):  # torch leaves it where the file was
                     group["lr"] = rate.to(group["params"][0].device)

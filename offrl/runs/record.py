@@ -145,7 +145,12 @@ def summary(per_seed: np.ndarray) -> dict[str, Any]:
 
 
 def write_episodes(path: Path, seeds: list[int], curves: list[Curve], names: list[str]) -> None:
-    """One line per episode; with several scenarios every one of them, named in a last column."""
+    """One line per episode; with several scenarios every one of them, named in a last column.
+
+    Of estimates, which have no episodes, there is nothing to write.
+    """
+    if "length" not in (curves[0].final or {}):
+        return
     moments: Any = zip(*([*c.points, c.final] for c in curves), strict=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)

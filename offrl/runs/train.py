@@ -99,7 +99,7 @@ def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[s
             raise Interrupted(f"{told}\ncontinue with: {resuming(folder)}") from None
         finally:
             about = json.loads((folder / "run.json").read_text())
-            about["seconds"] += time.monotonic() - began
+            about["seconds"] = about.get("seconds", 0.0) + time.monotonic() - began
             with suppress(OSError):  # a full disk has been told by then
                 write_json(folder / "run.json", about)
         return folder, finish(resolved, folder, groups, curves)

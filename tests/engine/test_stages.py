@@ -17,7 +17,7 @@ from offrl.engine.curve import AsyncEvaluator
 from offrl.engine.loop import fit
 from offrl.engine.minimize import minimize
 from offrl.engine.state import load_state
-from offrl.errors import Interrupted
+from offrl.errors import Diverged, Interrupted
 from tests.engine import toys
 from tests.engine.test_loop import SCHEDULE, assert_same_files, evaluation, offline, run
 
@@ -197,7 +197,7 @@ def test_a_fit_while_a_point_is_played_beside_it_changes_no_file(tmp_path, stopp
         worker=Slow(refitting_player),
     )
     if stopped:
-        with pytest.raises(Interrupted, match="before update 60"):
+        with pytest.raises(Interrupted, match="that of its update 60"):
             train()
         assert checkpoint.load(beside / "checkpoint.pt")["step"] == 60
         run("inner_fit", beside, resume=True)
@@ -230,7 +230,7 @@ def test_stopped_within_a_fit_and_resumed_equals_uninterrupted(tmp_path):
     def interrupt():
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(Interrupted, match="checkpoint written"):
+    with pytest.raises(Interrupted, match="checkpoint is that of its update 80"):
         fit(
             algo,
             [replace(stage, between=[(period, work)])],
@@ -298,3 +298,30 @@ def test_a_part_of_two_stages_is_saved_once_and_names_are_its_own(tmp_path):
     other = [replace(stage, name=str(i), parts={"rows": Counted()}) for i in (0, 1)]
     with pytest.raises(ValueError, match="different parts of the name 'rows'"):
         fit(algo, other, tmp_path, None, SCHEDULE, [0], "toy")
+
+
+def test_a_start_that_draws_from_the_runs_generator_is_refused(tmp_path):
+    """It runs again on resume, where the generator has gone on."""
+    algo, (stage,) = offline()
+
+    def start():
+        torch.rand(1, generator=algo.generator)
+        return stage.start()
+
+    with pytest.raises(ValueError, match="`start` of stage train draws from the run's generator"):
+        fit(algo, [replace(stage, start=start)], tmp_path, None, SCHEDULE, [0], "toy")
+
+
+def test_a_score_that_is_nan_ends_the_run(tmp_path):
+    algo, (stage,) = offline()
+    nan = lambda algo, episodes: {"return": torch.full((episodes,), torch.nan)}  # noqa: E731
+    with pytest.raises(Diverged, match="the return of an evaluation is NaN"):
+        fit(algo, [stage], tmp_path, nan, SCHEDULE, [0], "toy")
+
+
+def test_a_resumed_run_misses_no_rows_of_metrics_in_silence(tmp_path):
+    run("offline", tmp_path)
+    rows = (tmp_path / "metrics.csv").read_bytes()
+    (tmp_path / "metrics.csv").write_bytes(rows[:40])
+    with pytest.raises(ValueError, match=r"metrics\.csv has 40 bytes, the checkpoint knows"):
+        run("offline", tmp_path, resume=True)

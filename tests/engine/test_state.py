@@ -35,5 +35,27 @@ def test_containers_are_filled_in_place():
 def test_a_value_that_no_checkpoint_would_give_back_is_refused_with_its_name():
     holder = Holder()
     holder.best = np.float64(1.5)  # a float by its class, an object in a file
-    with pytest.raises(TypeError, match=r"Holder\.best is a float64"):
+    with pytest.raises(ValueError, match=r"Holder\.best is a float64"):
         state_of(holder)
+
+
+class Counting(torch.nn.Module):
+    """Keeps a count and a mean in plain attributes, one of them in a module within."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(2, 2)
+        self.seen, self.inner.mean = 0, torch.zeros(2)
+
+
+def test_what_modules_hold_unregistered_is_state():
+    one, two = Holder(), Holder()
+    one.net, two.net = Counting(), Counting()
+    one.net.seen = 7
+    one.net.inner.mean += 3
+    mean = two.net.inner.mean
+    load_state(two, state_of(one))
+    assert two.net.seen == 7
+    assert two.net.inner.mean is mean
+    assert torch.equal(mean, torch.full((2,), 3.0))
+    assert torch.equal(two.net.inner.weight, one.net.inner.weight)
