@@ -134,7 +134,9 @@ class ProgressiveTarget(Regularizer):
             given = (x.need(f"extra.{name}") for name in ("prediction", "act", "previous"))
             prediction, act, previous = (keep(part, rows) for part in given)
             loss = (prediction - progressive_target(act, previous, blend)).square().mean(-1)
-        return RegOutput(per_element=times(self.weight, loss), metrics={"blend": blend})
+        # errors of actions are finite; a log-probability may not be
+        weighted = times(self.weight, loss) if self.form == "token" else self.weight * loss
+        return RegOutput(per_element=weighted, metrics={"blend": blend})
 
     @torch.no_grad()
     def update(self, sync: Mapping[str, Tensor]) -> None:
