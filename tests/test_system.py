@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import signal
 import subprocess
@@ -36,7 +37,9 @@ with one_at_a_time(Path(sys.argv[1])):
 """
 
 
-def test_one_who_waits_says_so_once_and_a_killed_holder_releases(tmp_path, caplog):
+def test_one_who_waits_says_so_once_and_a_killed_holder_releases(tmp_path, caplog, monkeypatch):
+    # Hydra, where a test before ran it in this process, has switched the others off
+    monkeypatch.setattr("offrl.data.dataset.logger", logging.getLogger("tests.waiting"))
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, tmp_path / "medium"],
         stdout=subprocess.PIPE,
