@@ -37,9 +37,7 @@ with one_at_a_time(Path(sys.argv[1])):
 """
 
 
-def test_one_who_waits_says_so_once_and_a_killed_holder_releases(tmp_path, caplog, monkeypatch):
-    # Hydra, where a test before ran it in this process, has switched the others off
-    monkeypatch.setattr("offrl.data.dataset.logger", logging.getLogger("tests.waiting"))
+def test_one_who_waits_says_so_once_and_a_killed_holder_releases(tmp_path, caplog):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, tmp_path / "medium"],
         stdout=subprocess.PIPE,
