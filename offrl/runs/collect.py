@@ -20,6 +20,7 @@ from offrl.data.sources.rollout import Share, borders, roll_out
 from offrl.engine.method import Algorithm, Now, Policy
 from offrl.envs.make import env_id
 from offrl.errors import ConfigError, DataError
+from offrl.ranges import Count, Whole
 from offrl.runs.evaluate import checkpoints, load_algorithm
 from offrl.runs.task import make_env, version
 
@@ -34,9 +35,9 @@ class Options:
     dataset: str | None = None  # random, medium, medium-replay, medium-expert, expert
     run: str | None = None  # a run directory, checkpoint or snapshot: its own policies
     explore: bool = True  # of run=: sample actions as in training
-    rows: int | None = None  # transitions; null: a million, D4RL's number for medium-replay
-    seed: int = 0  # of the roll-outs
-    workers: int = 0  # processes, 0 for one per core; the rows do not depend on it
+    rows: Count | None = None  # transitions; null: a million, D4RL's number for medium-replay
+    seed: Whole = 0  # of the roll-outs
+    workers: Whole = 0  # processes, 0 for one per core; the rows do not depend on it
     out: str | None = None  # .npz or .hdf5 with D4RL's field names; train on it with dataset=FILE
     minari: str | None = None  # also a local Minari data set <namespace>/<environment>/<name>-v0
     plot: str | None = None  # picture of the distribution of the returns

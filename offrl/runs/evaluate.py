@@ -19,6 +19,7 @@ from offrl.engine.evaluate import Evaluator, scenarios_of
 from offrl.engine.method import Algorithm
 from offrl.envs.make import engines, env_id, factory
 from offrl.errors import ConfigError, Failed
+from offrl.ranges import Count, Whole
 from offrl.runs.policy import checkpoints, load_algorithm
 from offrl.runs.record import UNITS, played_in, rows, scored, summary
 from offrl.runs.task import axes_of, make_env, make_evaluator, version
@@ -31,8 +32,8 @@ class Options:
     """Options of scripts/evaluate.py."""
 
     run: str  # a run directory, a seed's folder, a checkpoint or a snapshot
-    episodes: int = 100  # per seed
-    seed: int = 0  # of the environments
+    episodes: Count = 100  # per seed
+    seed: Whole = 0  # of the environments
     explore: bool = False  # sample actions as in training instead of the deterministic policy
     video: str | None = None  # film one episode to this .gif or .mp4 (extra `video`)
     out: str | None = None  # file that receives the returns and the score as JSON
