@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_type_hints
 
 import yaml
 
@@ -125,7 +125,7 @@ class Resolved:
         lines = []
         for cls, values, prefix in parts:
             told = meanings(cls)
-            for name, hint in fields_of(cls).items():
+            for name, hint in get_type_hints(cls).items():
                 key, words = prefix + name, "|".join(map(str, words_of(hint)))
                 about = "; ".join(filter(None, [self.origins.get(key, "default"), words]))
                 lines.append(f"{key}={spelled(getattr(values, name))}  ({about})")
@@ -135,9 +135,8 @@ class Resolved:
 
     def to_yaml(self) -> str:
         options = {name: plain(value) for name, value in self.options.items()}
-        return yaml.safe_dump(
-            vars(self) | {"options": options, "settings": vars(self.settings)}, sort_keys=False
-        )
+        content = vars(self) | {"options": options, "settings": vars(self.settings)}
+        return yaml.safe_dump(content, sort_keys=False)
 
 
 def of_run(folder: Path) -> Resolved:
@@ -146,14 +145,10 @@ def of_run(folder: Path) -> Resolved:
 
 
 def from_yaml(text: str) -> Resolved:
-    """Inverse of `Resolved.to_yaml`.
-
-    Raises:
-        ConfigError: if the text is not a stored configuration of this version.
-    """
+    """Inverse of `Resolved.to_yaml`; ConfigError if the text is none of this version."""
     try:
         raw = yaml.safe_load(text)
-        hints = fields_of(method(raw["algo"]).config)
+        hints = get_type_hints(method(raw["algo"]).config)
         options = {k: convert(k, v, hints[k]) for k, v in raw["options"].items()}
         return Resolved(Settings(**raw["settings"]), raw["algo"], options, raw["origins"])
     except (KeyError, TypeError, yaml.YAMLError) as error:
@@ -183,11 +178,7 @@ def algorithms() -> list[str]:
 
 
 def method(algo: str) -> Method:
-    """The METHOD of a name, or of the file at a path that ends in .py.
-
-    Raises:
-        ConfigError: naming the nearest method, or what is wrong with the file.
-    """
+    """The METHOD of a name, or of the file at a path that ends in .py; ConfigError for others."""
     if is_own(algo):
         return own_method(Path(algo).absolute())
     if algo not in algorithms():
@@ -209,9 +200,7 @@ def own_method(path: Path) -> Method:
         raise ConfigError(f"there is no file {path}")
     place = zlib.crc32(str(path).encode())  # two files may have the same name
     name = f"offrl_own_{path.stem}_{place}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their types up there
     try:
@@ -250,14 +239,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def fields_of(cls: type) -> dict[str, Any]:
-    """Name -> type of a dataclass."""
-    return typing.get_type_hints(cls)
-
-
 def meanings(cls: type) -> dict[str, str]:
     """Name -> the comment above or beside each field of a dataclass, "" where there is none."""
-    found = dict.fromkeys(fields_of(cls), "")
+    found = dict.fromkeys(get_type_hints(cls), "")
     above: list[str] = []
     for line in map(str.strip, inspect.getsource(cls).splitlines()):
         name = line.partition(":")[0]
@@ -281,11 +265,7 @@ def words_of(hint: Any) -> list[Any]:
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """The value in the declared type: whole floats become ints, lists become tuples.
-
-    Raises:
-        ConfigError: "<name> must be <type>, got <value>".
-    """
+    """The value in the declared type, or ConfigError: whole floats become ints, lists tuples."""
     parts, words = parts_of(hint), words_of(hint)
     if value in words or (value is None and type(None) in parts):
         return value
@@ -309,15 +289,12 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 def check_key(key: str, algo: str) -> None:
     """Raises ConfigError if `key` is neither a setting nor an option of the method."""
     if key.startswith("algo."):
-        name, options = key.removeprefix("algo."), fields_of(method(algo).config)
+        name, options = key.removeprefix("algo."), get_type_hints(method(algo).config)
         if name not in options:
-            raise ConfigError(
-                f"{algo} has no option {name!r}{nearest(name, options)}; "
-                f"it has {', '.join(options)}"
-            )
-    elif key not in {"algo", "steps", "resume"} and key not in fields_of(Settings):
-        known = [*fields_of(Settings), "algo", "steps", "resume"]
-        also = fields_of(method(algo).config)
+            near = nearest(name, options)
+            raise ConfigError(f"{algo} has no option {name!r}{near}; it has {', '.join(options)}")
+    elif key not in (known := [*get_type_hints(Settings), "algo", "steps", "resume"]):
+        also = get_type_hints(method(algo).config)
         hint = f"; did you mean 'algo.{key}'?" if key in also else nearest(key, known)
         raise ConfigError(f"there is no setting {key!r}{hint}; known: {', '.join(known)}")
 
@@ -351,7 +328,6 @@ def resolve(
     """Put a run's values together.
 
     Args:
-        algo: name of the method.
         overrides: of the command line: settings by name, options as "algo.<name>".
         tasks: pattern of "<env>-<dataset>" -> values; names of options, else of settings. With
             "<source>:" before it a pattern holds for data of that source only.
@@ -361,8 +337,8 @@ def resolve(
         ConfigError: unknown key, wrong type, unknown preset.
     """
     config = method(algo).config
-    options, presets = fields_of(config), {"full": {}, **(presets or {})}
-    hints = fields_of(Settings) | {f"algo.{name}": hint for name, hint in options.items()}
+    options, presets = get_type_hints(config), {"full": {}, **(presets or {})}
+    hints = get_type_hints(Settings) | {f"algo.{name}": hint for name, hint in options.items()}
     values = vars(Settings()) | {f"algo.{name}": v for name, v in vars(config()).items()}
     origins: dict[str, str] = {}
 
@@ -376,7 +352,7 @@ def resolve(
         put({f"algo.{k}" if k in options else k: v for k, v in given.items()}, origin)
 
     def settings() -> Settings:
-        return Settings(**{name: values[name] for name in fields_of(Settings)})
+        return Settings(**{name: values[name] for name in get_type_hints(Settings)})
 
     put(overrides, "command line")  # env, dataset and preset decide the rest
     if ogbench.known(values["env"]) and "dataset" not in overrides:
