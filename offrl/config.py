@@ -137,9 +137,8 @@ class Resolved:
 
     def to_yaml(self) -> str:
         options = {name: plain(value) for name, value in self.options.items()}
-        return yaml.safe_dump(
-            vars(self) | {"options": options, "settings": vars(self.settings)}, sort_keys=False
-        )
+        content = vars(self) | {"options": options, "settings": vars(self.settings)}
+        return yaml.safe_dump(content, sort_keys=False)
 
 
 def of_run(folder: Path) -> Resolved:
@@ -148,11 +147,7 @@ def of_run(folder: Path) -> Resolved:
 
 
 def from_yaml(text: str) -> Resolved:
-    """Inverse of `Resolved.to_yaml`.
-
-    Raises:
-        ConfigError: if the text is not a stored configuration of this version.
-    """
+    """Inverse of `Resolved.to_yaml`; ConfigError if the text is none of this version."""
     try:
         raw = yaml.safe_load(text)
         hints = fields_of(method(raw["algo"]).config)
@@ -185,11 +180,7 @@ def algorithms() -> list[str]:
 
 
 def method(algo: str) -> Method:
-    """The METHOD of a name, or of the file at a path that ends in .py.
-
-    Raises:
-        ConfigError: naming the nearest method, or what is wrong with the file.
-    """
+    """The METHOD of a name, or of the file at a path that ends in .py; ConfigError for others."""
     if is_own(algo):
         return own_method(Path(algo).absolute())
     if algo not in algorithms():
@@ -211,9 +202,7 @@ def own_method(path: Path) -> Method:
         raise ConfigError(f"there is no file {path}")
     place = zlib.crc32(str(path).encode())  # two files may have the same name
     name = f"offrl_own_{path.stem}_{place}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
+    spec: Any = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their types up there
     try:
@@ -290,11 +279,7 @@ def ranges_of(hint: Any) -> list[Range]:
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:
-    """The value in the declared type: whole floats become ints, lists become tuples.
-
-    Raises:
-        ConfigError: "<name> must be <type or range>, got <value>".
-    """
+    """The value in the declared type, or ConfigError: whole floats become ints, lists tuples."""
     parts, words = parts_of(hint), words_of(hint)
     if value in words or (value is None and type(None) in parts):
         return value
@@ -326,12 +311,9 @@ def check_key(key: str, algo: str) -> None:
     if key.startswith("algo."):
         name, options = key.removeprefix("algo."), fields_of(method(algo).config)
         if name not in options:
-            raise ConfigError(
-                f"{algo} has no option {name!r}{nearest(name, options)}; "
-                f"it has {', '.join(options)}"
-            )
-    elif key not in {"algo", "steps", "resume"} and key not in fields_of(Settings):
-        known = [*fields_of(Settings), "algo", "steps", "resume"]
+            near = nearest(name, options)
+            raise ConfigError(f"{algo} has no option {name!r}{near}; it has {', '.join(options)}")
+    elif key not in (known := [*fields_of(Settings), "algo", "steps", "resume"]):
         also = fields_of(method(algo).config)
         hint = f"; did you mean 'algo.{key}'?" if key in also else nearest(key, known)
         raise ConfigError(f"there is no setting {key!r}{hint}; known: {', '.join(known)}")
@@ -356,7 +338,6 @@ def resolve(
     """Put a run's values together.
 
     Args:
-        algo: name of the method.
         overrides: of the command line: settings by name, options as "algo.<name>".
         tasks: pattern of "<env>-<dataset>" -> values; names of options, else of settings. With
             "<source>:" before it a pattern holds for data of that source only.
