@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.table import columns, pack, take, unpack
+from offrl.data.table import Columns, pack, take, unpack, widths
 from offrl.engine.method import Batch, Sampler
 
 FILES = 16  # that a full ring is spread over,
@@ -26,7 +26,7 @@ class Replay:
 
     Args:
         capacity: rows per seed; the oldest are overwritten beyond it.
-        fields: name -> (trailing shape, dtype), for example {"obs": ((17,), torch.float32)}.
+        columns: name -> (trailing shape, dtype), for example {"obs": ((17,), torch.float32)}.
         seeds: stacked seed axes, () for one.
         device: where the table lies.
     """
@@ -34,14 +34,13 @@ class Replay:
     def __init__(
         self,
         capacity: int,
-        fields: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        columns: Columns,
         seeds: tuple[int, ...] = (),
         device: torch.device | str = "cpu",
     ):
-        self.columns, width = columns(fields)
-        self.capacity, self.seeds = capacity, seeds
-        self.row = [*seeds, width]  # shape of a row of all seeds
-        self.table = torch.zeros(*seeds, capacity, width, device=device)
+        self.capacity, self.columns, self.seeds = capacity, columns, seeds
+        self.row = [*seeds, sum(widths(columns))]  # shape of a row of all seeds
+        self.table = torch.zeros(*seeds, capacity, self.row[-1], device=device)
         self.size = torch.zeros(seeds, dtype=torch.int64, device=device)
         stacks = self.size.numel()
         self.first = (torch.arange(stacks, device=device) * capacity).view(seeds)  # row 0 per seed

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from offrl.data.dataset import Dataset
-from offrl.data.table import columns, pack, take, unpack
+from offrl.data.table import pack, take, unpack, widths
 from offrl.engine.method import Batch, Sampler
 
 BUDGET = 8 << 30  # bytes of transitions that are held on the training device
@@ -57,16 +57,16 @@ def gatherer(
         taken = {name: value[rows].to(device) for name, value in fields.items()}
         return transform(taken) if transform else taken
 
-    layout, width = columns(
-        {name: (tuple(value.shape[1:]), value.dtype) for name, value in ready(slice(1)).items()}
-    )
+    first = ready(slice(1))
+    columns = {name: (tuple(value.shape[1:]), value.dtype) for name, value in first.items()}
+    width = sum(widths(columns))
     if size * width * 4 > budget:
         return lambda index: ready(index.cpu())
     table = torch.empty(size, width, device=device)
     for start in range(0, size, 1 << 18):
         rows = slice(start, start + (1 << 18))
-        table[rows] = pack(ready(rows), layout, 1)
-    return lambda index: unpack(take(table, index), layout)
+        table[rows] = pack(ready(rows), columns, 1)
+    return lambda index: unpack(take(table, index), columns)
 
 
 def mixed(

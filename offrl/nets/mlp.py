@@ -93,7 +93,7 @@ class Standardize(nn.Module):
     """(obs - mean) / std per dimension, with the statistics of the training data in the state.
 
     Args:
-        mean, std: float32 (obs_dim,); None for the identity (mean 0, std 1).
+        mean, std: float32 (width,); None for the identity (mean 0, std 1).
     """
 
     mean: Tensor
@@ -101,14 +101,14 @@ class Standardize(nn.Module):
 
     def __init__(
         self,
-        obs_dim: int,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
+        width: int,
+        mean: Tensor | None,
+        std: Tensor | None,
         device: torch.device | None = None,
     ):
         super().__init__()
-        mean = torch.zeros(obs_dim) if mean is None else mean
-        std = torch.ones(obs_dim) if std is None else std
+        mean = torch.zeros(width) if mean is None else mean
+        std = torch.ones(width) if std is None else std
         self.register_buffer("mean", mean.float().to(device))
         self.register_buffer("std", std.float().to(device))
 
