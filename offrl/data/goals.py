@@ -109,11 +109,8 @@ class Trajectories:
     ) -> tuple[Tensor, Tensor]:
         """A high-level actor's goal, and the state `steps` ahead that it should name.
 
-        Trajectory goals are uniform. The state itself has no subgoal: a ValueError if it is asked
-        for as a goal.
-
-        Returns:
-            goal, target: min(i + steps, goal) for trajectory goals, else min(i + steps, f).
+        That is min(i + steps, goal) for trajectory goals, which are uniform, else min(i + steps,
+        f). The state itself has no subgoal: a ValueError if it is asked for as a goal.
         """
         if mixture[0] > 0:
             raise ValueError(f"actor_goals of a high policy must begin with 0, got {list(mixture)}")
@@ -152,17 +149,14 @@ def trajectories(
 ) -> Trajectories:
     """The states of any data set with obs, act and next_obs, on the device if they fit.
 
-    Args:
-        budget: bytes; see `transitions`.
-
-    Raises:
-        DataError: if a row's next_obs is not the following row's obs inside an episode.
+    Raises DataError if a row's next_obs is not the following row's obs inside an episode. For the
+    `budget` see `transitions`.
     """
-    size, number = len(data), episode_of(data.starts.cpu(), len(data))
-    valid = torch.arange(size) + number  # state of every row
-    ends = data.starts.cpu() + data.lengths.cpu() - 1
+    size, starts, lengths = len(data), data.starts.cpu(), data.lengths.cpu()
+    valid = torch.arange(size) + episode_of(starts, size)  # state of every row
+    ends = starts + lengths - 1
     finals = valid[ends] + 1  # last state of every episode
-    last = finals.repeat_interleave(data.lengths.cpu() + 1)
+    last = finals.repeat_interleave(lengths + 1)
     fields = {}
     for name in ("obs", "act"):
         value = data[name].cpu()
@@ -187,14 +181,13 @@ def trajectories(
 def two_goals(
     c: Any, states: Trajectories, i: Tensor, generator: Generator, discount: float | None = None
 ) -> tuple[Batch, Batch]:
-    """The next state, a goal for the value and, drawn apart from it, one for the policy.
+    """Indices next_obs, value_goal and, drawn apart, goal, that of the policy; flags success.
+
+    The flags are 1 where value_goal is the state itself.
 
     Args:
         c: with `value_goals`, a mixture with geometric trajectory goals of `c.discount`, unless
             another is given, and `actor_goals`, one with uniform ones.
-
-    Returns:
-        indices next_obs, value_goal and goal; success, 1 where value_goal is the state itself.
     """
     discount = c.discount if discount is None else discount
     value_goal = states.goals(i, c.value_goals, generator, discount)

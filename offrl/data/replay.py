@@ -84,8 +84,7 @@ class Replay:
     def save(self, place: Path) -> dict[str, Any]:
         """Bring the rows since the last save to the disk; see `offrl.engine.method.Part`.
 
-        Raises:
-            OSError: if the disk is full or not writable; the last checkpoint stays complete.
+        Raises OSError if that is full or not writable; the last checkpoint stays complete.
         """
         oldest = max(0, self.total - self.capacity)
         for path, start, stop, at in self.pieces(place, max(oldest, self.written), self.total):
@@ -102,8 +101,7 @@ class Replay:
     def load(self, state: dict[str, Any], place: Path) -> None:
         """Continue from what `save` returned and from its files, which may hold more rows.
 
-        Raises:
-            ValueError: if the saved rows do not fit this replay, or a file lacks some of them.
+        Raises ValueError if the saved rows do not fit this replay, or a file lacks some of them.
         """
         total, capacity = state["total"], state["capacity"]
         resized = capacity != self.capacity and total > min(capacity, self.capacity)

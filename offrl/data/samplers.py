@@ -30,7 +30,6 @@ def transitions(
     Args:
         names: fields of a batch.
         transform: row-wise function of a batch of fields, such as standardization.
-        budget: bytes.
     """
     device, size = torch.device(device), len(data)
     fields = {name: data[name] for name in names}
@@ -72,16 +71,12 @@ def gatherer(
 def mixed(
     real: Callable[[int], Sampler], model: Callable[[int], Sampler], batch: int, share: float
 ) -> Sampler:
-    """Batches whose first `share` comes from one place and the rest from another.
+    """Batches of the fields that two places have, but for `index`, with rows of both.
 
     Args:
-        real, model: make a sampler of so many rows, such as `Replay.sampler`; with the same seed
+        real, model: make a sampler of so many rows, such as `Replay.sampler`, with the same seed
             axes.
-        batch: rows in all.
-        share: of rows from `real`, rounded to whole rows.
-
-    Returns:
-        generator -> the fields that both have, but for `index`.
+        share: of the `batch` rows that comes first and from `real`, rounded to whole rows.
     """
     first = round(share * batch)
     both = [make(count) for make, count in ((real, first), (model, batch - first)) if count]
@@ -101,12 +96,8 @@ def prepare(
     """Row-wise preparation of a batch: standardized observations, reward scale r + shift."""
 
     def transform(fields: Batch) -> Batch:
-        out = dict(fields)
-        for name in ("obs", "next_obs"):
-            if name in out:
-                out[name] = standardize(out[name])
-        if "reward" in out:
-            out["reward"] = scale * out["reward"] + shift
-        return out
+        ways = dict.fromkeys(("obs", "next_obs"), standardize)
+        ways["reward"] = lambda reward: scale * reward + shift
+        return {name: ways[name](x) if name in ways else x for name, x in fields.items()}
 
     return transform

@@ -21,12 +21,10 @@ ACT_PAD = -10.0  # what the released code of Decision Transformer puts there
 
 
 def returns_to_go(reward: Tensor, starts: Tensor) -> Tensor:
-    """Undiscounted sum of the rewards from every row to the end of its episode, (N,).
+    """Undiscounted sum of the rewards (N,) from every row to the end of its episode, (N,).
 
-    Of the rows that are there: an episode whose last rows were dropped has that much less.
-
-    Args:
-        reward: (N,). starts: int64 (E,), first row of every episode.
+    Of the rows that are there: an episode whose last rows were dropped has that much less. Episodes
+    begin at the rows `starts`, int64 (E,).
 
     >>> returns_to_go(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 2]))
     tensor([3., 2., 5.])
@@ -60,8 +58,7 @@ def windows(
     Args:
         length: K. Steps of a window.
         scale: return_to_go is divided by it.
-        transform: row-wise function of a batch of fields, such as standardization.
-        budget: bytes; see `transitions`.
+        transform, budget: see `transitions`.
 
     Source: Chen et al., "Decision Transformer", NeurIPS 2021, arXiv:2106.01345, released code.
     """
@@ -144,8 +141,7 @@ def renewed(memory: Any, start: Tensor) -> Any:
 def asked_returns(name: str, config: Any, seeds: Seeds, device: torch.device) -> Tensor:
     """The returns that a policy is asked for, divided by the config's scale: (n,).
 
-    Raises:
-        ValueError: if there are none, or for seed axes, which the methods do not have.
+    Raises ValueError if there are none, or for seed axes, which the methods do not have.
     """
     if seeds:
         raise ValueError(f"{name} carries no seed axis: make one per seed")

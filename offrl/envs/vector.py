@@ -46,7 +46,7 @@ class Vector:
         self.seeds, self.count = list(seeds), len(self.envs)
         own = [None] * self.count if options is None else list(options)
         self.on_episode: Callable[[int], dict[str, Any] | None] = own.__getitem__
-        self.goal: Tensor | None = None
+        self.goals = [torch.zeros(0)] * self.count
         self.obs_dim, self.act_dim, self.discrete = sizes(self.envs[0])
         self.players = tuple(getattr(self.envs[0].unwrapped, "players", ()))
         self.act_shape = self.envs[0].action_space.shape or ()
@@ -55,15 +55,17 @@ class Vector:
 
     def reset(self) -> Tensor:
         """First observations (n, o) of episodes started from the seeds."""
-        begun = [self.restart(i, seed) for i, seed in enumerate(self.seeds)]
-        rows, goals = zip(*begun, strict=True)
-        self.goal = joined(goals)
-        return flat(rows)
+        return flat([self.restart(i, seed) for i, seed in enumerate(self.seeds)])
 
-    def restart(self, i: int, seed: int | None = None) -> tuple[Any, Tensor]:
-        """Begin an episode in environment i: its observation and its goal (g,), g 0 if none."""
+    @property
+    def goal(self) -> Tensor | None:
+        return torch.stack(self.goals) if len(self.goals[0]) else None
+
+    def restart(self, i: int, seed: int | None = None) -> Any:
+        """Begin an episode in environment i and keep its goal (g,), g 0 if none."""
         obs, info = self.envs[i].reset(seed=seed, options=self.on_episode(i))
-        return obs, flat([info.get("goal", ())])[0]
+        self.goals[i] = flat([info.get("goal", ())])[0]
+        return obs
 
     def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Apply actions (n, a), or (n,) if discrete.
@@ -81,18 +83,14 @@ class Vector:
             scalars[:, i] = reward, terminated, truncated and not terminated
             rows.append(obs)
             if terminated or truncated:
-                obs, goal = self.restart(i)
-                if self.goal is not None:  # what was handed out stays as it was
-                    self.goal = self.goal.clone()
-                    self.goal[i] = goal
+                obs = self.restart(i)
             now.append(obs)
         rewards, terminal, timeout = torch.from_numpy(scalars)
         return flat(rows), rewards, terminal, timeout, flat(now)
 
     def state(self) -> dict[str, Any]:
         """Exact snapshot of every environment, with its goal."""
-        goals = torch.zeros(self.count, 0) if self.goal is None else self.goal
-        pairs = enumerate(zip(self.envs, goals, strict=True))
+        pairs = enumerate(zip(self.envs, self.goals, strict=True))
         return {str(i): snapshot(env) | {"goal": goal} for i, (env, goal) in pairs}
 
     def load(self, state: dict[str, Any], obs: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,15 +103,12 @@ class Vector:
             obs, except in rows whose environment cannot be restored: there an episode starts anew;
             and (n,), 1 in these rows, else 0.
         """
-        rows, anew, goals = obs.clone(), torch.zeros(self.count), []
+        rows, anew = obs.clone(), torch.zeros(self.count)
         for i, (env, seed) in enumerate(zip(self.envs, self.seeds, strict=True)):
             env.reset(seed=seed)
-            goal = state[str(i)]["goal"]
+            self.goals[i] = state[str(i)]["goal"]
             if not restore(env, state[str(i)]):
-                first, goal = self.restart(i)
-                rows[i], anew[i] = flat([first])[0], 1.0
-            goals.append(goal)
-        self.goal = joined(goals)
+                rows[i], anew[i] = flat([self.restart(i)])[0], 1.0
         return rows, anew
 
     def close(self) -> None:
@@ -131,10 +126,6 @@ def sizes(env: gymnasium.Env) -> tuple[int, int, bool]:
     if isinstance(space, gymnasium.spaces.Discrete):
         return obs_dim, int(space.n), True
     return obs_dim, int(np.prod(space.shape or ())), False
-
-
-def joined(goals: Sequence[Tensor]) -> Tensor | None:
-    return torch.stack(list(goals)) if len(goals[0]) else None
 
 
 def flat(rows: Sequence[Any]) -> Tensor:

@@ -43,8 +43,9 @@ from offrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-REQUIRED = ("observations", "actions", "rewards", "terminals")
-OPTIONAL = ("timeouts", "next_observations")
+Names = tuple[str, ...]
+REQUIRED: Names = ("observations", "actions", "rewards", "terminals")
+OPTIONAL: Names = ("timeouts", "next_observations")
 LAYOUT = f"Store {', '.join(REQUIRED)} (N rows each), and timeouts where time limits cut"
 RULES = 1  # of the conversion; raise it when the rules change, and old conversions are made anew
 BLOCK = 1 << 16  # rows converted at a time
@@ -157,15 +158,11 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def opened(
-    path: Path,
-    required: tuple[str, ...] = REQUIRED,
-    optional: tuple[str, ...] = OPTIONAL,
-    layout: str = LAYOUT,
+    path: Path, required: Names = REQUIRED, optional: Names = OPTIONAL, layout: str = LAYOUT
 ) -> Iterator[dict[str, Any]]:
     """The arrays of a file by name, HDF5 ones still on the disk: numeric, of equal length.
 
-    Raises:
-        DataError: as for `load`; `layout` says what a file without a field should hold.
+    Raises DataError as `load`; `layout` says what a file without a field should hold.
     """
     with ExitStack() as stack:
         try:
@@ -191,15 +188,14 @@ def opened(
 
 
 def damaged(path: Path, error: Exception) -> DataError:
-    if "pickle" in str(error):
-        return DataError(
-            f"{path} holds pickled objects, which can run code and are not read ({error}); "
-            "store plain numeric arrays"
-        )
-    return DataError(
-        f"{path} is damaged, cut short or of another format ({error}); "
-        "delete it and get or write it again"
+    what, remedy = (
+        "is damaged, cut short or of another format",
+        "delete it and get or write it again",
     )
+    if "pickle" in str(error):
+        what = "holds pickled objects, which can run code and are not read"
+        remedy = "store plain numeric arrays"
+    return DataError(f"{path} {what} ({error}); {remedy}")
 
 
 def examine(columns: dict[str, Any], path: Path) -> None:
@@ -224,11 +220,9 @@ def examine(columns: dict[str, Any], path: Path) -> None:
             raise DataError(f"{path}: {what}")
 
 
-def part(
-    columns: dict[str, Any], name: str, path: Path, first: int = 0, last: int | None = None
-) -> np.ndarray:
+def part(columns: dict[str, Any], name: str, path: Path, rows: slice = slice(None)) -> np.ndarray:
     try:
-        return columns[name][first:last]
+        return columns[name][rows]
     except DAMAGE as error:
         raise damaged(path, error) from error
 
@@ -269,15 +263,11 @@ def convert(columns: dict[str, Any], place: Path, path: Path, rule: Rule) -> dic
     if not keep.any():
         raise DataError(f"{path}: no row is left after dropping timeouts and the last row")
     kept_starts, kept = surviving(starts, keep)
-    small = {
-        "starts": kept_starts,
-        "returns": dataset.episode_sums(flat["rewards"], starts)[kept],
-        "reward": flat["rewards"][keep],
-        "terminal": flat["terminals"][keep],
-        "timeout": timeout[keep].float(),
-    }
-    for field, value in small.items():
-        store(place / f"{field}.npy", value.numpy())
+    store(place / "starts.npy", kept_starts.numpy())
+    store(place / "returns.npy", dataset.episode_sums(flat["rewards"], starts)[kept].numpy())
+    flags = {"reward": flat["rewards"], "terminal": flat["terminals"], "timeout": timeout.float()}
+    for field, value in flags.items():
+        store(place / f"{field}.npy", value[keep].numpy())
     count: Counter[str] = Counter(strays=0)
     blocks = gather(columns, path, keep.numpy(), alone.numpy(), rule.clip, count)
     stream(place, blocks, int(keep.sum()))
@@ -312,17 +302,17 @@ def gather(
     for first in range(0, len(keep), BLOCK):
         last = min(first + BLOCK, len(keep))
         use, end = keep[first:last], alone[first:last]
-        obs = part(columns, "observations", path, first, last + 1).astype(np.float32)
+        obs = part(columns, "observations", path, slice(first, last + 1)).astype(np.float32)
         if last == len(keep):
             obs = np.concatenate([obs, obs[-1:]])
         obs, following = obs[:-1], obs[1:]
         own = obs
         if "next_observations" in columns:
-            own = part(columns, "next_observations", path, first, last).astype(np.float32)
+            own = part(columns, "next_observations", path, slice(first, last)).astype(np.float32)
             same = np.isclose(own, following, rtol=1e-4, atol=1e-5, equal_nan=True).all(-1)
             count["strays"] += int((~same & use & ~end).sum())
         following = np.where(end[:, None], own, following)
-        act = part(columns, "actions", path, first, last)[use].astype(kind)
+        act = part(columns, "actions", path, slice(first, last))[use].astype(kind)
         act = act.reshape(len(act), *shape)
         if clip:
             count["clipped"] += int((np.abs(act) > 1).reshape(len(act), -1).any(-1).sum())
