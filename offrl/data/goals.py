@@ -24,6 +24,7 @@ from torch import Generator, Tensor
 
 from offrl.data.dataset import Dataset, episode_of
 from offrl.data.samplers import BUDGET, gatherer
+from offrl.data.table import Device
 from offrl.engine.method import Batch, Run, Sampler, Stage, Task
 from offrl.errors import DataError
 from offrl.nets.encoders import cropped
@@ -144,9 +145,7 @@ def check_mixture(name: str, mixture: Mixture) -> None:
         )
 
 
-def trajectories(
-    data: Dataset, device: torch.device | str = "cpu", budget: int = BUDGET
-) -> Trajectories:
+def trajectories(data: Dataset, device: Device = "cpu", budget: int = BUDGET) -> Trajectories:
     """The states of any data set with obs, act and next_obs, on the device if they fit.
 
     Raises DataError if a row's next_obs is not the following row's obs inside an episode. For the

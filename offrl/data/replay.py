@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.table import Columns, pack, take, unpack, widths
-from offrl.engine.method import Batch, Sampler
+from offrl.data.table import Columns, Device, pack, take, unpack, widths
+from offrl.engine.method import Batch, Sampler, Seeds
 
 FILES = 16  # that a full ring is spread over,
 LEAST = 2**20  # bytes of a file, so that small rings have one
@@ -31,13 +31,7 @@ class Replay:
         device: where the table lies.
     """
 
-    def __init__(
-        self,
-        capacity: int,
-        columns: Columns,
-        seeds: tuple[int, ...] = (),
-        device: torch.device | str = "cpu",
-    ):
+    def __init__(self, capacity: int, columns: Columns, seeds: Seeds = (), device: Device = "cpu"):
         self.capacity, self.columns, self.seeds = capacity, columns, seeds
         self.row = [*seeds, sum(widths(columns))]  # shape of a row of all seeds
         self.table = torch.zeros(*seeds, capacity, self.row[-1], device=device)

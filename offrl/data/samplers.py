@@ -10,6 +10,7 @@ from offrl.data.dataset import Dataset
 from offrl.data.table import pack, take, unpack, widths
 from offrl.engine.method import Batch, Sampler
 
+Transform = Callable[[Batch], Batch] | None
 BUDGET = 8 << 30  # bytes of transitions that are held on the training device
 
 
@@ -19,7 +20,7 @@ def transitions(
     seeds: tuple[int, ...] = (),
     device: torch.device | str = "cpu",
     names: Sequence[str] = ("obs", "act", "reward", "next_obs", "terminal"),
-    transform: Callable[[Batch], Batch] | None = None,
+    transform: Transform = None,
     budget: int = BUDGET,
 ) -> Sampler:
     """Uniform transitions with replacement: generator -> fields (*S, batch, ...) and their `index`.
@@ -44,10 +45,7 @@ def transitions(
 
 
 def gatherer(
-    fields: Batch,
-    device: torch.device,
-    transform: Callable[[Batch], Batch] | None = None,
-    budget: int = BUDGET,
+    fields: Batch, device: torch.device, transform: Transform = None, budget: int = BUDGET
 ) -> Callable[[Tensor], Batch]:
     """Index (*I,) on the device -> fields (*I, ...) there; see `transitions`."""
     size = len(next(iter(fields.values())))

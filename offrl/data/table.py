@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+Device = torch.device | str
 Columns = dict[str, tuple[tuple[int, ...], torch.dtype]]  # trailing shape and type of the fields
 
 

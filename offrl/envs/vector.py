@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Makers = Sequence[Callable[[], gymnasium.Env]]
+Options = dict[str, Any] | None  # of a reset
 POSITIONS = ("xpos", "xipos")  # of body frames (Ant, Pusher) and centers of mass (Humanoid)
 CLOCK = "_elapsed_steps"  # of Gymnasium's time limit
 
@@ -22,7 +24,7 @@ class Vector:
     on next.
 
     Args:
-        factories: makers of the environments.
+        makers: of the environments.
         seeds: one per environment, for its first reset; later resets continue its own stream.
         options: of every reset, one per environment.
 
@@ -37,15 +39,12 @@ class Vector:
     """
 
     def __init__(
-        self,
-        factories: Sequence[Callable[[], gymnasium.Env]],
-        seeds: Sequence[int],
-        options: Sequence[dict[str, Any] | None] | None = None,
+        self, makers: Makers, seeds: Sequence[int], options: Sequence[Options] | None = None
     ):
-        self.envs = [make() for make in factories]
+        self.envs = [make() for make in makers]
         self.seeds, self.count = list(seeds), len(self.envs)
         own = [None] * self.count if options is None else list(options)
-        self.on_episode: Callable[[int], dict[str, Any] | None] = own.__getitem__
+        self.on_episode: Callable[[int], Options] = own.__getitem__
         self.goals = [torch.zeros(0)] * self.count
         self.obs_dim, self.act_dim, self.discrete = sizes(self.envs[0])
         self.players = tuple(getattr(self.envs[0].unwrapped, "players", ()))
@@ -94,10 +93,9 @@ class Vector:
         return {str(i): snapshot(env) | {"goal": goal} for i, (env, goal) in pairs}
 
     def load(self, state: dict[str, Any], obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Continue from a `state`. Options of the episodes that go on are not asked for again.
+        """Continue from a `state` and the observations (n, o) to act on next that belong to it.
 
-        Args:
-            obs: (n, o) the observations to act on next that belong to it.
+        Options of the episodes that go on are not asked for again.
 
         Returns:
             obs, except in rows whose environment cannot be restored: there an episode starts anew;
@@ -117,10 +115,7 @@ class Vector:
 
 
 def sizes(env: gymnasium.Env) -> tuple[int, int, bool]:
-    """Numbers of an observation and of an action, and whether actions are discrete.
-
-    Of discrete actions the second is how many there are.
-    """
+    """Numbers of an observation, numbers or count of actions, and whether these are discrete."""
     space = env.action_space
     obs_dim = int(np.prod(env.observation_space.shape or ()))
     if isinstance(space, gymnasium.spaces.Discrete):
@@ -157,8 +152,7 @@ def snapshot(env: gymnasium.Env) -> dict[str, Any]:
 def restore(env: gymnasium.Env, state: dict[str, Any]) -> bool:
     """Continue from a `snapshot`; the environment must have been reset before.
 
-    Returns:
-        False if only the generator could be restored, so that the episode must start anew.
+    False if only the generator could be restored, so that the episode must start anew.
     """
     core: Any = env.unwrapped
     if "own" in state:

@@ -9,14 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
 
-from offrl.envs.vector import Vector
-
-Makers = Sequence[Callable[[], gymnasium.Env]]
+from offrl.envs.vector import Makers, Options, Vector
 
 EXCHANGE = 2e-4  # seconds to send actions to a worker and to wait for what it sends back
 GAIN = 1.2  # workers must be so many times faster
@@ -52,12 +49,7 @@ def worthwhile(makers: Makers, workers: int) -> bool:
 class Workers:
     """The interface, the order and the results of `Vector`, in processes that own a share each.
 
-    Args:
-        makers: of the environments; can be pickled.
-        seeds: one per environment.
-        processes: how many.
-
-    Every method raises OSError if a worker died.
+    The makers can be pickled. Every method raises OSError if a worker died.
     """
 
     def __init__(self, makers: Makers, seeds: Sequence[int], processes: int):
@@ -74,7 +66,7 @@ class Workers:
             self.pipes.append(ours)
             self.processes.append(process)
         self.goal: Tensor | None = None
-        self.on_episode: Callable[[int], dict[str, Any] | None] = lambda i: None
+        self.on_episode: Callable[[int], Options] = lambda i: None
         names = ("obs_dim", "act_dim", "discrete", "players")
         self.obs_dim, self.act_dim, self.discrete, self.players = (self.ask(n)[0] for n in names)
 
@@ -139,7 +131,7 @@ def serve(share: bytes, orders: Any) -> None:
     makers, seeds = zip(*pickle.loads(share), strict=True)
     envs = Vector(makers, seeds)
 
-    def ask(i: int) -> dict[str, Any] | None:
+    def ask(i: int) -> Options:
         orders.send(i)
         return orders.recv()
 

@@ -43,6 +43,7 @@ from offrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+Fill = Callable[[Path, Path], dict[str, Any]]
 Names = tuple[str, ...]
 REQUIRED: Names = ("observations", "actions", "rewards", "terminals")
 OPTIONAL: Names = ("timeouts", "next_observations")
@@ -116,12 +117,7 @@ def rows_of(path: Path, folder: Path, name: str, rule: Rule, info: dict[str, Any
 
 
 def converted(
-    path: Path,
-    folder: Path,
-    name: str,
-    rules: Any,
-    fill: Callable[[Path, Path], dict[str, Any]],
-    info: dict[str, Any],
+    path: Path, folder: Path, name: str, rules: Any, fill: Fill, info: dict[str, Any]
 ) -> Dataset:
     """The conversion of a file, made when the cache has none of this file as it is now.
 

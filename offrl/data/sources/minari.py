@@ -91,12 +91,10 @@ def obtain(dataset_id: str, download: bool) -> None:
     )
     if not download:
         raise FileNotFoundError(failure.format("download is off"))
-    fresh = not place.exists()
     try:
         minari.download_dataset(dataset_id)
     except BaseException as error:  # Minari, its hub client and its transport share no other base
-        if fresh:  # half a download would be taken for a data set
-            shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)  # half a download would be taken for a data set
         if not isinstance(error, Exception):  # Ctrl-C
             raise
         raise OSError(failure.format(f"could not be downloaded ({error})")) from error
@@ -243,7 +241,7 @@ def free(dataset_id: str) -> Path:
 
 
 def export(data: Dataset, dataset_id: str, env: str | None = None, **metadata: str) -> Path:
-    """Write a data set as a local Minari data set, with Minari's own writer.
+    """Write a data set as a local Minari data set, with Minari's own writer; returns its folder.
 
     Takes about 80 s and 750 MB per million rows.
 
@@ -252,9 +250,6 @@ def export(data: Dataset, dataset_id: str, env: str | None = None, **metadata: s
         env: Gymnasium id, which lets Minari rebuild the environment.
         metadata: `algorithm_name`, `description`, `author` and others that Minari knows; they are
             kept beside the provenance of `data`.
-
-    Returns:
-        the folder of the data set.
 
     Raises:
         ValueError: the id is taken.

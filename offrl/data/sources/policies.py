@@ -65,8 +65,7 @@ def manifest(folder: Path = FOLDER) -> dict[str, Any]:
 def load(env: str, folder: Path = FOLDER) -> list[Behavior]:
     """The policies of an environment: the early ones by step, then medium, then the expert.
 
-    Raises:
-        DataError: if there are none, or the files are damaged.
+    Raises DataError if there are none, or the files are damaged.
     """
     robots = manifest(folder)["robots"]
     if env not in robots:

@@ -142,8 +142,7 @@ def in_processes(
 ) -> Iterator[Made]:
     """function(*job) for every job in order, in processes of one torch thread each.
 
-    Raises:
-        DataError: if a process died.
+    Raises DataError if a process died.
     """
     jobs = list(jobs)
     limit, context = min(workers or cores(), len(jobs)), multiprocessing.get_context("spawn")
