@@ -121,7 +121,7 @@ def replay(early: list[Behavior], medium: Behavior, random_steps: int, rows: int
     steps = [actor.about["step"] for actor in actors]
     edges = [0, random_steps, *((a + b) / 2 for a, b in pairwise(steps)), steps[-1]]
     act_dim = actors[0].layers[-1][1].shape[-1] // 2
-    players = [Uniform(act_dim), *actors]
+    players: list[Any] = [Uniform(act_dim), *actors]
     names = ["random", *(f"step {step}" for step in steps)]
     counts = borders([b - a for a, b in pairwise(edges)], rows)
     return list(map(Share, names, players, counts))
