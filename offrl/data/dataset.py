@@ -141,9 +141,8 @@ def episode_sums(values: Tensor, starts: Tensor) -> Tensor:
 def check(data: Dataset, needs: Iterable[str]) -> None:
     """Stop before training on data that an algorithm which reads the fields `needs` cannot use.
 
-    Raises:
-        DataError: missing field, wrong shape or length, NaN or infinity, actions outside [-1, 1],
-            a constant reward where rewards are used, flags other than 0 and 1, bad bounds.
+    Raises DataError for a missing field, a wrong shape or length, NaN or infinity, actions outside
+    [-1, 1], a constant reward where rewards are used, flags other than 0 and 1, bad bounds.
     """
     needs, size = tuple(needs), len(data)
     if size == 0:
@@ -204,8 +203,7 @@ def check_fits(data: Dataset, obs_dim: int, act_dim: int, env: str) -> None:
 def cached(folder: Path, fill: Callable[[Path], dict[str, Any]], stamp: Any = None) -> Dataset:
     """The cache entry at `folder`, made by `fill` unless it is there; see `once` and `write`.
 
-    Args:
-        stamp: an entry whose info has another one is made anew.
+    An entry whose info has another `stamp` is made anew.
     """
 
     def ready() -> bool:
@@ -251,9 +249,8 @@ def told(place: Path, remedy: str) -> Iterator[None]:
 def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
     """Make a cache entry at `folder`, or raise OSError and leave nothing behind.
 
-    Args:
-        fill: writes `<field>.npy`, `starts.npy` and `returns.npy` into the folder it is given and
-            returns the entry's `name` and `info`.
+    `fill` writes `<field>.npy`, `starts.npy` and `returns.npy` into the folder it is given and
+    returns the entry's `name` and `info`.
     """
     with told(folder.parent, WRITABLE):
         folder.parent.mkdir(parents=True, exist_ok=True)

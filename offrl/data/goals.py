@@ -182,11 +182,8 @@ def two_goals(
 ) -> tuple[Batch, Batch]:
     """Indices next_obs, value_goal and, drawn apart, goal, that of the policy; flags success.
 
-    The flags are 1 where value_goal is the state itself.
-
-    Args:
-        c: with `value_goals`, a mixture with geometric trajectory goals of `c.discount`, unless
-            another is given, and `actor_goals`, one with uniform ones.
+    `c.value_goals` is a mixture with geometric trajectory goals of `c.discount`, unless another is
+    given, `c.actor_goals` one with uniform ones. Success is 1 where value_goal is the state itself.
     """
     discount = c.discount if discount is None else discount
     value_goal = states.goals(i, c.value_goals, generator, discount)
@@ -200,10 +197,8 @@ def goal_stages(draw: Draw = two_goals) -> Callable[[Any, Task, Run], list[Stage
 
     Batches hold obs, act, the states that are drawn, all as whole observations (*S, batch, o), and
     the flags (*S, batch). The method's config has `batch`, `images`, `crop_share` (see
-    `offrl.nets.encoders.cropped`) and mixtures of goals.
-
-    Args:
-        draw: (config, states, anchors (*S, batch), generator) -> indices of further states, flags.
+    `offrl.nets.encoders.cropped`) and mixtures of goals. `draw` maps (config, states, anchors
+    (*S, batch), generator) to indices of further states and flags.
     """
 
     def stages(algo: Any, task: Task, run: Run) -> list[Stage]:

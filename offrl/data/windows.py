@@ -95,14 +95,13 @@ def extend(
 ) -> Batch:
     """The window of a policy that meets `now`: moved on by one step, begun anew where start is 1.
 
+    Fields (B, length, ...) as of `windows`, zero on pads; the last action is zero.
+
     Args:
         window: of the step before, its last action filled in by `act_taken`; None at first.
         now: obs (B, o) as the network takes it, start (B,), reward (B,) of the last action.
         goal: (B,), return to ask for at the start of an episode, divided by `scale`.
         scale: by which rewards are divided.
-
-    Returns:
-        Fields (B, length, ...) as `windows`, zero on pads; the last action is zero.
     """
     start, obs = now["start"].bool(), now["obs"]
     if window is None:
@@ -168,11 +167,10 @@ def scenarios(config: Any) -> tuple[str, ...]:
 def window_stages(
     algo: Any, task: Task, run: Run, between: Sequence[tuple[int, Callable[[], None]]] = ()
 ) -> list[Stage]:
-    """One stage on windows of the data, with standardized observations.
+    """One stage on windows of the data, by `config.batch`, `config.context` and `config.scale`.
 
-    Args:
-        algo: with `config.batch`, `config.context` and `config.scale`. Its `standardize` is made
-            here: the authors of these methods add 1e-6 to the std, the engine's statistics 1e-3.
+    The algorithm's `standardize` is made here: the authors of these methods add 1e-6 to the std,
+    the engine's statistics 1e-3.
     """
     c, data = algo.config, task.data
     mean, std = data.statistics(eps=1e-6)

@@ -95,11 +95,9 @@ class Vector:
     def load(self, state: dict[str, Any], obs: Tensor) -> tuple[Tensor, Tensor]:
         """Continue from a `state` and the observations (n, o) to act on next that belong to it.
 
-        Options of the episodes that go on are not asked for again.
-
-        Returns:
-            obs, except in rows whose environment cannot be restored: there an episode starts anew;
-            and (n,), 1 in these rows, else 0.
+        Options of the episodes that go on are not asked for again. Returns obs, except in rows
+        whose environment cannot be restored: there an episode starts anew; and (n,), 1 in these
+        rows, else 0.
         """
         rows, anew = obs.clone(), torch.zeros(self.count)
         for i, (env, seed) in enumerate(zip(self.envs, self.seeds, strict=True)):

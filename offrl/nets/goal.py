@@ -20,8 +20,7 @@ class Sight(nn.Module):
         images: how many of the first parts are images, which one encoder sees together; the others
             are put beside its features.
 
-    Raises:
-        ValueError: for images of another size, or with seed axes, which encoders do not carry.
+    Raises ValueError for images of another size, or with seed axes, which encoders do not carry.
     """
 
     def __init__(self, sizes: Dims, images: int = 0, seeds: Dims = (), generator: Source = None):
@@ -104,8 +103,7 @@ class RepValues(nn.Module):
     def forward(self, *levels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         """All heads at several (obs, phi), as many for every level, in one call.
 
-        Returns:
-            As many (*S, heads, B), with several levels (*S, levels, heads, B).
+        As many (*S, heads, B), with several levels (*S, levels, heads, B).
         """
         seen = [
             sight(*(torch.cat(parts, -2) for parts in zip(*pairs, strict=True)))
@@ -116,11 +114,7 @@ class RepValues(nn.Module):
 
 
 class GoalActor(nn.Module):
-    """The mean of a Gaussian policy of standard deviation 1: obs, goal -> (*S, B, outputs).
-
-    Args:
-        sizes, images: see `Sight`.
-    """
+    """The mean of a unit Gaussian policy: obs, goal, as `Sight` has them -> (*S, B, outputs)."""
 
     def __init__(
         self, sizes: Dims, outputs: int, hidden: Dims, seeds: Dims, generator: Source, images: int

@@ -37,8 +37,7 @@ class IQE(nn.Module):
     def distance(self, x: Tensor, y: Tensor, held: bool = False) -> Tensor:
         """From x to y, latents (*S, B, latent) -> (*S, B); 0 where they are equal.
 
-        Args:
-            held: no gradient reaches the share of mean and maximum.
+        If `held`, no gradient reaches the share of mean and maximum.
         """
         x, y = (z.unflatten(-1, (-1, COMPONENT)) for z in (x, y))
         left, order = x.sort(-1)

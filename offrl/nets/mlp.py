@@ -92,19 +92,14 @@ def initialize(layer: Linear, activation: str, gain: float, generator: Source) -
 class Standardize(nn.Module):
     """(obs - mean) / std per dimension, with the statistics of the training data in the state.
 
-    Args:
-        mean, std: float32 (width,); None for the identity (mean 0, std 1).
+    These are float32 (width,); None is mean 0 and std 1.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self,
-        width: int,
-        mean: Tensor | None,
-        std: Tensor | None,
-        device: torch.device | None = None,
+        self, width: int, mean: Tensor | None, std: Tensor | None, device: torch.device | None
     ):
         super().__init__()
         mean = torch.zeros(width) if mean is None else mean

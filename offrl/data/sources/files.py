@@ -229,9 +229,8 @@ def part(columns: dict[str, Any], name: str, path: Path, rows: slice = slice(Non
 def convert(columns: dict[str, Any], place: Path, path: Path, rule: Rule) -> dict[str, Any]:
     """Write the rows of a log, arrays in memory or on the disk, into the folder `place`.
 
-    Returns:
-        What was found: rows, episodes, unfinished, strays (rows whose next_observations is not
-        the following row though nothing ended there), horizon, notes.
+    Returns what was found: rows, episodes, unfinished, strays (rows whose next_observations is not
+    the following row though nothing ended there), horizon, notes.
     """
     size, own, notes = len(columns["observations"]), "next_observations" in columns, []
     flat = {
@@ -319,11 +318,9 @@ def gather(
 def counted(terminal: Tensor, horizon: int, after_terminal: int = 1) -> Tensor:
     """The rows taken for time limits where a file has no timeouts, bool (N,).
 
-    A row is one when `horizon - 1` steps were counted before it.
-
-    Args:
-        after_terminal: what the count starts at there, elsewhere 0. D4RL's rule for Q-learning
-            sets it to 0 at a terminal row and then counts that row: 1, kept for equal data.
+    A row is one when `horizon - 1` steps were counted before it. The count starts at 0, after a
+    terminal at `after_terminal`: D4RL's rule for Q-learning sets it to 0 at a terminal row and then
+    counts that row, which is 1, kept for equal data.
     """
     timeout = torch.zeros(len(terminal), dtype=torch.bool)
     first = count = 0
@@ -337,11 +334,8 @@ def counted(terminal: Tensor, horizon: int, after_terminal: int = 1) -> Tensor:
 def surviving(starts: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Episodes that have rows left, of those with the first rows `starts` (E,).
 
-    Args:
-        keep: rows that stay, bool (N,).
-
-    Returns:
-        their first rows among the rows that stay, and their numbers among the E.
+    Their first rows among those that stay, where `keep`, bool (N,), is true, and their numbers
+    among the E.
     """
     episode = dataset.episode_of(starts, len(keep))[keep]
     left, counts = episode.unique_consecutive(return_counts=True)

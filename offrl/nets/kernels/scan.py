@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """Run the recurrence over all steps in the form that suits the device.
 
-    Computes in float32 at least, inside autocast too.
+    Computes y (batch, L, E) in float32 at least, inside autocast too. All six arguments receive
+    gradients. Raises ValueError for shapes that do not fit, or several devices.
 
     Args:
         u: input (batch, L, E).
@@ -46,11 +47,6 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         A: decay rates (E, N), negative.
         B, C: input and output vectors of each step (batch, L, N), shared by the channels.
         D: weight of the direct path (E,).
-
-    Returns:
-        y (batch, L, E). All six arguments receive gradients.
-
-    Raises ValueError for shapes that do not fit, or several devices.
     """
     states = A.shape[-1]
     shapes = [u.shape, u.shape, (u.shape[-1], states), *2 * [(*u.shape[:-1], states)], u.shape[-1:]]
