@@ -28,12 +28,9 @@ class Collector:
         device: of the replay and the policy.
         on_episode: chooses the options of a reset; see `Vector`. What it draws from is the
             caller's to save.
-
-    Attributes:
-        replay: fields obs, act, reward, next_obs, terminal and timeout, once `keep` has made it.
     """
 
-    replay: Replay
+    replay: Replay  # of obs, act, reward, next_obs, terminal and timeout, once `keep` has made it
 
     def __init__(
         self,

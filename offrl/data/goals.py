@@ -41,17 +41,11 @@ Mixture = tuple[float, ...]  # probabilities of the state itself, a trajectory g
 
 @dataclass(frozen=True)
 class Trajectories:
-    """The states of a data set by index; indices are int64 of any shape (*I).
+    """The states of a data set by index; indices are int64 of any shape (*I)."""
 
-    Attributes:
-        rows: index -> obs (*I, o) and act (*I, a); the action of a last state is zero.
-        valid: (N,) states that have a transition, which are the anchors, ascending.
-        last: (M,) f, the last state of every state's trajectory.
-    """
-
-    rows: Callable[[Tensor], Batch]
-    valid: Tensor
-    last: Tensor
+    rows: Callable[[Tensor], Batch]  # of an index: obs (*I, o), act (*I, a), 0 at last states
+    valid: Tensor  # (N,) states that have a transition, which are the anchors, ascending
+    last: Tensor  # (M,) f, the last state of every state's trajectory
 
     def anchors(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
         """Uniform states that have a transition."""

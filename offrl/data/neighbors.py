@@ -98,9 +98,8 @@ class StateNeighbors:
             k: length of the lists; changes the speed, never the answer.
             cache: lists are kept in `cache/neighbors/`; None keeps them in memory only.
 
-        Raises:
-            DataError: for states or actions that are not finite float32, or a damaged cache entry.
-            OSError: if the cache cannot be written.
+        Raises DataError for states or actions that are not finite float32, or a damaged cache
+        entry, OSError if the cache cannot be written.
         """
         device = torch.device(device)
         obs, act = obs_std.to(device).contiguous(), act.to(device).contiguous()

@@ -69,10 +69,9 @@ class Vector:
     def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Apply actions (n, a), or (n,) if discrete.
 
-        Returns:
-            next_obs (n, o): the true successors; reward, terminal, timeout (n,): terminal is 1
-            where the process ended, timeout where a limit cut it off (never both); now (n, o): the
-            observations to act on next, which differ from next_obs where an episode restarted.
+        Returns next_obs (n, o): the true successors; reward, terminal, timeout (n,): terminal is 1
+        where the process ended, timeout where a limit cut it off (never both); now (n, o): the
+        observations to act on next, which differ from next_obs where an episode restarted.
         """
         actions = act.view(self.count, *self.act_shape).numpy()
         rows, now = [], []

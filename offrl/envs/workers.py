@@ -22,10 +22,8 @@ GAIN = 1.2  # workers must be so many times faster
 def environments(makers: Makers, seeds: Sequence[int], processes: int | None, cores: int) -> Any:
     """A `Vector`, or `Workers` that give the same.
 
-    Args:
-        makers, seeds: one per environment.
-        processes: workers; 0 for none; None for whichever is faster, by thirty measured steps.
-        cores: that this process and its workers have.
+    With 0 processes it is the first; with None whichever is faster on the cores that this process
+    and its workers have, by thirty measured steps.
     """
     if processes is None:
         processes = min(len(makers), cores - 1)

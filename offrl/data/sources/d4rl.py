@@ -42,10 +42,10 @@ KITCHENS = {
 
 @dataclass(frozen=True)
 class Source:
-    """One file. `horizon`: time limit of the environment in steps."""
+    """One file."""
 
     stem: str  # address below ROOT
-    horizon: int
+    horizon: int  # time limit of the environment in steps
 
     @property
     def url(self) -> str:
@@ -130,10 +130,8 @@ def load(env: str, dataset: str = "", download: bool = True, episodes: bool = Fa
         download: fetch the file if it is not on this machine.
         episodes: keep every row; see `offrl.data.sources.files`.
 
-    Raises:
-        ValueError: unknown name; lists the known ones.
-        DataError: the file is damaged.
-        OSError: the download or the cache failed; names the alternatives.
+    Raises ValueError for an unknown name, listing the known ones, DataError if the file is damaged,
+    OSError if the download or the cache failed, naming the alternatives.
     """
     env, dataset, source = resolve(env, dataset)
     task = f"{env}-{dataset}"

@@ -28,9 +28,8 @@ def fetch(url: str, path: Path, check: Callable[[Path], Any] = lambda part: None
     The body goes to a temporary folder beside `path` and is moved only when its size agrees with
     the server's and `check` does not raise ValueError or OSError; otherwise nothing is left behind.
 
-    Raises:
-        DownloadError: no network, an HTTP error, a short body, a failed check, a place that is
-            not writable or a full disk.
+    Raises DownloadError for no network, an HTTP error, a short body, a failed check, a place that
+    is not writable or a full disk.
     """
     logger.info("downloading %s to %s", url, path)
     try:

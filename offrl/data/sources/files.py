@@ -55,20 +55,12 @@ DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 @dataclass(frozen=True)
 class Rule:
-    """How rows become transitions.
+    """How rows become transitions."""
 
-    Attributes:
-        horizon: time limit of the environment, used where the file has no `timeouts`. Without
-            both, episodes end at terminals only.
-        through_terminals: an episode goes on after a terminal row (AntMaze's runs of successes).
-        clip: cut actions to [-1, 1], as D4RL's environments do before a step.
-        episodes: keep every row; by default D4RL's rule for Q-learning drops some.
-    """
-
-    horizon: int | None = None
-    through_terminals: bool = False
-    clip: bool = False
-    episodes: bool = False
+    horizon: int | None = None  # time limit, where a file has no timeouts; else terminals only end
+    through_terminals: bool = False  # an episode goes on after one (AntMaze's runs of successes)
+    clip: bool = False  # cut actions to [-1, 1], as D4RL's environments do before a step
+    episodes: bool = False  # keep every row; by default D4RL's rule for Q-learning drops some
 
 
 def load(
@@ -80,9 +72,8 @@ def load(
         horizon, episodes: see `Rule`.
         strict: refuse rows that do not follow one another; otherwise info["strays"] counts them.
 
-    Raises:
-        DataError: if the file is missing, damaged, holds pickled objects, lacks a field, or its
-            fields do not fit together; the message names the field and the remedy.
+    Raises DataError if the file is missing, damaged, holds pickled objects, lacks a field, or its
+    fields do not fit together; the message names the field and the remedy.
     """
     rule = Rule(horizon, episodes=episodes)
     data = rows_of(path, entry(path, "files"), f"files/{path.stem}", rule, {"source": "files"})

@@ -63,10 +63,8 @@ def load(
         seed: of the roll-outs.
         folder: of the policies.
 
-    Raises:
-        ValueError: unknown environment.
-        DataError: unknown data set, no policies for the environment, or a process died.
-        OSError: the cache is not writable or the disk full.
+    Raises ValueError for an unknown environment, DataError for an unknown data set, one without
+    policies or a process that died, OSError if the cache is not writable or the disk full.
     """
     shares = recipe(env, dataset, rows, folder)
     total, key = sum(share.rows for share in shares), identity(env, shares, seed)
@@ -140,9 +138,7 @@ def described(
 ) -> dict[str, Any]:
     """Name and provenance of rolled-out data, as `offrl.data.dataset.write` wants them.
 
-    Args:
-        env, id: our name of the environment, and Gymnasium's.
-        info: what `roll_out` returned, and more.
+    Of our `env`, Gymnasium's `id`, and what `roll_out` returned and more as `info`.
     """
     reference, mean = scores.reference(env), info["mean_return"]
     known = reference is not None and mean is not None

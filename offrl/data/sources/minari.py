@@ -49,9 +49,8 @@ def load(dataset_id: str, download: bool = True) -> Dataset:
             $MINARI_DATASETS_PATH, else ~/.minari/datasets.
         download: fetch it from Minari's server if it is not on this machine.
 
-    Raises:
-        DataError: malformed id, damaged data, observations or actions that do not flatten.
-        OSError: it is not here and could not be downloaded.
+    Raises DataError for a malformed id, damaged data, observations or actions that do not flatten,
+    OSError if it is not here and could not be downloaded.
     """
     place = place_of(dataset_id) / "data"
     folder = home() / "minari" / dataset_id
@@ -251,9 +250,8 @@ def export(data: Dataset, dataset_id: str, env: str | None = None, **metadata: s
         metadata: `algorithm_name`, `description`, `author` and others that Minari knows; they are
             kept beside the provenance of `data`.
 
-    Raises:
-        ValueError: the id is taken.
-        DataError: the id is malformed, or the rows of an episode do not follow one another.
+    Raises ValueError if the id is taken, DataError if it is malformed, or the rows of an episode
+    do not follow one another.
     """
     import minari
 

@@ -78,9 +78,7 @@ def generate(
         rows: transitions, rounded down to whole episodes; None for the published number.
         workers: processes; 0 for one per core. The rows do not depend on it.
 
-    Raises:
-        DataError: if there is no recipe for the data.
-        ValueError: without the extra `ogbench`.
+    Raises DataError if there is no recipe for the data, ValueError without the extra `ogbench`.
     """
     family, _, maze = env.partition("-")
     recipe: Any
@@ -97,8 +95,7 @@ def generate(
         )
     ogbench.register()
     episodes, length = recipe.size(where, dataset)
-    if rows is not None:
-        episodes = rows // length
+    episodes = episodes if rows is None else rows // length
     if episodes < 1:
         raise DataError(f"rows must be at least one episode of {length}, got {rows}")
     counts = {"": episodes, "-val": max(1, episodes // 10)}
@@ -136,9 +133,6 @@ def write_npz(path: Path, chunks: Iterable[Arrays], rows: int, label: str) -> No
             part = Path(parts, info.filename)
             with part.open("rb") as source, file.open(info, "w", force_zip64=True) as member:
                 shutil.copyfileobj(source, member)
-
-
-# --- reading -------------------------------------------------------------------------------------
 
 
 def columns(path: Path) -> Arrays:

@@ -79,9 +79,6 @@ def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         torch.addmm(bias, x, y, out=out)
 
 
-# --- the choice ----------------------------------------------------------------------------------
-
-
 def select_backend(folder: Path, machine: str) -> str:
     """Use the faster library for each kind of product, as measured on this machine before or now.
 
