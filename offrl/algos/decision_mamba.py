@@ -100,7 +100,7 @@ class Net(nn.Module):
         c, (layers, width) = config, SIZES[config.size]
         self.mask_pads = c.mask_pads
         o, a = spec.obs_dim, spec.act_dim
-        self.tokens = StepTokens(o, a, width, c.max_step, c.mlp_embedding, True, generator)
+        self.tokens = StepTokens((o, a), width, c.max_step, c.mlp_embedding, True, generator)
         self.backbone = Backbone(layers, width, c.fine, c.grouping, generator)
         self.head_hidden = Linear(width, width, generator=generator) if c.mlp_head else None
         self.head_act = Linear(width, a, generator=generator)

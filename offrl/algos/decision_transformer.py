@@ -66,8 +66,8 @@ class Net(nn.Module):
         super().__init__()
         c, width = config, WIDTHS[config.size]
         o, a = spec.obs_dim, spec.act_dim
-        self.tokens = StepTokens(o, a, width, c.max_step, False, False, generator)
-        self.transformer = Transformer(width, c.layers, dropout=c.dropout, generator=generator)
+        self.tokens = StepTokens((o, a), width, c.max_step, False, False, generator)
+        self.transformer = Transformer(width, c.layers, 1, c.dropout, generator)
         self.head = Linear(width, spec.act_dim, generator=generator)
 
     def forward(self, window: Batch) -> Tensor:

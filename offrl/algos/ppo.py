@@ -31,7 +31,7 @@ import torch
 from torch import Generator, Tensor
 
 from offrl.data.collector import Collector
-from offrl.data.table import columns, pack, unpack
+from offrl.data.table import pack, unpack, widths
 from offrl.engine.method import Batch, Method, Metrics, Now, Run, Sampler, Seeds, Spec, Stage, Task
 from offrl.engine.optim import adamw, descend
 from offrl.nets.actors import Categorical, Gaussian
@@ -135,12 +135,10 @@ class Rollouts:
             )
         self.minibatches = self.rows // c.batch
         data.keep(self.rows)
-        layout = data.replay.columns
         names = {"obs": "obs", "act": "act"} | dict.fromkeys(MADE, "reward")
-        fields = {name: (layout[n].shape, layout[n].dtype) for name, n in names.items()}
-        self.columns, width = columns(fields)
+        self.columns = {name: data.replay.columns[n] for name, n in names.items()}
         seeds, device = run.seeds, data.device
-        self.table = torch.zeros(*seeds, self.rows, width, device=device)
+        self.table = torch.zeros(*seeds, self.rows, sum(widths(self.columns)), device=device)
         self.order = torch.zeros(*seeds, self.rows, dtype=torch.int64, device=device)
         self.place = torch.zeros((), dtype=torch.int64, device=device)  # of the next minibatch
         self.running = torch.zeros(*seeds, data.group, device=device)  # discounted returns
