@@ -4,11 +4,13 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import offrl
 from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.data.sources import SUFFIXES
@@ -17,6 +19,7 @@ from offrl.errors import ConfigError, Diverged, Failed, Interrupted
 # flags of Hydra that are followed by a value
 HYDRA_FLAGS = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd"}
 HELP = {"-h", "--help"}
+FIRST = "offrl train algo=prdc env=halfcheetah preset=quick"
 USUAL = "prdc"  # the method where none is named
 Words = Sequence[str] | None  # of a command; None: those that the program was started with
 Overrides = list[tuple[str, list[Any], str]]  # key, values (several in a sweep), word for Hydra
@@ -25,10 +28,27 @@ Overrides = list[tuple[str, list[Any], str]]  # key, values (several in a sweep)
 def main() -> None:
     """The console command: offrl train|evaluate|collect|report|describe|export key=value ..."""
     commands = {f.__name__: f for f in (train, evaluate, collect, report, describe, export)}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
-        sys.exit(2)
-    commands[sys.argv[1]](sys.argv[2:])
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in commands:
+        commands[name](sys.argv[2:])
+    elif name in HELP:
+        told = [
+            f"  {key:<9} {str(inspect.getdoc(f)).splitlines()[0]}" for key, f in commands.items()
+        ]
+        print("usage: offrl COMMAND key=value ...\n")
+        print(*told, sep="\n")
+        print(f"\noffrl COMMAND --help lists its options; a first run: {FIRST}")
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    elif name == "--version":
+        print(f"offrl {offrl.__version__}")
+    else:
+        near = configuration.nearest(name, commands)
+        refuse(f"error: there is no command {name!r}{near}; known: {', '.join(commands)}")
+
+
+def refuse(told: str) -> NoReturn:
+    print(told, file=sys.stderr)
+    sys.exit(2)
 
 
 def train(argv: Words = None) -> None:
@@ -38,18 +58,50 @@ def train(argv: Words = None) -> None:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     with readable_errors():
-        flags, words = divided(argv)
+        if not argv:
+            refuse(f"name a method and an environment; a first run: {FIRST}\n--help tells more")
+        flags, words = divided(worded(argv, configuration.known(argv), leader))
         overrides = overrides_of(words)
         values = checked(overrides, sweeps=bool({"-m", "--multirun"} & set(flags)))
         first = {key: several[0] for key, several in values.items()}
         if HELP & set(flags):
             explain(first)
         elif "resume" in values:
-            resume(Path(str(first["resume"])), alone=len(argv) == 1)
+            resume(Path(str(first["resume"])), alone=len(words) + len(flags) == 1)
         elif flags:
             sweep(flags, overrides)
         else:
             run(chosen(first))
+
+
+def worded(argv: Sequence[str], keys: Container[str], first: Callable[[str], str]) -> list[str]:
+    """What people type as key=value words: `td3bc` and `--env hopper` for algo= and env=.
+
+    Args:
+        keys: those that may have dashes before them.
+        first: the key of a word that has none.
+    """
+    words: list[str] = []
+    rest = list(reversed(argv))
+    while rest:
+        word = rest.pop()
+        key, equals, value = word.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if word.startswith("--") and key in keys:
+            alone = not rest or rest[-1].startswith("--")
+            words.append(f"{key}={value if equals else 'true' if alone else rest.pop()}")
+        elif word in HYDRA_FLAGS:
+            words += [word, *([rest.pop()] if rest else [])]
+        elif word.startswith("-") or word in keys or (equals and not Path(word).exists()):
+            words.append(word)
+        else:
+            words.append(f"{first(word)}={quoted(word)}")
+    return words
+
+
+def leader(word: str) -> str:
+    """Of a bare word of train: a run directory to resume, else a method."""
+    return "resume" if Path(word, "config.yaml").exists() else "algo"
 
 
 def explain(values: Mapping[str, Any]) -> None:
@@ -124,7 +176,12 @@ def checked(overrides: Overrides, sweeps: bool) -> dict[str, list[Any]]:
 
     Raises ConfigError for an unknown key, before Hydra does so in its words.
     """
-    values = {key: found for key, found, _ in overrides if not is_hydras(key)}
+    values: dict[str, list[Any]] = {}
+    for key, found, _ in overrides:
+        if key in values:
+            raise ConfigError(f"{key} is given twice: {values[key][0]} and {found[0]}")
+        if not is_hydras(key):
+            values[key] = found
     for key, found in values.items():
         if len(found) > 1 and not sweeps:
             raise ConfigError(f"{key} has several values; a sweep needs -m")
@@ -158,7 +215,6 @@ def run(resolved: Resolved, resumed: Path | None = None) -> dict[str, Any]:
     from offrl.runs import train as experiment
     from offrl.runs.record import played_in
 
-    print("\n".join(resolved.lines()), flush=True)
     folder, result = experiment.train(resolved, resumed)
     if result["score"] is None:
         print(f"no score; result.json, metrics.csv in {folder}")
@@ -290,13 +346,17 @@ def options(cls: type, argv: Sequence[str]) -> Any:
             if told:
                 print(f"{name}={configuration.spelled(getattr(cls, name, '...'))}\n    {told}")
         sys.exit(0)
-    hints, given = configuration.fields_of(cls), {}
-    for key, values, _ in overrides_of(argv):
+    hints = configuration.fields_of(cls)
+    found: dict[str, list[Any]] = defaultdict(list)
+    for key, values, _ in overrides_of(worded(argv, hints, lambda word: next(iter(hints)))):
         if key not in hints:
             near = configuration.nearest(key, hints)
             raise ConfigError(f"there is no option {key!r}{near}; known: {', '.join(hints)}")
-        value = values if len(values) > 1 else values[0]
-        given[key] = configuration.convert(key, value, hints[key])
+        found[key] += values
+    given = {
+        key: configuration.convert(key, values if len(values) > 1 else values[0], hints[key])
+        for key, values in found.items()
+    }
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.default is inspect.Parameter.empty and name not in given:
             raise ConfigError(f"{name}= is missing; known options: {', '.join(hints)}")

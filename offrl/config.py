@@ -17,7 +17,6 @@ import sys
 import types
 import typing
 import zlib
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,12 +112,16 @@ class Resolved:
     def seeds(self) -> list[int]:
         return list(range(self.settings.seed, self.settings.seed + self.settings.seeds))
 
-    def lines(self) -> list[str]:
-        """Every value with its origin, one per line."""
+    def changes(self, most: int = 9) -> list[str]:
+        """What differs from the defaults, with its origin: a line each, the rest in one more."""
         rows = {"algo": self.algo} | {f"algo.{name}": v for name, v in self.options.items()}
         rows |= vars(self.settings)
-        width, origin = max(map(len, rows)), defaultdict(lambda: "default", self.origins)
-        return [f"{k:<{width}} = {spelled(v)}  ({origin[k]})" for k, v in rows.items()]
+        order = ["command line", *dict.fromkeys(self.origins.values())]
+        keys = sorted(self.origins, key=lambda key: order.index(self.origins[key]))
+        width = max(map(len, keys[:most]), default=0)
+        lines = [f"{k:<{width}} = {spelled(rows[k])}  ({self.origins[k]})" for k in keys[:most]]
+        more = [f"{key}={spelled(rows[key])}" for key in keys[most:]]
+        return lines + ([f"also {', '.join(more)}"] if more else [])
 
     def help(self) -> str:
         """Every setting and option with its value here, its origin and its meaning."""
@@ -294,7 +297,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             raise ConfigError(f"{name} must be {limits.words}, got {value!r}")
         return value
     plain_kind = typing.get_origin(kind) or kind
-    if plain_kind is tuple and isinstance(value, (list, tuple)):
+    if plain_kind is tuple:
+        value = value if isinstance(value, (list, tuple)) else [value]
         return tuple(convert(f"{name} entry", entry, typing.get_args(kind)[0]) for entry in value)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if kind in (float, str) or (kind is int and float(value).is_integer()):
@@ -304,6 +308,14 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     wanted = kind.__name__ if isinstance(kind, type) else str(kind)
     also = f"; {', '.join(words)} would do too" if words else ""
     raise ConfigError(f"{name} must be {wanted}, got {value!r}{also}")
+
+
+def known(words: Iterable[str]) -> set[str]:
+    """Every setting and option that words of a command line may name."""
+    algos = [word.removeprefix("algo=") for word in words]
+    options = [fields_of(method(algo).config) for algo in algos if algo in algorithms()]
+    own = {f"algo.{name}" for found in options for name in found}
+    return {*fields_of(Settings), "algo", "steps", "resume"} | own
 
 
 def check_key(key: str, algo: str) -> None:

@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
         "seeding",
         "system",
     },
-    "cli": {"config", "data", "errors", "runs"},
+    "cli": {"", "config", "data", "errors", "runs"},
+    "__main__": {"cli"},
     "": set(),  # offrl/__init__.py
 }
 MOST_LOOSE = 8  # modules at the top of the package

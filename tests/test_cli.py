@@ -496,9 +496,68 @@ def test_the_command_that_continues_a_run_is_the_one_that_began_it(monkeypatch):
         assert outcome.resuming(Path("a run")) == f"{start} 'resume=a run'"
 
 
-def test_the_method_is_of_the_command_line_if_it_is_given_there():
-    assert cli.chosen({"env": "hopper"}).lines()[0].endswith("= prdc  (default)")
-    assert cli.chosen({"algo": "prdc"}).lines()[0].endswith("= prdc  (command line)")
+def test_what_differs_from_the_defaults_is_told_in_ten_lines_at_most():
+    assert cli.chosen({"env": "halfcheetah", "algo": "bc"}).changes() == [
+        "env  = halfcheetah  (command line)",
+        "algo = bc  (command line)",
+    ]
+    many = cli.chosen({"algo": "prdc", "preset": "quick"} | {f"algo.{n}": 1 for n in MANY})
+    *lines, last = many.changes()
+    assert len(lines) == 9
+    assert last.startswith("also ")
+    told = " ".join([*lines, last])
+    assert all(key in told for key in many.origins)
+    assert "= 1.0  (command line)" in lines[2]
+
+
+MANY = ("lr", "tau", "noise", "noise_clip", "alpha", "beta", "policy_delay", "reward_scale")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["td3bc"], ["algo='td3bc'"]),
+        (["--algo", "td3bc", "--env=hopper"], ["algo=td3bc", "env=hopper"]),
+        (["td3bc", "--eval-every", "5", "-m"], ["algo='td3bc'", "eval_every=5", "-m"]),
+        (["--algo.lr", "1", "algo=bc"], ["algo.lr=1", "algo=bc"]),
+        (["--keep-memory", "--seeds=2"], ["keep_memory=true", "seeds=2"]),
+        (["--cfg", "job", "algo=bc"], ["--cfg", "job", "algo=bc"]),
+        (["--hydra-help", "lr=0.1"], ["--hydra-help", "resume='lr=0.1'"]),
+        (["it's=1"], ["it's=1"]),
+    ],
+)
+def test_words_as_people_type_them(tmp_path, monkeypatch, typed, meant):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "lr=0.1"
+    run.mkdir()
+    (run / "config.yaml").write_text("")
+    assert cli.worded(typed, configuration.known(typed), cli.leader) == meant
+
+
+@pytest.mark.parametrize(
+    ("words", "told", "code"),
+    [
+        ([], "a first run: offrl train algo=", 2),
+        (["--help"], "usage: offrl COMMAND", 0),
+        (["--version"], f"offrl {offrl.__version__}", None),
+        (["trian"], "there is no command 'trian'; did you mean 'train'?", 2),
+        (["train"], "a first run: offrl train algo=", 2),
+        (["train", "tdbc"], "there is no algorithm 'tdbc'; did you mean 'td3bc'?", 2),
+        (["train", "td3bc", "--algo", "bc"], "algo is given twice: td3bc and bc", 2),
+        (["evaluate", "nowhere"], "nowhere", 2),
+        (["report", "nowhere", "out=there"], "there is no folder nowhere", 2),
+    ],
+)
+def test_the_command_does_what_a_person_expects(monkeypatch, capsys, tmp_path, words, told, code):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["offrl", *words])
+    try:
+        cli.main()
+        found = None
+    except SystemExit as stop:
+        found = stop.code
+    assert (found, list(tmp_path.iterdir())) == (code, [])
+    assert told in "".join(capsys.readouterr())
 
 
 def test_help_lists_every_setting_with_value_origin_choices_and_meaning(capsys):
@@ -506,7 +565,7 @@ def test_help_lists_every_setting_with_value_origin_choices_and_meaning(capsys):
     out = capsys.readouterr().out
     assert "algo.beta=0.5  (command line)\n    weight of the penalty" in out
     assert "algo.norm_source=mixed  (default; mixed|target)\n    norm of the successor" in out
-    assert "threads=1  (default)" in out
+    assert "threads=1  (default; at least 1)" in out
     options = get_type_hints(configuration.method("beer").config)
     for name in [*get_type_hints(configuration.Settings), *(f"algo.{n}" for n in options)]:
         assert out.count(f"\n{name}=") == 1
@@ -537,7 +596,7 @@ def test_every_setting_has_a_meaning(cls):
 )
 def test_help_is_given_with_any_words(words, capsys):
     train("--help", *words)
-    assert "\nrows=null  (default)\n" in capsys.readouterr().out
+    assert "\nrows=null  (default; at least 1)\n" in capsys.readouterr().out
 
 
 def commit_of(monkeypatch, root):

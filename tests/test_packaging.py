@@ -5,6 +5,7 @@ that see the packages of this one, so that nothing is downloaded.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,8 +102,10 @@ def test_a_wheel_holds_the_configs_the_policies_and_the_c_files(checkout, tmp_pa
     (site,) = tmp_path.glob("venv/lib/python*/site-packages")
     check(python, site / "offrl", "marked", tmp_path, checkout.parent)
     command = python.parent / "offrl"
-    usage = subprocess.run([command], capture_output=True, text=True).stderr
-    for word in usage.split()[2].split("|"):  # usage: offrl train|evaluate|... key=value ...
+    usage = run(command, "--help", cwd=checkout.parent)
+    commands = re.findall(r"(?m)^  ([a-z]+) ", usage)
+    assert len(commands) == 6
+    for word in commands:
         assert "=" in run(command, word, "--help", cwd=checkout.parent)
 
 

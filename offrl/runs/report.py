@@ -5,6 +5,7 @@ Reads what runs leave behind (`config.yaml`, `result.json`, `metrics.csv`) and t
 
 import csv
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -64,8 +65,7 @@ def make_report(options: Options) -> dict[str, Any]:
     """Write the tables and pictures; returns the content of table.json.
 
     Raises:
-        ConfigError: no finished run, a metric that none logged, or runs of one cell that differ in
-            steps, data or episodes.
+        ConfigError: no finished run, or a metric that none logged.
         OSError: a folder that is missing or cannot be written.
     """
     cells = gather([Path(name) for name in options.runs], options.metrics)
@@ -102,7 +102,7 @@ def every_cell(cells: Cells) -> list[Cell]:
 
 
 def gather(folders: Iterable[Path], metrics: Sequence[str]) -> Cells:
-    """Finished runs by task and method; a seed that was run twice counts with its latest run."""
+    """Finished runs by task and method; of a seed, and of unequal runs, the latest count."""
     finished = []
     for folder in folders:
         if not folder.is_dir():
@@ -113,7 +113,7 @@ def gather(folders: Iterable[Path], metrics: Sequence[str]) -> Cells:
     if not finished:
         raise ConfigError("there is no finished run (result.json) in the given folders")
     cells: Cells = defaultdict(dict)
-    for result, run, name in sorted(finished, key=lambda found: (found[0]["date"], found[1])):
+    for result, run, name in sorted(finished, key=lambda f: (f[0]["date"], f[1]), reverse=True):
         add(cells, result, run, name, bool(metrics))
     known = sorted({name for cell in every_cell(cells) for name in cell.metrics})
     for name in metrics:
@@ -133,20 +133,25 @@ def add(cells: Cells, result: dict[str, Any], run: Path, name: str, metrics: boo
     method, task, returns = label(resolved), result["task"], np.array(result["final_returns"])
     same = {key: result[key] for key in ("steps", "steps_are", "unit", "env")}
     same |= {"episodes": returns.shape[1], "points": result["curve"]["steps"]}
-    same["digest"] = (result["dataset"] or {}).get("digest")
+    same |= {"data": (result["dataset"] or {}).get("digest"), "file": resolved.algo}
     cell = cells[task].setdefault(method, Cell(same))
-    if cell.same != same:
-        raise ConfigError(
-            f"{run} differs from other runs of {method} on {task} in steps, data set, "
-            "episodes or points of its curve; report them apart"
+    if unequal := [key for key in same if cell.same[key] != same[key]]:
+        print(
+            f"skipped {run}: later runs of {method} on {task} have other {', '.join(unequal)}; "
+            "report it apart",
+            file=sys.stderr,
         )
+        return
     headline = result.get("score_of", "return")  # absent in older results
     final = scored(resolved, returns, headline)[1].mean(-1)
     curve = scored(resolved, np.array(result["curve"]["mean_return"]), headline)[1]
+    new = set(result["seeds"]) - set(cell.score)
     for seed, value, points in zip(result["seeds"], final, curve, strict=True):
-        cell.score[seed], cell.curve[seed] = float(value), points
+        if seed in new:
+            cell.score[seed], cell.curve[seed] = float(value), points
     for metric, seed, course in logged(run) if metrics else ():
-        cell.metrics[metric][seed] = course
+        if seed in new:
+            cell.metrics[metric][seed] = course
     hardware = json.loads((run / "run.json").read_text())
     about = {key: result[key] for key in ("date", "versions", "seconds", "threads")}
     about |= {"commit": result.get("commit"), "command": placeless(result["command"])}

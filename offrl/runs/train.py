@@ -73,7 +73,8 @@ def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[s
             "choose others with dataset=, source=d4rl|minari|files"
         )
     folder = resumed or new_folder(resolved)
-    print(f"run directory: {folder} ({device})", flush=True)
+    print(f"run directory: {folder} ({device}); every setting in its config.yaml, changed here:")
+    print(*resolved.changes(), sep="\n", flush=True)
     with system.only_one(folder):
         if resumed:
             check_unchanged(folder, data, device)

@@ -105,11 +105,16 @@ def test_runs_of_further_seeds_join_and_a_repeated_seed_counts_once_with_its_lat
     assert cell["halfcheetah-medium"]["per_seed"] == pytest.approx([50, 60])
 
 
-def test_runs_that_cannot_be_compared_are_named(tmp_path):
-    write_run(tmp_path / "one", "bc", [0], [[at(1)]])
-    write_run(tmp_path / "other", "bc", [1], [[at(1)]], digest="another")
-    with pytest.raises(ConfigError, match=r"other differs from other runs of bc"):
-        make_report(Options((str(tmp_path),), str(tmp_path / "out")))
+def test_a_run_that_cannot_be_compared_is_skipped_with_a_line(tmp_path, capsys):
+    write_run(tmp_path / "one", "bc", [0], [[at(1)]], date="2026-02-01T00:00:00")
+    other = {"date": "2026-01-01T00:00:00", "digest": "another"}
+    write_run(tmp_path / "other", "bc", [1], [[at(9)]], **other)
+    cell = make_report(Options((str(tmp_path),), str(tmp_path / "out")))["methods"]["bc"]["tasks"]
+    assert cell["halfcheetah-medium"]["per_seed"] == pytest.approx([1])
+    assert (
+        "other: later runs of bc on halfcheetah-medium have other data; report it apart"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_metric_that_no_run_logged_is_named(tmp_path):
