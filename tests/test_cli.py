@@ -563,7 +563,7 @@ def test_the_command_does_what_a_person_expects(monkeypatch, capsys, tmp_path, w
 def test_help_lists_every_setting_with_value_origin_choices_and_meaning(capsys):
     train("--help", "algo=beer", "env=dmc-cheetah-run", "algo.beta=0.5")
     out = capsys.readouterr().out
-    assert "algo.beta=0.5  (command line)\n    weight of the penalty" in out
+    assert "algo.beta=0.5  (command line; at least 0 and finite)\n    weight of the penalty" in out
     assert "algo.norm_source=mixed  (default; mixed|target)\n    norm of the successor" in out
     assert "threads=1  (default; at least 1)" in out
     options = get_type_hints(configuration.method("beer").config)
