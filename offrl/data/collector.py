@@ -40,7 +40,8 @@ class Collector:
         on_episode: Choose | None = None,
     ):
         self.envs, self.seeds, self.device = envs, seeds, torch.device(device)
-        envs.on_episode = on_episode or envs.on_episode
+        if on_episode is not None:
+            envs.on_episode = on_episode
         self.group = envs.count // math.prod(seeds)  # environments per seed
         self.obs: Tensor | None = None  # (*S, n, o) on the device
         self.begin_memory()

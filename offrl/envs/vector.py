@@ -149,7 +149,7 @@ def snapshot(env: gymnasium.Env) -> dict[str, Any]:
 def restore(env: gymnasium.Env, state: dict[str, Any]) -> bool:
     """Continue from a `snapshot`; the environment must have been reset before.
 
-    False if only the generator could be restored, so that the episode must start anew.
+    Returns False if only the generator could be restored, so that the episode must start anew.
     """
     core: Any = env.unwrapped
     if "own" in state:

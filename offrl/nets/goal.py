@@ -103,7 +103,7 @@ class RepValues(nn.Module):
     def forward(self, *levels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         """All heads at several (obs, phi), as many for every level, in one call.
 
-        As many (*S, heads, B), with several levels (*S, levels, heads, B).
+        Returns as many (*S, heads, B), with several levels (*S, levels, heads, B).
         """
         seen = [
             sight(*(torch.cat(parts, -2) for parts in zip(*pairs, strict=True)))

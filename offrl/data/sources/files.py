@@ -57,7 +57,9 @@ DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 class Rule:
     """How rows become transitions."""
 
-    horizon: int | None = None  # time limit, where a file has no timeouts; else terminals only end
+    horizon: int | None = (
+        None  # time limit where a file has no timeouts; without both, terminals end
+    )
     through_terminals: bool = False  # an episode goes on after one (AntMaze's runs of successes)
     clip: bool = False  # cut actions to [-1, 1], as D4RL's environments do before a step
     episodes: bool = False  # keep every row; by default D4RL's rule for Q-learning drops some
@@ -175,10 +177,8 @@ def opened(
 
 
 def damaged(path: Path, error: Exception) -> DataError:
-    what, remedy = (
-        "is damaged, cut short or of another format",
-        "delete it and get or write it again",
-    )
+    what = "is damaged, cut short or of another format"
+    remedy = "delete it and get or write it again"
     if "pickle" in str(error):
         what = "holds pickled objects, which can run code and are not read"
         remedy = "store plain numeric arrays"

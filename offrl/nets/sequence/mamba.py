@@ -92,7 +92,7 @@ class Mixer(nn.Module):
         return zeros(batch, REACH - 1, inner), zeros(batch, inner, states)
 
     def step(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """One step (B, width) of `forward` -> (B, width), memory; at a cost that does not grow."""
+        """One step (B, width) of `forward` at a constant cost: its output (B, width) and memory."""
         tail, h = memory
         u, z = (x @ self.weight_in).chunk(2, -1)  # (B, E)
         window = torch.cat([tail, u.unsqueeze(1)], 1)  # (B, REACH, E)
