@@ -333,8 +333,7 @@ def resolve(
             "<source>:" before it a pattern holds for data of that source only.
         presets: name -> values likewise.
 
-    Raises:
-        ConfigError: unknown key, wrong type, unknown preset.
+    Raises ConfigError for an unknown key, a wrong type or an unknown preset.
     """
     config = method(algo).config
     options, presets = get_type_hints(config), {"full": {}, **(presets or {})}

@@ -302,8 +302,7 @@ class Loop:
     def state(self) -> dict[str, Any]:
         """The algorithm's state, in which nothing is NaN and no network or optimizer infinite.
 
-        Raises:
-            Diverged: naming the first such tensor, or the metric that went wrong before.
+        Raises Diverged naming the first such tensor, or the metric that went wrong before.
         """
         state = state_of(self.algo)
         for name, part in state.items():

@@ -80,10 +80,10 @@ class Algorithm(Policy, Protocol):
 class Part(Protocol):
     """What a resumed run needs beside the algorithm: a replay, environments, a roll-out.
 
-    `save` returns what belongs into the checkpoint. What is large it brings to files of its own
-    whose names begin with `place`, by appending; `load` continues from both. Files may hold more
-    than the checkpoint knows, from a process that was killed; what the checkpoint knows must stay
-    readable until `save` is called for the second time after it.
+    `save` returns what belongs into the checkpoint and appends what is large to files of its own
+    whose names begin with `place`; `load` continues from both. Files may hold more than the
+    checkpoint knows, from a process that was killed; what it knows must stay readable until `save`
+    is called for the second time after it.
     """
 
     def save(self, place: Path) -> dict[str, Any]: ...

@@ -55,10 +55,9 @@ def adam(
 def adamw(
     groups: Iterable[tuple[Iterable[Tensor], float]], lr: float = 0.0, eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    """Fused AdamW over groups of (parameters, weight decay), whose learning rates are tensors.
+    """Fused AdamW over groups of (parameters, weight decay).
 
-    Args:
-        lr: to start from; `warm_up` raises it on the device.
+    Their learning rates are tensors that start from `lr`; `warm_up` raises them on the device.
     """
     if not makes:
         return None  # type: ignore[return-value]

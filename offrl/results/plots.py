@@ -75,11 +75,7 @@ def shaded(axes: plt.Axes, methods: Mapping[str, Course], colors: Mapping[str, s
 
 
 def scores(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: str) -> None:
-    """Bars of the mean and a dot per seed, one panel per task, as PNG.
-
-    Args:
-        panels: task -> method -> values (seeds,).
-    """
+    """Bars of the mean and a dot per seed as PNG. Panels: task -> method -> values (seeds,)."""
     colors = colors_of(panels.values())
     place = {name: i for i, name in enumerate(colors)}
     size = 3.4 * len(panels), 0.8 + 0.4 * len(colors)

@@ -147,8 +147,7 @@ def film(
 ) -> list[Any]:
     """RGB frames of one episode of the first seed, in the first of the scenarios or tasks.
 
-    Raises:
-        Failed: if the machine cannot render.
+    Raises Failed if the machine cannot render.
     """
     (algo, group), s = loaded, resolved.settings
     make = factory(s.env, version(resolved), s.legacy_mass, True, s.action_repeat)

@@ -63,10 +63,8 @@ def by_seed(values: dict[int, Any]) -> list[Any]:
 def make_report(options: Options) -> dict[str, Any]:
     """Write the tables and pictures; returns the content of table.json.
 
-    Raises:
-        ConfigError: no finished run, a metric that none logged, or runs of one cell that differ in
-            steps, data or episodes.
-        OSError: a folder that is missing or cannot be written.
+    Raises ConfigError if there is no finished run, none logged a metric, or runs of one cell differ
+    in steps, data or episodes; OSError for a folder that is missing or cannot be written.
     """
     cells = gather([Path(name) for name in options.runs], options.metrics)
     out = Path(options.out)

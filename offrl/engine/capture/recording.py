@@ -52,11 +52,7 @@ def syncs_host(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 class NotRecordable(Exception):
-    """The work does what a replay could not repeat.
-
-    Attributes:
-        result: of the work, if it has been done.
-    """
+    """The work does what a replay could not repeat; `result` is its own, if it has been done."""
 
     def __init__(self, reason: str, result: Any):
         super().__init__(reason)
@@ -181,8 +177,7 @@ class HostReads(TorchFunctionMode):
 def recorded(work: Callable[[], Any]) -> tuple[Any, list[Call]]:
     """Do work; returns its result, and the calls that compute something.
 
-    Raises:
-        NotRecordable: after the work, if it cannot be repeated.
+    Raises NotRecordable after the work if it cannot be repeated.
     """
     with Recorder() as recorder:
         result = work()
@@ -213,8 +208,7 @@ class Recording:
         written: what existed before and is changed by a replay, as whole storages.
         memory: bytes of intermediate results.
 
-    Raises:
-        NotRecordable: after the work has been done.
+    Raises NotRecordable after the work has been done.
     """
 
     def __init__(self, work: Callable[[], Any]):
@@ -276,12 +270,7 @@ def everything(x: Tensor) -> Tensor:
 
 
 class Plan:
-    """Where the intermediate results of a recording live.
-
-    Args:
-        calls: all that compute something, in order.
-        kept: tensors that must outlive the last call.
-    """
+    """Where the intermediate results of calls live; those `kept` must outlive the last one."""
 
     def __init__(self, calls: list[Call], kept: Iterable[Tensor]):
         before, changed = existing(calls), memories(x for call in calls for x in call.writes)
