@@ -81,7 +81,7 @@ def fit(
     points = Points(evaluate, schedule, curve, log, worker)
     about = {"label": label, "seeds": seeds, "headline": headline}
     try:
-        loop = Loop(algo, stages, folder, schedule, about, report, speed, points)
+        loop = Loop(algo, stages, folder, about, report, speed, points)
         if saved is not None:
             loop.load(saved)
         return loop.run()
@@ -101,7 +101,6 @@ class Loop:
     algo: Algorithm
     stages: list[Stage]
     folder: Path
-    schedule: Schedule
     about: dict[str, Any]  # label, seeds and headline, which the files of a run carry
     report: Callable[[Progress], None]
     speed: Speed
@@ -202,7 +201,7 @@ class Loop:
 
     def after_update(self, stage: Stage) -> None:
         """What is due at a step; the checkpoint comes last, for a resumed run goes on behind it."""
-        every = self.schedule
+        every = self.points.schedule
         if self.step % every.log_every == 0:
             self.row(self.meter.flush())
         if every.snapshot_every and self.passes(every.snapshot_every):
@@ -214,7 +213,7 @@ class Loop:
     def end(self, stage: Stage) -> None:
         """The last point and copy of a stage, what it hands on, and the step to the next one."""
         self.row(self.meter.flush())
-        if self.schedule.snapshot_every and stage.evaluate:
+        if self.points.schedule.snapshot_every and stage.evaluate:
             self.snapshot()
         self.add_point(stage, here=True)
         self.tell(stage, last=True)
@@ -273,10 +272,9 @@ class Loop:
         self.report(Progress(stage.name, self.first, step, total, speed, score, headline, notes))
 
     def snapshot(self) -> None:
-        folder, step = self.folder / "snapshots", self.global_step
-        folder.mkdir(exist_ok=True)
-        content = self.about | {"step": step, "algo": self.state()}
-        checkpoint.save(folder / f"{step:09d}.pt", content)
+        path, step = self.folder / "snapshots" / f"{self.global_step:09d}.pt", self.global_step
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.save(path, self.about | {"step": step, "algo": self.state()})
 
     def save(self) -> None:
         """Write the checkpoint, with the points and rows of metrics before it."""
@@ -310,7 +308,6 @@ class Loop:
                 bad = ~value.isfinite() if isinstance(part, dict) else value.isnan()
                 if bool(bad.any()):
                     self.meter.flush()
-                    raise Diverged(
-                        f"{path} holds NaN or infinite values; the last good checkpoint stays"
-                    )
+                    told = "holds NaN or infinite values; the last good checkpoint stays"
+                    raise Diverged(f"{path} {told}")
         return state

@@ -24,8 +24,7 @@ def picture(
 ) -> Iterator[tuple[plt.Figure, np.ndarray]]:
     """A figure of so many inches and its axes (rows, columns), written at the end.
 
-    Args:
-        share: one vertical axis for all panels of a row.
+    The panels of a row may share their vertical axis.
     """
     figure, axes = plt.subplots(
         rows, columns, figsize=size, dpi=120, squeeze=False, sharey="row" if share else False

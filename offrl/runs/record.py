@@ -84,7 +84,7 @@ def scores_of(
     final, points = series(curves, headline)
     unit, last = scored(resolved, final, headline)
     _, course = scored(resolved, points, headline)
-    names = scenarios(curves[0], headline)
+    names = scenarios(curves[0].final or {}, headline)
     write_episodes(folder / "episodes.csv", seeds, curves)
     ylabel = "D4RL-normalized score" if unit == "score" else UNITS.get(unit, unit)
     drawn = {f"{resolved.name}, {len(seeds)} seed(s)": (np.array(steps), course)}
@@ -107,9 +107,9 @@ def scores_of(
     return found
 
 
-def scenarios(curve: Curve, name: str) -> list[str]:
-    """Names of the scenarios that have such values."""
-    return [k.removeprefix(f"{name}/") for k in curve.final or {} if k.startswith(f"{name}/")]
+def scenarios(values: Mapping[str, Any], name: str) -> list[str]:
+    """The scenarios that values of this name are of."""
+    return [key.removeprefix(f"{name}/") for key in values if key.startswith(f"{name}/")]
 
 
 def series(curves: list[Curve], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -152,9 +152,10 @@ def write_episodes(path: Path, seeds: list[int], curves: list[Curve]) -> None:
 
     Of estimates, which have no episodes, there is nothing to write.
     """
-    names = scenarios(curves[0], "return")
-    if not {"return", "length"} <= (curves[0].final or {}).keys():
+    final = curves[0].final or {}
+    if not {"return", "length"} <= final.keys():
         return
+    names = scenarios(final, "return")
     moments: Any = zip(*([*c.points, c.final] for c in curves), strict=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)

@@ -200,19 +200,13 @@ def memories(xs: Iterable[Tensor]) -> set[int]:
 
 
 class Recording:
-    """`work` run once under a recorder; a call replays it.
-
-    Attributes:
-        first: what the work returned.
-        result: the same structure; its tensors are overwritten by every replay.
-        written: what existed before and is changed by a replay, as whole storages.
-        memory: bytes of intermediate results.
+    """`work` run once under a recorder, with `memory` bytes of results; a call replays it.
 
     Raises NotRecordable after the work has been done.
     """
 
     def __init__(self, work: Callable[[], Any]):
-        self.first, calls = recorded(work)
+        self.first, calls = recorded(work)  # what the work returned
         if reads_unwritten(calls):
             reason = "memory is filled by code that is no operator of torch"
             raise NotRecordable(f"{reason} (see nets.kernels.opaque)", self.first)
@@ -221,7 +215,7 @@ class Recording:
             self.steps = [step(c, plan) for c in calls if plan.replayed(c)]
         except (RuntimeError, NotImplementedError) as error:
             raise NotRecordable(str(error).splitlines()[0], self.first) from error
-        self.result = tree_map(plan.moved, self.first)
+        self.result = tree_map(plan.moved, self.first)  # which every replay overwrites
         self.written = written(calls)
         self.memory = sum({x.data_ptr(): x.nbytes() for x in plan.place.values()}.values())
 
