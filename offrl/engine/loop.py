@@ -63,8 +63,7 @@ def fit(
         resume: continue from the checkpoint in `folder` if there is one.
         report: told the progress about twice a second.
         speed: how updates are made; see `engine.capture.updates.Updates`.
-        worker: plays the points of the curve in a process of its own; values and files are those of
-            `evaluate`, which then plays the final evaluation only.
+        worker: plays the points of the curve beside the training, with the values of `evaluate`.
 
     Raises:
         Diverged: when a metric or parameter stopped being finite, or a metric exploded.

@@ -88,7 +88,6 @@ def descend(
     Args:
         optimizer: its parameters receive the gradient; those that `loss` does not use get zero.
         loss: (*S,), one entry per stacked seed; summed, since each seed owns its parameter slice.
-        metrics: values to report, detached on return.
         clip: largest gradient norm, taken per seed over all parameters of the optimizer.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]

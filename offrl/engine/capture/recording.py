@@ -113,11 +113,6 @@ class Call:
                 return other, outs
         return None
 
-    def takes_no_memory(self) -> bool:
-        """Whether its results come in memory of their own, as torch's operators return them."""
-        computes = self.operator and not self.writes and not self.named(ALLOCATIONS)
-        return computes and self.variant is None
-
 
 class Recorder(TorchDispatchMode):
     """Within it, calls are made and noted."""
@@ -281,7 +276,8 @@ class Plan:
             steady = call.fixed and not call.writes and inputs <= self.constant
             if steady and not made.keys() & changed:
                 self.constant |= made.keys() - before
-            alone = call.takes_no_memory()
+            # its results come in memory of their own, as torch's operators return them
+            alone = call.operator and not (call.writes or call.named(ALLOCATIONS) or call.variant)
             for key, size in made.items():
                 if key not in before | self.constant | self.place.keys():
                     spare = not alone and free[size]
