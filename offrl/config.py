@@ -355,8 +355,7 @@ def resolve(
             "<source>:" before it a pattern holds for data of that source only.
         presets: name -> values likewise.
 
-    Raises:
-        ConfigError: unknown key, wrong type, unknown preset.
+    Raises ConfigError for an unknown key, a wrong type or an unknown preset.
     """
     config = method(algo).config
     options, presets = fields_of(config), {"full": {}, **(presets or {})}

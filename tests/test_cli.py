@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from offrl.engine.loop import Progress
 from offrl.envs import make
 from offrl.errors import ConfigError, Failed
 from offrl.nets.kernels import matmul
+from offrl.runs import evaluate as evaluation
 from offrl.runs import record as outcome
 from offrl.runs import task
 from offrl.runs import train as experiment
@@ -434,6 +436,35 @@ def test_an_online_run_logs_ranks_and_bias_at_every_point_of_its_curve():
         for name in ("rank/feature", "rank/effective", "bias", "return")
     }
     assert found == {name: [60, 80] for name in found}
+
+
+class Estimator:
+    """Scores by an estimate on logged rows, which is 7 whatever the policy."""
+
+    def __call__(self, algo, episodes, explore=False):
+        return {"length": torch.ones(episodes), "fqe": torch.full((episodes,), 7.0)}
+
+    def close(self): ...
+
+
+def test_a_run_that_an_estimator_scores_is_told_under_its_name(monkeypatch, capsys):
+    made = experiment.make_task
+    estimated = lambda *given: replace(made(*given), evaluate=Estimator(), headline="fqe")  # noqa: E731
+    monkeypatch.setattr(experiment, "make_task", estimated)
+    train("algo=bc", "env=hopper", write_data(), "steps=20", "evaluation=inline", *SIZES)
+    folder, (out, shown) = only_run(), capsys.readouterr()
+    assert "fqe score 7.0" in out
+    assert "fqe 7.0" in shown  # on the progress line, and not as a normalized return
+    cli.report([f"runs=[{folder}]", "out=table"])
+    table = Path("table/table.md").read_text()
+    assert "| 7.0 | 7.0 |" in table
+    assert "\nfqe; last checkpoint" in table
+    with pytest.raises(SystemExit):
+        cli.evaluate([f"run={folder}", "episodes=2"])
+    assert "scored by fqe, which episodes do not give" in capsys.readouterr().err
+    monkeypatch.setattr(evaluation, "make_evaluator", lambda *given: Estimator())
+    cli.evaluate([f"run={folder}", "episodes=2"])
+    assert "IQM of 1 seed(s): fqe 7.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -191,14 +191,15 @@ def goal_stages(draw: Draw = two_goals) -> Callable[[Any, Task, Run], list[Stage
 
     Batches hold obs, act, the states that are drawn, all as whole observations (*S, batch, o), and
     the flags (*S, batch). The method's config has `batch`, `images`, `crop_share` (see
-    `offrl.nets.encoders.cropped`) and mixtures of goals. `draw` maps (config, states, anchors
-    (*S, batch), generator) to indices of further states and flags.
+    `offrl.nets.encoders.cropped`) and mixtures of goals, whose names end in `_goals`. `draw` maps
+    (config, states, anchors (*S, batch), generator) to indices of further states and flags.
     """
 
     def stages(algo: Any, task: Task, run: Run) -> list[Stage]:
         c = algo.config
-        for name in ("value_goals", "actor_goals"):
-            check_mixture(name, getattr(c, name, (0.0, 1.0, 0.0)))
+        for name, value in vars(c).items():
+            if name.endswith("_goals"):
+                check_mixture(name, value)
 
         def start() -> Sampler:
             states = trajectories(task.data, run.device)

@@ -11,11 +11,7 @@ FORMAT = 2
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary file beside `path`, flush it to the disk, then rename.
-
-    Raises:
-        OSError: if the disk is full or not writable; the previous file is untouched.
-    """
+    """Write a temporary file, flush it to the disk, then rename; OSError leaves the file before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -31,9 +27,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read a checkpoint with `weights_only=True`: tensors and plain values, nothing executable.
 
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if the file is damaged, of another format, or holds anything else.
+    Raises FileNotFoundError if there is none, and ValueError if it is damaged or anything else.
     """
     try:
         content = torch.load(path, map_location=device, weights_only=True)

@@ -117,14 +117,10 @@ class Points:
 
 
 class AsyncEvaluator:
-    """Plays one checkpoint at a time; the process starts when the first is given.
-
-    Args:
-        player: makes, in that process, the function that plays a checkpoint. Can be pickled.
-    """
+    """Plays one checkpoint at a time in a process, which starts when the first is given."""
 
     def __init__(self, player: Callable[[], Play]):
-        self.player = player
+        self.player = player  # makes, in that process, what plays a checkpoint; can be pickled
         self.worker: Any = None
 
     def begin(self, path: Path) -> None:
@@ -149,11 +145,7 @@ class AsyncEvaluator:
         return self.ours.poll()
 
     def result(self) -> dict[str, Tensor]:
-        """Wait for the values of the checkpoint given last.
-
-        Raises:
-            OSError: if the process died, or playing failed there.
-        """
+        """Wait for the values of the checkpoint given last; OSError if playing it failed."""
         try:
             found = self.ours.recv()
         except (EOFError, OSError):

@@ -30,12 +30,9 @@ class Scenario:
 def biases(past: Tensor, discount: float, each: int) -> Tensor:
     """A method's estimates of its discounted return, minus what the rest of the episode paid.
 
-    Means over the steps of an episode, (n, each). Where it was cut off, only steps count whose
-    return the cut weighs by a hundredth or less; nan if there are none.
-
-    Args:
-        past: estimate, reward, terminal and timeout of the steps of n environments, (T, 4, n).
-        each: episodes of each environment.
+    `past` are estimate, reward, terminal and timeout of n environments, (T, 4, n). Means over the
+    steps of each of their episodes, (n, each). Where one was cut off, only steps count whose return
+    the cut weighs by a hundredth or less; nan if there are none.
     """
     fades = 0 < discount < 1
     tail = math.ceil(math.log(0.01) / math.log(discount)) if fades else 0
@@ -60,12 +57,11 @@ class Evaluator:
     every stacked seed meets the same random numbers, and every call begins with the same states.
 
     Args:
-        make: maker of one environment; takes the settings of the scenarios.
+        make: makes one environment with the settings of a scenario.
         seeds: stacked seed axes of the algorithm, () or (S,).
         width: environments per seed and scenario; each runs episodes / width episodes. The batch
             that the policy sees is therefore always the same size, finished environments included.
-        seed: of the environments.
-        device: of the policy.
+        seed, device: of the environments; of the policy.
         scenarios: at least one; the policy is told the index of its own.
         headline: which episodes are the score: "all" of all scenarios; those of the "first", such
             as the nominal one of a robustness sweep; or, per seed, those of the "best", which has
@@ -97,9 +93,9 @@ class Evaluator:
         algo: Policy,
         episodes: int,
         explore: bool = False,
-        tick: Callable[[int], None] | None = None,
+        tick: Callable[[int], object] = lambda count: None,
     ) -> dict[str, Tensor]:
-        """Play `episodes` per seed and scenario.
+        """Play `episodes`, a multiple of the width, per seed and scenario.
 
         Args:
             explore: act as in training.
@@ -109,9 +105,6 @@ class Evaluator:
             Of the headline `return` (undiscounted), `length` and, where the method estimates its
             returns, `bias` (see `biases`), (*S, episodes), or (*S, scenarios * episodes) of "all";
             then (*S, episodes) of every scenario with a name, `return/<name>` and so on.
-
-        Raises:
-            ValueError: if `episodes` is not a multiple of the width.
         """
         if episodes % self.width:
             raise ValueError(f"episodes must be a multiple of {self.width}, got {episodes}")
@@ -142,8 +135,7 @@ class Evaluator:
             start = terminal + timeout
             done = (start * running).long()
             finished += done
-            if tick is not None and bool(done.any()):
-                tick(int(done.sum()))
+            tick(int(done.sum()))
         played = {"return": returns, "length": lengths}
         if estimate is not None:
             played["bias"] = biases(torch.stack(past), algo.config.discount, each)  # type: ignore
@@ -154,12 +146,12 @@ class Evaluator:
         shape = (*self.seeds, len(self.scenarios), -1)
         values = {key: value.view(shape) for key, value in played.items()}
         best = values["return"].mean(-1).argmax(-1)[..., None, None]
-        if self.headline == "best":
-            found = {k: v.take_along_dim(best, -2).squeeze(-2) for k, v in values.items()}
-        elif self.headline == "first":
-            found = {k: v.select(-2, 0) for k, v in values.items()}
-        else:
-            found = {k: v.flatten(-2) for k, v in values.items()}
+        pick: dict[str, Callable[[Tensor], Tensor]] = {
+            "best": lambda x: x.take_along_dim(best, -2).squeeze(-2),
+            "first": lambda x: x.select(-2, 0),
+            "all": lambda x: x.flatten(-2),
+        }
+        found = {key: pick[self.headline](value) for key, value in values.items()}
         for i, scenario in enumerate(self.scenarios):
             if scenario.name:
                 found |= {f"{k}/{scenario.name}": v.select(-2, i) for k, v in values.items()}

@@ -28,8 +28,7 @@ class Meter:
     def flush(self) -> dict[str, list[float]]:
         """Mean of every metric since the last flush, one entry per seed.
 
-        Raises:
-            Diverged: if a value was not finite or beyond `LIMIT`, naming the first.
+        Raises Diverged if a value was not finite or beyond `LIMIT`, naming the first.
         """
         means, first = {}, None
         for name, values in self.values.items():

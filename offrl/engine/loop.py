@@ -63,8 +63,7 @@ def fit(
         resume: continue from the checkpoint in `folder` if there is one.
         report: told the progress about twice a second.
         speed: how updates are made; see `engine.capture.updates.Updates`.
-        worker: plays the points of the curve in a process of its own; values and files are those of
-            `evaluate`, which then plays the final evaluation only.
+        worker: plays the points of the curve beside the training, with the values of `evaluate`.
 
     Raises:
         Diverged: when a metric or parameter stopped being finite, or a metric exploded.
@@ -81,7 +80,7 @@ def fit(
     points = Points(evaluate, schedule, curve, log, worker)
     about = {"label": label, "seeds": seeds, "headline": headline}
     try:
-        loop = Loop(algo, stages, folder, schedule, about, report, speed, points)
+        loop = Loop(algo, stages, folder, about, report, speed, points)
         if saved is not None:
             loop.load(saved)
         return loop.run()
@@ -101,7 +100,6 @@ class Loop:
     algo: Algorithm
     stages: list[Stage]
     folder: Path
-    schedule: Schedule
     about: dict[str, Any]  # label, seeds and headline, which the files of a run carry
     report: Callable[[Progress], None]
     speed: Speed
@@ -202,7 +200,7 @@ class Loop:
 
     def after_update(self, stage: Stage) -> None:
         """What is due at a step; the checkpoint comes last, for a resumed run goes on behind it."""
-        every = self.schedule
+        every = self.points.schedule
         if self.step % every.log_every == 0:
             self.row(self.meter.flush())
         if every.snapshot_every and self.passes(every.snapshot_every):
@@ -214,7 +212,7 @@ class Loop:
     def end(self, stage: Stage) -> None:
         """The last point and copy of a stage, what it hands on, and the step to the next one."""
         self.row(self.meter.flush())
-        if self.schedule.snapshot_every and stage.evaluate:
+        if self.points.schedule.snapshot_every and stage.evaluate:
             self.snapshot()
         self.add_point(stage, here=True)
         self.tell(stage, last=True)
@@ -273,10 +271,9 @@ class Loop:
         self.report(Progress(stage.name, self.first, step, total, speed, score, headline, notes))
 
     def snapshot(self) -> None:
-        folder, step = self.folder / "snapshots", self.global_step
-        folder.mkdir(exist_ok=True)
-        content = self.about | {"step": step, "algo": self.state()}
-        checkpoint.save(folder / f"{step:09d}.pt", content)
+        path, step = self.folder / "snapshots" / f"{self.global_step:09d}.pt", self.global_step
+        path.parent.mkdir(exist_ok=True)
+        checkpoint.save(path, self.about | {"step": step, "algo": self.state()})
 
     def save(self) -> None:
         """Write the checkpoint, with the points and rows of metrics before it."""
@@ -302,8 +299,7 @@ class Loop:
     def state(self) -> dict[str, Any]:
         """The algorithm's state, in which nothing is NaN and no network or optimizer infinite.
 
-        Raises:
-            Diverged: naming the first such tensor, or the metric that went wrong before.
+        Raises Diverged naming the first such tensor, or the metric that went wrong before.
         """
         state = state_of(self.algo)
         for name, part in state.items():
@@ -311,7 +307,6 @@ class Loop:
                 bad = ~value.isfinite() if isinstance(part, dict) else value.isnan()
                 if bool(bad.any()):
                     self.meter.flush()
-                    raise Diverged(
-                        f"{path} holds NaN or infinite values; the last good checkpoint stays"
-                    )
+                    told = "holds NaN or infinite values; the last good checkpoint stays"
+                    raise Diverged(f"{path} {told}")
         return state

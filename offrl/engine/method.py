@@ -43,7 +43,7 @@ class Spec:
 
 
 class Policy(Protocol):
-    """Actions from what may be known now.
+    """Actions in [-1, 1] (*S, B, a), or int64 (*S, B) if discrete, from what may be known now.
 
     `now` holds obs (*S, B, o), start (*S, B), 1 where an episode begins, and reward (*S, B) of the
     action before (0 at a start); in evaluation scenario (*S, B), int64 index into the scenarios;
@@ -54,8 +54,6 @@ class Policy(Protocol):
 
     `memory` is what the last call returned, None at first: tensors in dicts, lists or tuples, each
     with the rows of obs. A policy with memory resets the rows where start is 1.
-
-    Returns actions in [-1, 1] (*S, B, a), or int64 (*S, B) if discrete; and the memory.
 
     A method may also have `estimate(now, act)`, its own guess of the return discounted by
     `config.discount` that follows, (*S, B): evaluation then reports its bias.
@@ -80,10 +78,10 @@ class Algorithm(Policy, Protocol):
 class Part(Protocol):
     """What a resumed run needs beside the algorithm: a replay, environments, a roll-out.
 
-    `save` returns what belongs into the checkpoint. What is large it brings to files of its own
-    whose names begin with `place`, by appending; `load` continues from both. Files may hold more
-    than the checkpoint knows, from a process that was killed; what the checkpoint knows must stay
-    readable until `save` is called for the second time after it.
+    `save` returns what belongs into the checkpoint and appends what is large to files of its own
+    whose names begin with `place`; `load` continues from both. Files may hold more than the
+    checkpoint knows, from a process that was killed; what it knows must stay readable until `save`
+    is called for the second time after it.
     """
 
     def save(self, place: Path) -> dict[str, Any]: ...
@@ -106,8 +104,7 @@ class Stage:
             multiple of the period: environment steps, model roll-outs, a fit by `minimize`. Metrics
             that a work returns are logged with the stage's own.
         before: eager work done once when the stage begins and not on resume: random warm-up.
-        finish: makes what later stages use, once, after the last update; a run that is killed in it
-            does it again.
+        finish: makes what later stages use after the last update; a run killed in it does it again.
         stop: of a stage without `steps`: asked before each update; True ends the stage.
         evaluate: whether its points belong to the learning curve; False where there is no policy.
         clock: updates made -> steps that people see; environment steps of an online method. Stages

@@ -60,8 +60,6 @@ def minimize(
     and does it again when it is resumed.
 
     Args:
-        update: (batch, turn) -> metrics; see `Stage`.
-        sample: generator -> batch.
         algo: what the update changes and the run saves, with the run's `generator`.
         stop: asked before every update with its number; True ends the fit.
     """

@@ -55,10 +55,9 @@ def adam(
 def adamw(
     groups: Iterable[tuple[Iterable[Tensor], float]], lr: float = 0.0, eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    """Fused AdamW over groups of (parameters, weight decay), whose learning rates are tensors.
+    """Fused AdamW over groups of (parameters, weight decay).
 
-    Args:
-        lr: to start from; `warm_up` raises it on the device.
+    Their learning rates are tensors that start from `lr`; `warm_up` raises them on the device.
     """
     if not makes:
         return None  # type: ignore[return-value]
@@ -89,7 +88,6 @@ def descend(
     Args:
         optimizer: its parameters receive the gradient; those that `loss` does not use get zero.
         loss: (*S,), one entry per stacked seed; summed, since each seed owns its parameter slice.
-        metrics: values to report, detached on return.
         clip: largest gradient norm, taken per seed over all parameters of the optimizer.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -24,8 +24,7 @@ CONSTANT = (FunctionType, MethodType, BuiltinFunctionType, type, torch.device, t
 def state_of(owner: Any) -> dict[str, Any]:
     """Everything of `owner` that a run needs to continue: tensors and plain values, by attribute.
 
-    Raises:
-        ValueError: naming the attribute that is of a kind which cannot be saved.
+    Raises ValueError naming the attribute that is of a kind which cannot be saved.
     """
     return {k: packed(value, f"{type(owner).__name__}.{k}") for k, value in kept(owner).items()}
 
@@ -77,8 +76,7 @@ def load_state(algo: Any, state: dict[str, Any]) -> None:
 
     What is new in them, and what takes the place of None, comes to the device of `algo.generator`.
 
-    Raises:
-        ValueError: naming the attribute, if the state is of another method or of other sizes.
+    Raises ValueError naming the attribute, if the state is of another method or of other sizes.
     """
     fill(algo, tree_map_only(Tensor, lambda x: x.to(algo.generator.device), state))
 

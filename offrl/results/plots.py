@@ -24,8 +24,7 @@ def picture(
 ) -> Iterator[tuple[plt.Figure, np.ndarray]]:
     """A figure of so many inches and its axes (rows, columns), written at the end.
 
-    Args:
-        share: one vertical axis for all panels of a row.
+    The panels of a row may share their vertical axis.
     """
     figure, axes = plt.subplots(
         rows, columns, figsize=size, dpi=120, squeeze=False, sharey="row" if share else False
@@ -75,11 +74,7 @@ def shaded(axes: plt.Axes, methods: Mapping[str, Course], colors: Mapping[str, s
 
 
 def scores(path: Path, panels: Mapping[str, Mapping[str, np.ndarray]], xlabel: str) -> None:
-    """Bars of the mean and a dot per seed, one panel per task, as PNG.
-
-    Args:
-        panels: task -> method -> values (seeds,).
-    """
+    """Bars of the mean and a dot per seed as PNG. Panels: task -> method -> values (seeds,)."""
     colors = colors_of(panels.values())
     place = {name: i for i, name in enumerate(colors)}
     size = 3.4 * len(panels), 0.8 + 0.4 * len(colors)

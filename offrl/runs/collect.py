@@ -90,17 +90,14 @@ def from_run(run: Path, options: Options) -> tuple[Dataset, str, str]:
     """
     o, (folder, files) = options, checkpoints(run)
     resolved = configuration.of_run(folder)
-    members: list[tuple[int, Policy]] = []
+    members: list[tuple[str, Policy]] = []
     for file in files:
         algo, group = load_algorithm(resolved, file)
         count = len(group)
         for i, seed in enumerate(group):
-            members.append((seed, algo if count == 1 else Member(algo, i, count)))
+            members.append((f"seed {seed}", algo if count == 1 else Member(algo, i, count)))
     counts = borders([1] * len(members), generated.ROWS if o.rows is None else o.rows)
-    shares = [
-        Share(f"seed {seed}", policy, count, o.explore)
-        for (seed, policy), count in zip(members, counts, strict=True)
-    ]
+    shares = [Share(*m, count, o.explore) for m, count in zip(members, counts, strict=True)]
     s, method = resolved.settings, resolved.name
     about = {"source": "run", "run": str(run), "algo": method, "seed": o.seed}
     about["legacy_mass"] = s.legacy_mass
@@ -123,10 +120,8 @@ def from_policies(
 
     Args:
         shares: who plays how many rows: objects with `act` that can be pickled.
-        make_env: picklable maker of an environment with actions in [-1, 1]; see
-            `offrl.envs.make.factory`.
+        make_env: picklable; actions of its environments are in [-1, 1], see `envs.make.factory`.
         env, id: our name of the environment, which has the reference returns, and Gymnasium's.
-        name: of the data, for people.
         info: provenance to keep with the data.
     """
     folder = home() / "collected" / name.replace("/", "-")

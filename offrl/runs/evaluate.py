@@ -22,7 +22,7 @@ from offrl.envs.make import engines, env_id, factory
 from offrl.errors import ConfigError, Failed
 from offrl.ranges import Count, Whole
 from offrl.runs.policy import checkpoints, load_algorithm
-from offrl.runs.record import UNITS, played_in, rows, scored, summary
+from offrl.runs.record import UNITS, played_in, rows, scenarios, scored, summary
 from offrl.runs.task import axes_of, make_env, make_evaluator, version
 from offrl.runs.workers import prepare
 from offrl.seeding import derive
@@ -79,18 +79,15 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         "unit": UNITS.get(unit, unit),
         **about,
     }
-    for key in played[0]:
-        if key.startswith(f"{headline}/"):
-            name, apart = key.removeprefix(f"{headline}/"), scores(key)[2]
-            found.setdefault("scenarios", {})[name] = apart
-            print(f"{name}: {unit} {apart['score']['iqm']:.1f}")
+    for name in scenarios(played[0], headline):
+        apart = scores(f"{headline}/{name}")[2]
+        found.setdefault("scenarios", {})[name] = apart
+        print(f"{name}: {unit} {apart['score']['iqm']:.1f}")
     for seed, row in zip(seeds, values, strict=True):
         print(f"seed {seed}: {unit} {row.mean():.1f}, std {row.std():.1f} over {len(row)} episodes")
     world = {"id": env_id(s.env, robots), "legacy_mass": s.legacy_mass}
-    print(
-        f"IQM of {len(seeds)} seed(s): {found['unit']} {found['score']['iqm']:.1f} "
-        f"({played_in(world, versions)})"
-    )
+    iqm, place = found["score"]["iqm"], played_in(world, versions)
+    print(f"IQM of {len(seeds)} seed(s): {found['unit']} {iqm:.1f} ({place})")
     if options.out:
         Path(options.out).write_text(json.dumps(found, indent=1))
     if options.video:
@@ -148,8 +145,7 @@ def film(
 ) -> list[Any]:
     """RGB frames of one episode of the first seed, in the first of the scenarios or tasks.
 
-    Raises:
-        Failed: if the machine cannot render.
+    Raises Failed if the machine cannot render.
     """
     (algo, group), s = loaded, resolved.settings
     make = factory(s.env, version(resolved), s.legacy_mass, True, s.action_repeat)

@@ -84,8 +84,8 @@ def scores_of(
     final, points = series(curves, headline)
     unit, last = scored(resolved, final, headline)
     _, course = scored(resolved, points, headline)
-    names = [k.partition("/")[2] for k in curves[0].final or {} if k.startswith(f"{headline}/")]
-    write_episodes(folder / "episodes.csv", seeds, curves, names)
+    names = scenarios(curves[0].final or {}, headline)
+    write_episodes(folder / "episodes.csv", seeds, curves)
     ylabel = "D4RL-normalized score" if unit == "score" else UNITS.get(unit, unit)
     drawn = {f"{resolved.name}, {len(seeds)} seed(s)": (np.array(steps), course)}
     plots.curves(folder / "curve.png", {ylabel: {resolved.task: drawn}}, steps_are(resolved))
@@ -105,6 +105,11 @@ def scores_of(
         found["headline"] = best if wishes else "the episodes of all tasks"
         found["scenarios"] = {name: scenario(resolved, curves, name) for name in names}
     return found
+
+
+def scenarios(values: Mapping[str, Any], name: str) -> list[str]:
+    """The scenarios that values of this name are of."""
+    return [key.removeprefix(f"{name}/") for key in values if key.startswith(f"{name}/")]
 
 
 def series(curves: list[Curve], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -142,13 +147,15 @@ def summary(per_seed: np.ndarray) -> dict[str, Any]:
     }
 
 
-def write_episodes(path: Path, seeds: list[int], curves: list[Curve], names: list[str]) -> None:
+def write_episodes(path: Path, seeds: list[int], curves: list[Curve]) -> None:
     """One line per episode; with several scenarios every one of them, named in a last column.
 
     Of estimates, which have no episodes, there is nothing to write.
     """
-    if "length" not in (curves[0].final or {}):
+    final = curves[0].final or {}
+    if not {"return", "length"} <= final.keys():
         return
+    names = scenarios(final, "return")
     moments: Any = zip(*([*c.points, c.final] for c in curves), strict=True)
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)

@@ -64,9 +64,8 @@ def by_seed(values: dict[int, Any]) -> list[Any]:
 def make_report(options: Options) -> dict[str, Any]:
     """Write the tables and pictures; returns the content of table.json.
 
-    Raises:
-        ConfigError: no finished run, or a metric that none logged.
-        OSError: a folder that is missing or cannot be written.
+    Raises ConfigError if there is no finished run or none logged a metric; OSError for a folder that
+    is missing or cannot be written.
     """
     cells = gather([Path(name) for name in options.runs], options.metrics)
     out = Path(options.out)

@@ -79,9 +79,8 @@ def make_task(
 ) -> Task:
     """The task of one group of seeds.
 
-    Args:
-        workers: most processes that step the environments of an online method.
-        progress: show a bar for long evaluations.
+    At most so many `workers` step the environments of an online method; `progress` shows a bar for
+    long evaluations.
     """
     s = resolved.settings
     counts = s.eval_episodes, s.final_episodes

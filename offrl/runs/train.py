@@ -58,8 +58,7 @@ def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[s
     Args:
         resumed: the run directory whose groups go on from their checkpoints; None makes a new one.
 
-    Raises:
-        Failed, Interrupted, Diverged, ConfigError, DataError, OSError: with a message for people.
+    Raises Failed, Interrupted, Diverged, ConfigError, DataError, OSError with a message for people.
     """
     device = pick_device(resolved.settings.device)
     with closing(make_env(resolved)()) as env:
@@ -151,11 +150,7 @@ def train_group(
     data: Dataset | None = None,
     progress: bool = True,
 ) -> Curve:
-    """Train the seeds of one group in this process, in its own subfolder.
-
-    Args:
-        data: of an offline method, where this process has loaded it.
-    """
+    """Train the seeds of one group here, in its own subfolder; on `data` if they are loaded."""
     resolved = configuration.of_run(folder)
     s, method, config = resolved.settings, resolved.method, resolved.config()
     device, axes = pick_device(s.device), axes_of(group)

@@ -31,14 +31,13 @@ def spread(
 ) -> list[Curve]:
     """Train the groups in processes of their own, as many at a time as there are cores.
 
+    Stopped, or with the error of a worker that failed, it ends when all have written checkpoints.
+
     Args:
         work: body of a process: (folder, group, resume, inbox). It puts ("progress", group,
             Progress), ("done", group, folder of the group) or ("error", group, exception) there.
 
-    Raises:
-        Interrupted: if stopped; every worker has written its checkpoint.
-        Failed, Diverged, ValueError, OSError: if a worker failed; the others are stopped with
-            their checkpoints written.
+    Raises Interrupted, Failed, Diverged, ValueError, OSError with a message for people.
     """
     context = multiprocessing.get_context("spawn")
     inbox: Any = context.Queue()

@@ -1,13 +1,14 @@
 """Goals against their definitions, on toy trajectories whose observation is the state's index."""
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from offrl import config
-from offrl.data.goals import check_mixture, trajectories
+from offrl.data.goals import check_mixture, goal_stages, trajectories
 from offrl.engine.method import Run, Spec, Task
 from offrl.errors import DataError
 from tests.data.trajectories import layout, toy
@@ -259,6 +260,12 @@ def test_ota_draws_options_and_their_goals_by_its_settings():
 def test_a_mixture_must_be_three_probabilities(mixture):
     with pytest.raises(ValueError, match="value_goals must be three probabilities"):
         check_mixture("value_goals", mixture)
+
+
+def test_every_option_that_ends_in_goals_is_a_mixture():
+    algo = SimpleNamespace(config=SimpleNamespace(batch=4, far_goals=(0.5, 0.5, 0.5)))
+    with pytest.raises(ValueError, match="far_goals must be three probabilities"):
+        goal_stages()(algo, Task(Spec(2, 1)), Run(steps=1))
 
 
 def test_rows_that_do_not_follow_each_other_are_refused():

@@ -52,11 +52,7 @@ def syncs_host(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 class NotRecordable(Exception):
-    """The work does what a replay could not repeat.
-
-    Attributes:
-        result: of the work, if it has been done.
-    """
+    """The work does what a replay could not repeat; `result` is its own, if it has been done."""
 
     def __init__(self, reason: str, result: Any):
         super().__init__(reason)
@@ -117,11 +113,6 @@ class Call:
                 return other, outs
         return None
 
-    def takes_no_memory(self) -> bool:
-        """Whether its results come in memory of their own, as torch's operators return them."""
-        computes = self.operator and not self.writes and not self.named(ALLOCATIONS)
-        return computes and self.variant is None
-
 
 class Recorder(TorchDispatchMode):
     """Within it, calls are made and noted."""
@@ -181,8 +172,7 @@ class HostReads(TorchFunctionMode):
 def recorded(work: Callable[[], Any]) -> tuple[Any, list[Call]]:
     """Do work; returns its result, and the calls that compute something.
 
-    Raises:
-        NotRecordable: after the work, if it cannot be repeated.
+    Raises NotRecordable after the work if it cannot be repeated.
     """
     with Recorder() as recorder:
         result = work()
@@ -205,20 +195,13 @@ def memories(xs: Iterable[Tensor]) -> set[int]:
 
 
 class Recording:
-    """`work` run once under a recorder; a call replays it.
+    """`work` run once under a recorder, with `memory` bytes of results; a call replays it.
 
-    Attributes:
-        first: what the work returned.
-        result: the same structure; its tensors are overwritten by every replay.
-        written: what existed before and is changed by a replay, as whole storages.
-        memory: bytes of intermediate results.
-
-    Raises:
-        NotRecordable: after the work has been done.
+    Raises NotRecordable after the work has been done.
     """
 
     def __init__(self, work: Callable[[], Any]):
-        self.first, calls = recorded(work)
+        self.first, calls = recorded(work)  # what the work returned
         if reads_unwritten(calls):
             reason = "memory is filled by code that is no operator of torch"
             raise NotRecordable(f"{reason} (see nets.kernels.opaque)", self.first)
@@ -227,7 +210,7 @@ class Recording:
             self.steps = [step(c, plan) for c in calls if plan.replayed(c)]
         except (RuntimeError, NotImplementedError) as error:
             raise NotRecordable(str(error).splitlines()[0], self.first) from error
-        self.result = tree_map(plan.moved, self.first)
+        self.result = tree_map(plan.moved, self.first)  # which every replay overwrites
         self.written = written(calls)
         self.memory = sum({x.data_ptr(): x.nbytes() for x in plan.place.values()}.values())
 
@@ -276,12 +259,7 @@ def everything(x: Tensor) -> Tensor:
 
 
 class Plan:
-    """Where the intermediate results of a recording live.
-
-    Args:
-        calls: all that compute something, in order.
-        kept: tensors that must outlive the last call.
-    """
+    """Where the intermediate results of calls live; those `kept` must outlive the last one."""
 
     def __init__(self, calls: list[Call], kept: Iterable[Tensor]):
         before, changed = existing(calls), memories(x for call in calls for x in call.writes)
@@ -298,7 +276,8 @@ class Plan:
             steady = call.fixed and not call.writes and inputs <= self.constant
             if steady and not made.keys() & changed:
                 self.constant |= made.keys() - before
-            alone = call.takes_no_memory()
+            # its results come in memory of their own, as torch's operators return them
+            alone = call.operator and not (call.writes or call.named(ALLOCATIONS) or call.variant)
             for key, size in made.items():
                 if key not in before | self.constant | self.place.keys():
                     spare = not alone and free[size]

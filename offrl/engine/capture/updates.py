@@ -45,7 +45,6 @@ class Updates:
 
     Args:
         update: (batch, turn) -> metrics; it is told the turn in every mode, never the number.
-        sample: generator -> batch.
         turn: number of an update -> which of a few patterns it has; each is captured by itself.
         algo: what the update changes. Its `generator` is the run's, on the parameters' device.
         speed: `eager`; `graph` captured; `compile` by torch.compile, and on a GPU captured too;
@@ -138,17 +137,16 @@ class Updates:
             count *= 2
 
     def checked(self, piece: "Captured", turn: int) -> Metrics:
-        """A replay, then the eager update from the same state, which stands; they must agree.
+        """A replay, then the eager update from the same state, which stands.
 
-        Raises:
-            NotRecordable: if they do not.
+        Raises NotRecordable if they do not agree.
         """
-        before, again, failed = copies(piece.state()), None, ""
+        before, again, failed = [x.clone() for x in piece.state()], None, ""
         try:
             again = piece()
         except (RuntimeError, NotImplementedError) as error:
             failed = str(error).splitlines()[0]
-        after = copies(piece.state())
+        after = [x.clone() for x in piece.state()]
         piece.restore(before)
         metrics = self.eager(turn)
         if change := piece.watch.changes():
@@ -185,10 +183,6 @@ class Updates:
         if self.on_gpu:
             torch.cuda.synchronize(self.algo.generator.device)
         return time.perf_counter()
-
-
-def copies(values: list[Tensor]) -> list[Tensor]:
-    return [x.clone() for x in values]
 
 
 def shapes(metrics: Metrics) -> dict[str, torch.Size]:
@@ -284,8 +278,7 @@ def cuda_graph(
 ) -> Callable[[], Tensor]:
     """Work captured as a CUDA graph, which does not run it.
 
-    Raises:
-        ValueError: if the capture fails; torch says nothing of its state after that.
+    Raises ValueError if the capture fails; torch says nothing of its state after that.
     """
     graph = torch.cuda.CUDAGraph()
     graph.register_generator_state(generator)

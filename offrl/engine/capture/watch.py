@@ -18,15 +18,10 @@ INTERNAL = vars(nn.Module()).keys() - {"training"}  # torch's own attributes of 
 
 
 class Watch:
-    """The values and objects that make up an algorithm, as they are now.
-
-    Attributes:
-        tensors: all that can be reached, parameters and optimizers' averages too.
-        generators: likewise.
-    """
+    """The values and objects that make up an algorithm and its parts, as they are now."""
 
     def __init__(self, algo: Any):
-        self.tensors: list[Tensor] = []
+        self.tensors: list[Tensor] = []  # all that can be reached, optimizers' averages too
         self.generators: list[Generator] = []
         self.holders: list[Any] = []  # of each value, as are the next two
         self.keys: list[Any] = []
