@@ -6,7 +6,7 @@ from offrl.data.dataset import Dataset
 from offrl.envs.ogbench import known
 from offrl.errors import DataError
 
-SUFFIXES = (".hdf5", ".h5", ".npz")
+SUFFIXES = (".hdf5", ".h5", ".npz", ".csv", ".parquet")
 
 
 def settled(source: str, dataset: str) -> str:
