@@ -74,7 +74,9 @@ class Dataset:
     @property
     def act_dim(self) -> int:
         act = self.fields["act"]
-        return int(act.max()) + 1 if self.discrete else act.shape[-1]
+        if self.discrete:
+            return self.info.get("action_count") or int(act.max()) + 1
+        return act.shape[-1]
 
     def with_fields(self, **fields: Tensor) -> "Dataset":
         """The same rows with further fields, such as next_act; they count in the digest.
@@ -171,7 +173,7 @@ def check(data: Dataset, needs: Iterable[str]) -> None:
             f"and obs {tuple(data['obs'].shape)} differ in shape"
         )
     if "act" in needs and not data.discrete:
-        remedy = "rescale the actions by the environment's action bounds"
+        remedy = "state what the actions' bounds are: action_low=, action_high="
         reject(data, "act", data["act"].abs() > 1 + 1e-5, "lies outside [-1, 1]", remedy)
     if "reward" in needs and data["reward"].dim() == 1 and size > 1:
         reward = data["reward"]
@@ -274,7 +276,8 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
     with temporary, told(folder, remedy):
         new, old = Path(temporary.name, "new"), Path(temporary.name, "old")
         new.mkdir()
-        meta = fill(new) | {"fields": [f for f in FIELDS if (new / f"{f}.npy").exists()]}
+        meta = fill(new)
+        meta["fields"] = sorted({path.stem for path in new.glob("*.npy")} - {"starts", "returns"})
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         if folder.exists():
             os.replace(folder, old)  # whole until it is gone, for those who read it

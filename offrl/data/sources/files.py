@@ -26,7 +26,7 @@ import logging
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -98,15 +98,21 @@ def load(
     """
     rule = Rule(horizon, episodes=episodes, low=listed(low), high=listed(high))
     data = rows_of(path, entry(path, "files"), f"files/{path.stem}", rule, {"source": "files"})
-    if strict and (strays := data.info["strays"]):
-        raise DataError(
-            f"{path}: next_observations differs from the following row of observations in "
-            f"{strays} rows that are neither terminal nor timeout; keep the rows in order of time "
-            "and set `timeouts` where an episode was cut"
-        )
+    if strict:
+        check_order(data, path)
     for note in data.info["notes"]:
         logger.warning("%s: %s", path, note)
     return data
+
+
+def check_order(data: Dataset, where: Path | str) -> None:
+    """Raises DataError if a row does not follow the one before it."""
+    if strays := data.info["strays"]:
+        raise DataError(
+            f"{where}: next_observations differs from the following row of observations in "
+            f"{strays} rows that are neither terminal nor timeout; keep the rows in order of time "
+            "and set `timeouts` where an episode was cut"
+        )
 
 
 def entry(path: Path, source: str) -> Path:
@@ -176,7 +182,9 @@ def log_of(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         DataError: as for `load`.
     """
     if path.suffix in layouts.TABLES:
-        yield layouts.TABLES[path.suffix](path)
+        table, about = layouts.TABLES[path.suffix](path)
+        check_columns(table, path)
+        yield table, about
         return
     with ExitStack() as stack:
         try:
@@ -186,12 +194,17 @@ def log_of(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
             if isinstance(file, h5py.File) and "observations" not in file:
                 columns = layouts.grouped(file, path)
             about = layouts.about(file)
-        except DataError:
+        except DataError:  # a ValueError too
             raise
         except (*DAMAGE, TypeError, AttributeError) as error:
             raise damaged(path, error) from error
         if columns is None:
             columns = stack.enter_context(opened(path))
+            if "timeouts" not in columns and "episode_terminals" in file:  # of d3rlpy 1
+                ends = part(file, "episode_terminals", path) != 0
+                columns["timeouts"] = ends & (part(columns, "terminals", path) == 0)
+        else:
+            check_columns(columns, path)
         yield columns, about
 
 
@@ -215,19 +228,34 @@ def opened(
             columns = {name: file[name] for name in (*required, *optional) if name in file}
         except (*DAMAGE, TypeError) as error:  # TypeError: an npy array under the name of an npz
             raise damaged(path, error) from error
-        for name in required:
-            if name not in columns:
-                held = ", ".join(names) or "nothing"
-                raise DataError(f"{path} has no field {name!r}; it holds {held}. {layout}")
-        for name, column in columns.items():
-            if isinstance(column, h5py.Group) or column.dtype.kind not in "fiub":
-                raise DataError(f"{path}: {name} must be a numeric array, is {column}")
-            if column.ndim == 0 or len(column) != len(columns["observations"]):
-                raise DataError(
-                    f"{path}: {name} has shape {column.shape}, observations "
-                    f"{columns['observations'].shape}; store one row per step in every field"
-                )
+        check_columns(columns, path, required, layout, names)
         yield columns
+
+
+def check_columns(
+    columns: Mapping[str, Any],
+    path: Path | str,
+    required: tuple[str, ...] = REQUIRED,
+    layout: str = LAYOUT,
+    names: Iterable[str] = (),
+) -> None:
+    """Raises DataError for a column that is missing, not numeric or of another length.
+
+    Args:
+        names: of all that the log holds.
+    """
+    for name in required:
+        if name not in columns:
+            held = ", ".join(names or columns) or "nothing"
+            raise DataError(f"{path} has no field {name!r}; it holds {held}. {layout}")
+    for name, column in columns.items():
+        if isinstance(column, h5py.Group) or column.dtype.kind not in "fiub":
+            raise DataError(f"{path}: {name} must be a numeric array, is {column}")
+        if column.ndim == 0 or len(column) != len(columns["observations"]):
+            raise DataError(
+                f"{path}: {name} has shape {column.shape}, observations "
+                f"{columns['observations'].shape}; store one row per step in every field"
+            )
 
 
 def damaged(path: Path | str, error: Exception) -> DataError:
