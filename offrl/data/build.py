@@ -30,8 +30,8 @@ class Dataset(dataset.Dataset):
     Common arguments:
         action_low, action_high: bounds that the actions have in the data, one or one of every
             column: they are brought to [-1, 1] here and back by `Policy.act`. Without, actions lie
-            in [-1, 1]. Of discrete actions, which are whole numbers, the first and the last; without
-            they are those that occur.
+            in [-1, 1]. Of discrete actions, which are whole numbers, the first and the last;
+            without, they are those that occur.
         name: for people, and for the folder of runs.
 
     All raise DataError, which names the field and the row of what cannot be used.
@@ -73,7 +73,9 @@ class Dataset(dataset.Dataset):
             "timeouts": timeouts,
             "next_observations": next_observations,
         }
-        arrays = {key: array(value, name, key) for key, value in columns.items() if value is not None}
+        arrays = {
+            key: array(value, name, key) for key, value in columns.items() if value is not None
+        }
         names = {"obs_names": obs_names, "act_names": act_names}
         return cls.of_log(arrays, name, names, action_low, action_high)
 

@@ -50,7 +50,7 @@ def fit(
     report: Callable[[Progress], None] = lambda progress: None,
     speed: Speed = "auto",
     worker: AsyncEvaluator | None = None,
-    headline: str = "return",
+    headline: str | None = "return",
 ) -> Curve:
     """Run the stages to their end; returns the learning curve and the final evaluation.
 
@@ -64,12 +64,13 @@ def fit(
         evaluate: returns raw values per episode; None to skip evaluation.
         seeds: the seed behind each stacked entry.
         label: name of the method, checked on resume.
-        resume: continue from the checkpoint in `folder` if there is one.
+        resume: continue from the checkpoint in `folder` if there is one; one of a run that was done
+            goes on if its last stage has more steps now.
         report: told the progress about twice a second.
         speed: how updates are made; see `engine.capture.updates.Updates`.
         worker: plays the points of the curve in a process of its own; values and files are those of
             `evaluate`, which then plays the final evaluation only.
-        headline: name of the values of `evaluate` whose mean is the score.
+        headline: name of the values of `evaluate` whose mean is the score; None if none is.
 
     Raises:
         Diverged: when a metric or parameter stopped being finite, or a metric exploded; the last
@@ -121,14 +122,24 @@ class Loop:
     fitting: list[Any] = field(default_factory=list)  # works between updates that fit models
     told: tuple[float, int] | None = None  # the last progress: its time and step
     saved: tuple[int, int] | None = None  # stage and step of the last checkpoint
+    ended: int = 0  # updates of the stage that ended last
 
     def load(self, saved: dict[str, Any]) -> None:
         self.index, self.step, self.base = saved["stage"], saved["step"], saved["base"]
         self.begun, self.points.pending = saved["begun"], saved["pending"]
+        self.ended = saved.get("ended", 0)
+        if self.index == len(self.stages) and (self.stages[-1].steps or 0) > self.ended > 0:
+            self.reopen()
         load_state(self.algo, saved["algo"])
         self.meter.load(saved["meter"])
         for name, part in self.parts():
             part.load(saved["parts"][name], self.folder / name)
+
+    def reopen(self) -> None:
+        """Go on with the last stage, which was done and has become longer."""
+        self.index, self.step, self.begun = self.index - 1, self.ended, True
+        self.base -= self.stages[self.index].clock(self.ended)
+        self.points.curve.final = None
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """Each once: stages may share one.
@@ -231,6 +242,7 @@ class Loop:
         if stage.finish is not None:
             with self.stopping.at_once():
                 stage.finish()
+        self.ended = self.step
         self.base, self.index, self.step = self.global_step, self.index + 1, 0
         self.begun = False
         self.save()
@@ -298,6 +310,7 @@ class Loop:
             "step": self.step,
             "base": self.base,
             "begun": self.begun,
+            "ended": self.ended,
             "global_step": self.global_step,
             "parts": {name: part.save(self.folder / name) for name, part in self.parts()},
             "meter": self.meter.state(),

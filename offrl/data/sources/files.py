@@ -150,8 +150,8 @@ def converted(
     """
     if not path.is_file():
         raise DataError(
-            f"there is no data file {path.absolute()}; dataset= takes the path of an HDF5, npz, csv "
-            "or parquet file, or the name of a data set such as medium"
+            f"there is no data file {path.absolute()}; dataset= takes the path of an HDF5, npz, "
+            "csv or parquet file, or the name of a data set such as medium"
         )
     size, changed = path.stat().st_size, path.stat().st_mtime_ns
     stamp = {"path": str(path.resolve()), "size": size, "mtime_ns": changed, "rules": rules}
@@ -425,7 +425,7 @@ class Units:
             low, high = np.array([whole.min()]), np.array([whole.max()])
         else:
             try:
-                low, high = (np.broadcast_to(np.ravel(x).astype(float), width) for x in stated)
+                low, high = (np.broadcast_to(np.array(x, float).ravel(), width) for x in stated)
             except (ValueError, TypeError):
                 raise DataError(
                     f"{path}: action_low={stated[0]} and action_high={stated[1]} must be numbers, "
@@ -469,10 +469,10 @@ def listed(bound: Bound) -> list[float] | None:
 def named(columns: dict[str, Any], path: Path | str, about: Mapping[str, Any]) -> dict[str, Any]:
     """The names of columns for a `Dataset`; raises DataError unless there is one of each."""
     found = {}
-    for key, field in (("obs_names", "observations"), ("act_names", "actions")):
-        names, width = list(about.get(key, ())), int(np.prod(columns[field].shape[1:]))
+    for key, column in (("obs_names", "observations"), ("act_names", "actions")):
+        names, width = list(about.get(key, ())), int(np.prod(columns[column].shape[1:]))
         if names and len(names) != width:
-            raise DataError(f"{path}: {len(names)} {key} for {width} columns of {field}")
+            raise DataError(f"{path}: {len(names)} {key} for {width} columns of {column}")
         if names:
             found[key] = names
     return found
