@@ -42,9 +42,7 @@ def load(
         strict: refuse files whose rows do not follow one another.
         low, high: bounds of the actions in a file; see `offrl.data.sources.files.Rule`.
 
-    Raises:
-        DataError: if the data cannot be found or used.
-        OSError: if a download or the cache fails.
+    Raises DataError if the data cannot be found or used, OSError if a download or the cache fails.
     """
     source = settled(source, dataset)
     if rows is not None and source != "generated":
