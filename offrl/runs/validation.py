@@ -1,6 +1,7 @@
 """What a run without an environment is watched by: the method's own losses on held-out episodes."""
 
 from collections import defaultdict
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Losses:
         Raises:
             Diverged: naming the first one that is NaN or infinite.
         """
-        state = state_of(algo)
+        state = deepcopy(state_of(algo))  # an optimizer would share the moments that it loads
         if self.sampler is None:
             load_state(self.algo, state)  # observations are standardized by what is in it
             self.sampler = self.stage.start()
