@@ -150,7 +150,10 @@ def test_no_guard_is_needed_where_seeds_have_processes_of_their_own(way):
     [
         ({"stepz": 3}, "there is no setting 'stepz'; did you mean 'steps'"),
         ({"algo": {"alhpa": 1}}, "no option 'alhpa'; did you mean 'alpha'"),
-        ({"method": "td3", "algo": {"warmup": 5}}, "td3 collects its own data.* methods for these: .*td3bc"),
+        (
+            {"method": "td3", "algo": {"warmup": 5}},
+            "td3 collects its own data.* methods for these: .*td3bc",
+        ),
         ({"method": "td4bc"}, "no algorithm 'td4bc'; did you mean 'td3bc'"),
         ({"dataset": "x.npz"}, "leave out dataset="),
         ({"data": None}, r"name an environment \(env=\), or give data"),
