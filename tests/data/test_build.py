@@ -6,9 +6,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from offrl.data import sources
 from offrl.data.build import Dataset, keep, kept, qlearning, split
+from offrl.data.dataset import check
 from offrl.data.sources import files
 from offrl.errors import DataError
 
@@ -408,10 +411,10 @@ def test_discrete_actions_beyond_their_bounds_are_named():
     ],
 )
 def test_an_episode_that_does_not_fit_is_named(change, words):
-    given = episodes(log())
-    change(given)
+    held = episodes(log())
+    change(held)
     with pytest.raises(DataError, match=words):
-        Dataset.from_episodes(given)
+        Dataset.from_episodes(held)
 
 
 def test_bounds_are_for_files(tmp_path):
@@ -432,3 +435,40 @@ def test_a_share_of_the_episodes_is_held_out():
     assert split(data, 0.9)[0].episodes == 1
     assert split(data, 0)[1] is None
     assert split(learned, 0.01)[1].episodes == 1  # at least one
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_is_given_becomes_whole_data_or_one_clear_error(data):
+    pick = lambda *options: data.draw(st.sampled_from(options))  # noqa: E731
+    lengths = data.draw(st.lists(st.integers(1, 50), min_size=1, max_size=4))
+    size, rng = sum(lengths), np.random.default_rng(data.draw(st.integers(0, 9)))
+    ends = np.zeros(size, pick(bool, np.float32, np.int64))
+    ends[np.cumsum(lengths) - 1] = 1
+    discrete, start = pick(False, True), pick(-3, 0, 7)
+    arrays = {
+        "observations": rng.normal(size=(size, 2)).astype(pick(np.float32, np.float64, np.float16)),
+        "actions": rng.integers(start, start + 3, size)
+        if discrete
+        else rng.uniform(-2, 2, (size, 1)),
+        "rewards": rng.normal(size=size),
+        "terminals": ends * pick(0, 1),
+        "timeouts": pick(None, ends),
+    }
+    if broken := pick(None, "observations", "rewards"):
+        arrays[broken][data.draw(st.integers(0, size - 1))] = np.nan
+    low, high = pick((None, None), (-2, 2), (2, -2), ([-2], [2]), (7, 9), (-np.inf, np.inf))
+    try:
+        made = Dataset.from_arrays(**arrays, action_low=low, action_high=high)
+        check(qlearning(made), ("obs", "act", "next_obs", "terminal"))
+    except DataError as error:
+        told = str(error)
+    else:
+        told = ""
+    assert told.startswith("arrays") or not told
+    if told:
+        return
+    assert broken is None
+    assert len(made) == size
+    assert int(made.lengths.sum()) == size
+    assert made["act"].abs().max() <= (2 if discrete else 1 + 1e-5) or (low, high) == (7, 9)
