@@ -6,8 +6,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 PUBLIC = {  # name -> its module, loaded on first use
+    "Dataset": "offrl.data.build",
     "Policy": "offrl.runs.policy",
+    "evaluate": "offrl.runs.api",
     "load_policy": "offrl.runs.policy",
+    "train": "offrl.runs.api",
 }
 __all__ = list(PUBLIC)
 

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import offrl
 from offrl import config as configuration
 from offrl.config import Resolved
-from offrl.data.sources import SUFFIXES
 from offrl.errors import ConfigError, Diverged, Failed, Interrupted
 
 # flags of Hydra that are followed by a value
@@ -67,7 +66,8 @@ def train(argv: Words = None) -> None:
         if HELP & set(flags):
             explain(first)
         elif "resume" in values:
-            resume(Path(str(first["resume"])), alone=len(words) + len(flags) == 1)
+            given = {key: value for key, value in first.items() if key != "resume"}
+            resume(Path(str(first["resume"])), given, bool(flags))
         elif flags:
             sweep(flags, overrides)
         else:
@@ -112,7 +112,8 @@ def explain(values: Mapping[str, Any]) -> None:
         f"{inspect.getdoc(train)}\n\n{found.help()}\n"
         f"methods: {', '.join(configuration.algorithms())}; files of your own: algo=mine.py\n"
         f"presets: {presets}\n"
-        "resume=DIR continues a run; -m sweeps over comma-separated values; --hydra-help is Hydra's"
+        "resume=DIR continues a run, with steps=N to more steps\n"
+        "-m sweeps over comma-separated values; --hydra-help is Hydra's"
     )
 
 
@@ -194,20 +195,11 @@ def checked(overrides: Overrides, sweeps: bool) -> dict[str, list[Any]]:
 
 def chosen(values: Mapping[str, Any]) -> Resolved:
     """The settings that overrides choose."""
-    given = {key: anchored(key, value) for key, value in values.items()}
+    given = {key: configuration.anchored(key, value) for key, value in values.items()}
     found = configuration.configured(str(given.pop("algo", USUAL)), given)
     if "algo" in values:
         found.origins["algo"] = "command line"
     return found
-
-
-def anchored(key: str, value: Any) -> Any:
-    """The value, as an absolute path if it names a data file or a method's own.
-
-    A job of a sweep may start elsewhere than here, and a run may be continued elsewhere.
-    """
-    suffixes = {"dataset": SUFFIXES, "algo": (".py",)}.get(key, ())
-    return str(Path(value).absolute()) if Path(str(value)).suffix in suffixes else value
 
 
 def run(resolved: Resolved, resumed: Path | None = None) -> dict[str, Any]:
@@ -217,6 +209,8 @@ def run(resolved: Resolved, resumed: Path | None = None) -> dict[str, Any]:
 
     folder, result = experiment.train(resolved, resumed)
     if result["score"] is None:
+        for name, found in result.get("validation", {}).items():
+            print(f"{name} {found['mean']:.4g}")
         print(f"no score; result.json, metrics.csv in {folder}")
         return result
     score, interval = result["score"], result["score"]["interval95"]
@@ -232,15 +226,23 @@ def run(resolved: Resolved, resumed: Path | None = None) -> dict[str, Any]:
     return result
 
 
-def resume(folder: Path, alone: bool) -> None:
-    """Continue a run exactly as it was configured."""
-    if not alone:
-        raise ConfigError("resume=DIR continues a run as it was; give no other setting with it")
+def resume(folder: Path, given: Mapping[str, Any], flags: bool = False) -> None:
+    """Continue a run exactly as it was configured, or to more steps."""
+    from offrl.runs.train import extended
+
+    if flags or given.keys() - {"steps"}:
+        raise ConfigError(
+            "resume=DIR continues a run as it was; give no other setting with it but steps="
+        )
     if not (folder / "config.yaml").exists():
         raise FileNotFoundError(f"{folder} is not a run directory: it has no config.yaml")
+    if given:
+        run(extended(folder, given["steps"]), folder)
+        return
     if (folder / "result.json").exists():
         raise ConfigError(
-            f"{folder} is finished: its score is in result.json; start a new run for more steps"
+            f"{folder} is finished: what came of it is in result.json; give steps=N with it to go "
+            "on to more steps"
         )
     run(configuration.of_run(folder), folder)
 
@@ -256,7 +258,8 @@ def sweep(flags: Sequence[str], overrides: Overrides) -> None:
             given[key] = word
         elif key in ("algo", "dataset", "runs"):
             places = (
-                Path(str(v)).absolute() if key == "runs" else anchored(key, v) for v in values
+                Path(str(v)).absolute() if key == "runs" else configuration.anchored(key, v)
+                for v in values
             )
             name = "algo.name" if key == "algo" else key
             given[key] = f"++{name}={','.join(map(quoted, places))}"
@@ -267,14 +270,15 @@ def sweep(flags: Sequence[str], overrides: Overrides) -> None:
     hydra.main(version_base="1.3", config_path=stored, config_name="train")(sweep_job)()
 
 
-def sweep_job(cfg: Any) -> float:
+def sweep_job(cfg: Any) -> float | None:
     """One run of a sweep; importable, since launchers send it to other processes."""
     from omegaconf import OmegaConf
 
     values: Any = OmegaConf.to_container(cfg)
     options = values.pop("algo")
     values |= {"algo" if k == "name" else f"algo.{k}": v for k, v in options.items()}
-    return float(run(chosen(values))["score"]["iqm"])
+    score = run(chosen(values))["score"]
+    return None if score is None else float(score["iqm"])
 
 
 @contextmanager

@@ -29,18 +29,26 @@ from offrl.data import sources
 from offrl.engine.method import Method
 from offrl.envs import ogbench
 from offrl.errors import ConfigError
-from offrl.ranges import Count, Range, Whole
+from offrl.ranges import Count, Range, Share, Whole
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything of a run that is not the method's own."""
 
-    env: str = "halfcheetah"  # environment; see docs/environments.md
-    # name within the source, or a path to an HDF5 or npz file; navigate or play for OGBench's tasks
+    # environment; see docs/environments.md. none: own data without one, and so without a score
+    env: str = "halfcheetah"
+    # name within the source, or a path to an HDF5, npz, csv or parquet file; navigate or play for
+    # OGBench's tasks
     dataset: str = "medium"
-    # auto: a file where dataset is the path of one, else generated
-    source: Literal["auto", "generated", "d4rl", "minari", "ogbench", "files"] = "auto"
+    # auto: a file where dataset is the path of one, else generated; given: in Python
+    source: Literal["auto", "generated", "d4rl", "minari", "ogbench", "files", "given"] = "auto"
+    # bounds of the actions in a file, which become -1 and 1: one, or one of every column; of
+    # discrete actions the first and the last
+    action_low: float | tuple[float, ...] | None = None
+    action_high: float | tuple[float, ...] | None = None  # see action_low
+    # share of the episodes that env=none holds out: the method's losses there are its curve
+    validation: Share = 0.1
     rows: Count | None = None  # transitions to generate; null: the recipe's own number
     # auto: what a Gymnasium id says, else v4 for source=d4rl and v5 for the rest
     env_version: Literal["auto", "v4", "v5"] = "auto"
@@ -100,6 +108,11 @@ class Resolved:
             return name.replace("/", "-")
         published = re.fullmatch(rf"{re.escape(self.settings.env)}[-_](.+)-v\d+", path.stem)
         return published[1] if published else path.stem
+
+    @property
+    def free(self) -> bool:
+        """Whether the run has no environment."""
+        return self.settings.env == "none"
 
     @property
     def method(self) -> Method:
@@ -192,6 +205,15 @@ def method(algo: str) -> Method:
             f"known: {', '.join(algorithms())}; a file of your own is named by its path, *.py"
         )
     return importlib.import_module(f"offrl.algos.{algo}").METHOD
+
+
+def anchored(key: str, value: Any) -> Any:
+    """The value, as an absolute path if it names a data file or a method's own.
+
+    A job of a sweep may start elsewhere than here, and a run may be continued elsewhere.
+    """
+    suffixes = {"dataset": sources.SUFFIXES, "algo": (".py",)}.get(key, ())
+    return str(Path(value).absolute()) if Path(str(value)).suffix in suffixes else value
 
 
 def is_own(algo: str) -> bool:
@@ -289,7 +311,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     kinds = [p for p in parts if p is not type(None) and typing.get_origin(p) is not Literal]
     if not kinds:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, words))}, got {value!r}")
-    kind = kinds[0]
+    several = isinstance(value, (list, tuple))
+    kind = next((k for k in kinds if (typing.get_origin(k) is tuple) == several), kinds[0])
     if typing.get_origin(kind) is Annotated:
         kind, limits = typing.get_args(kind)
         value = convert(name, value, kind)

@@ -313,7 +313,8 @@ def test_a_finished_run_is_not_resumed(capsys):
     train("algo=bc", "env=hopper", write_data(), "steps=20", *SIZES)
     assert "is finished" in fails(capsys, f"resume={only_run()}")
     assert "no config.yaml" in fails(capsys, "resume=nowhere")
-    assert "give no other setting" in fails(capsys, f"resume={only_run()}", "steps=5")
+    assert "give no other setting" in fails(capsys, f"resume={only_run()}", "seeds=2")
+    assert "steps=5 must be more" in fails(capsys, f"resume={only_run()}", "steps=5")
 
 
 def test_a_checkpoint_of_another_algorithm_is_refused(capsys):

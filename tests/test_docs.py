@@ -172,11 +172,39 @@ def logged(name):
     return found | ({"rank/feature", "rank/effective"} if hasattr(algo, "measure") else set())
 
 
+def own_data():
+    """What pages call a user's own data."""
+    spec = importlib.util.spec_from_file_location("own_data", ROOT / "examples" / "own_data.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    names = ("observations", "actions", "rewards", "terminals", "timeouts")
+    arrays = dict(zip(names, module.swings(), strict=True))
+    return arrays | {"observation": arrays["observations"][0]}
+
+
+def test_the_lines_of_the_readme_run_as_printed(tmp_path, monkeypatch):
+    """But for fewer steps, and torch's format where the extra for the other is not here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OFFRL_HOME", str(tmp_path / "home"))
+    (lines,) = blocks(ROOT / "README.md", "python")
+    assert lines.count("\n") <= 10
+    lines = lines.replace("10_000", "20")
+    if importlib.util.find_spec("onnxruntime") is None:
+        lines = lines.replace(".onnx", ".pt2")
+    told = own_data()
+    exec(lines, told)
+    assert told["action"].shape == (1,)
+    assert abs(told["action"]) <= 2
+    assert list(tmp_path.glob("policy.*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python") and p.name not in SHOWN])
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = {"__name__": "page"}
+    told = {"__name__": "page"} | own_data()
+    if ".onnx" in page.read_text():
+        pytest.importorskip("onnxruntime")
     monkeypatch.setitem(sys.modules, "page", type(sys)("page"))  # dataclasses look there
     for source in blocks(page, "python"):
         exec(compile(expanded(source), page.name, "exec"), told)

@@ -157,4 +157,10 @@ def stages(algo: DQN, task: Task, run: Run) -> list[Stage]:
     ]
 
 
-METHOD = Method(DQN, Config, stages=stages, actions=("discrete",))
+METHOD = Method(
+    DQN,
+    Config,
+    stages=stages,
+    actions=("discrete",),
+    scheduled=lambda config: True,  # epsilon
+)

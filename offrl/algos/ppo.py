@@ -252,4 +252,10 @@ def stages(algo: PPO, task: Task, run: Run) -> list[Stage]:
     ]
 
 
-METHOD = Method(PPO, Config, stages=stages, actions=("continuous", "discrete"))
+METHOD = Method(
+    PPO,
+    Config,
+    stages=stages,
+    actions=("continuous", "discrete"),
+    scheduled=lambda config: True,  # the learning rate
+)

@@ -74,7 +74,9 @@ class Dataset:
     @property
     def act_dim(self) -> int:
         act = self.fields["act"]
-        return int(act.max()) + 1 if self.discrete else act.shape[-1]
+        if self.discrete:
+            return self.info.get("action_count") or int(act.max()) + 1
+        return act.shape[-1]
 
     def with_fields(self, **fields: Tensor) -> "Dataset":
         """The same rows with further fields, such as next_act, which count in the digest.
@@ -164,7 +166,7 @@ def check(data: Dataset, needs: Iterable[str]) -> None:
         obs, following = (tuple(data[name].shape) for name in ("obs", "next_obs"))
         raise DataError(f"{data.name}: next_obs {following} and obs {obs} differ in shape")
     if "act" in needs and not data.discrete:
-        remedy = "rescale the actions by the environment's action bounds"
+        remedy = "state what the actions' bounds are: action_low=, action_high="
         reject(data, "act", data["act"].abs() > 1 + 1e-5, "lies outside [-1, 1]", remedy)
     if "reward" in needs and size > 1:
         reward = data["reward"]
@@ -261,7 +263,8 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
     with temporary, told(folder, remedy):
         new, old = Path(temporary.name, "new"), Path(temporary.name, "old")
         new.mkdir()
-        meta = fill(new) | {"fields": [f for f in FIELDS if (new / f"{f}.npy").exists()]}
+        meta = fill(new)
+        meta["fields"] = sorted({path.stem for path in new.glob("*.npy")} - {"starts", "returns"})
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
         if folder.exists():
             os.replace(folder, old)  # whole until it is gone, for those who read it

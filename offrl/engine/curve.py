@@ -34,7 +34,7 @@ class Schedule:
 class Curve:
     """Evaluations so far: the step and, per name, raw values (*S, episodes) of each point."""
 
-    headline: str = "return"  # name of the values whose mean is the score
+    headline: str | None = "return"  # name of the values whose mean is the score; None if none is
     steps: list[int] = field(default_factory=list)
     points: list[dict[str, Tensor]] = field(default_factory=list)
     final: dict[str, Tensor] | None = None
@@ -43,7 +43,8 @@ class Curve:
     @property
     def score(self) -> float | None:
         """The newest value of the headline."""
-        return float(self.points[-1][self.headline].mean()) if self.points else None
+        scored = self.points and self.headline is not None
+        return float(self.points[-1][self.headline].mean()) if scored else None  # type: ignore[index]
 
 
 @dataclass
@@ -101,9 +102,10 @@ class Points:
 
     def checked(self, point: dict[str, Tensor]) -> dict[str, Tensor]:
         """Raises Diverged for a score that is NaN, as that of actions that are not finite."""
-        if bool(point[self.curve.headline].isnan().any()):
+        headline = self.curve.headline
+        if headline is not None and bool(point[headline].isnan().any()):
             raise Diverged(
-                f"the {self.curve.headline} of an evaluation is NaN; look at the policy's actions, "
+                f"the {headline} of an evaluation is NaN; look at the policy's actions, "
                 "or at the environment's rewards"
             )
         return point

@@ -30,7 +30,7 @@ class Progress:
     total: int  # steps at the end of the stage, 0 if not known
     per_second: float
     score: float | None
-    headline: str = "return"  # name of the values whose mean is the score
+    headline: str | None = "return"  # name of the values whose mean is the score
     notes: list[str] = field(default_factory=list)  # how updates are made, told once it is decided
 
 
@@ -46,7 +46,7 @@ def fit(
     report: Callable[[Progress], None] = lambda progress: None,
     speed: Speed = "auto",
     worker: AsyncEvaluator | None = None,
-    headline: str = "return",
+    headline: str | None = "return",
 ) -> Curve:
     """Run the stages to their end; returns the learning curve and the final evaluation.
 
@@ -60,7 +60,8 @@ def fit(
         evaluate: see `Task`, as for `headline`.
         seeds: the seed behind each stacked entry.
         label: name of the method, checked on resume.
-        resume: continue from the checkpoint in `folder` if there is one.
+        resume: continue from the checkpoint in `folder` if there is one; one of a run that was done
+            goes on if its last stage has more steps now.
         report: told the progress about twice a second.
         speed: how updates are made; see `engine.capture.updates.Updates`.
         worker: plays the points of the curve beside the training, with the values of `evaluate`.
@@ -113,15 +114,25 @@ class Loop:
     fitting: set[int] = field(default_factory=set)  # which of the stage's works fit models
     told: tuple[float, int] | None = None  # the last progress: its time and step
     saved: tuple[int, int] | None = None  # stage and step of the last checkpoint
+    ended: int = 0  # updates of the stage that ended last
 
     def load(self, saved: dict[str, Any]) -> None:
         self.index, self.step, self.base = saved["stage"], saved["step"], saved["base"]
         self.begun, self.points.pending = saved["begun"], saved["pending"]
+        self.ended = saved.get("ended", 0)
+        if self.index == len(self.stages) and (self.stages[-1].steps or 0) > self.ended > 0:
+            self.reopen()
         self.fitting = set(saved.get("fitting", ()))  # absent in older checkpoints
         load_state(self.algo, saved["algo"])
         self.meter.load(saved["meter"])
         for name, part in self.parts():
             part.load(saved["parts"][name], self.folder / name)
+
+    def reopen(self) -> None:
+        """Go on with the last stage, which was done and has become longer."""
+        self.index, self.step, self.begun = self.index - 1, self.ended, True
+        self.base -= self.stages[self.index].clock(self.ended)
+        self.points.curve.final = None
 
     def parts(self) -> Iterator[tuple[str, Part]]:
         """Each once, for stages may share one; ValueError if two have the same name."""
@@ -220,6 +231,7 @@ class Loop:
         if stage.finish is not None:
             with self.stopping.at_once():
                 stage.finish()
+        self.ended = self.step
         self.base, self.index, self.step = self.global_step, self.index + 1, 0
         self.begun, self.fitting = False, set()
         self.save()
@@ -285,6 +297,7 @@ class Loop:
             "step": self.step,
             "base": self.base,
             "begun": self.begun,
+            "ended": self.ended,
             "fitting": sorted(self.fitting),
             "global_step": self.global_step,
             "parts": {name: part.save(self.folder / name) for name, part in self.parts()},

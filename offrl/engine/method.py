@@ -143,14 +143,14 @@ class Task:
             training, or None.
         evaluate: scores a policy: (algorithm, episodes) -> raw values (*S, n) by name, of episodes
             or of estimates on logged rows; None for a run without a score.
-        headline: name of the values whose mean is the score.
+        headline: name of the values whose mean is the score; None if none is.
     """
 
     spec: Spec
     data: Any = None
     envs: Callable[[], Any] | None = None
     evaluate: Evaluate | None = None
-    headline: str = "return"
+    headline: str | None = "return"
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,9 @@ class Method:
         episodes: it reads whole episodes in order and not single transitions, so rows without a
             successor are kept: D4RL's rule for Q-learning drops them.
         stacks: whether its parameters carry seed axes; asked with the config where that decides.
+        scheduled: whether something runs over all of its steps, such as a learning rate that
+            falls to zero: a run that is extended then differs from one that was as long at first.
+            Asked with the config.
         scenarios: config -> names of the situations that it is to be scored in, such as target
             returns; () to be scored once, or in the environment's own tasks.
     """
@@ -200,6 +203,7 @@ class Method:
     goals: bool = False
     episodes: bool = False
     stacks: Callable[[Any], bool] = lambda config: True
+    scheduled: Callable[[Any], bool] = lambda config: False
     scenarios: Callable[[Any], tuple[str, ...]] = lambda config: ()
 
     @property

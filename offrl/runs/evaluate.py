@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Options:
     run: str  # a run directory, a seed's folder, a checkpoint or a snapshot
     episodes: Count = 100  # per seed
     seed: Whole = 0  # of the environments
+    env: str | None = None  # to be scored in, where it is not the run's own
     explore: bool = False  # sample actions as in training instead of the deterministic policy
     video: str | None = None  # film one episode to this .gif or .mp4 (extra `video`)
     out: str | None = None  # file that receives the returns and the score as JSON
@@ -44,8 +45,10 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     """Score every checkpoint of a run, print and return what was found."""
     folder, files = checkpoints(Path(options.run))
     resolved = configuration.of_run(folder)
+    if options.env:
+        resolved = replace(resolved, settings=replace(resolved.settings, env=options.env))
     s, robots = resolved.settings, version(resolved)
-    headline = checkpoint.load(files[0]).get("headline", "return")  # absent in older files
+    headline = checkpoint.load(files[0]).get("headline") or "return"  # absent in older files
     played: list[dict[str, torch.Tensor]] = []
     seeds: list[int] = []
     for file in files:

@@ -49,6 +49,11 @@ def finish(
     """Write episodes, picture and result of a finished run; one without a score has no picture."""
     seeds = [seed for group in groups for seed in group]
     stored = json.loads((folder / "run.json").read_text())
+    found: dict[str, Any] = {"score": None}
+    if curves[0].final and curves[0].headline:
+        found = scores_of(resolved, folder, seeds, curves)
+    elif curves[0].final:
+        found |= losses_of(resolved, folder, seeds, curves)
     result = {
         "algo": resolved.name,
         "task": resolved.task,
@@ -59,7 +64,7 @@ def finish(
         "seeds": seeds,
         "layout": "one process per seed" if len(groups) == len(seeds) else "stacked in one process",
         "checkpoint": "last",
-        **(scores_of(resolved, folder, seeds, curves) if curves[0].final else {"score": None}),
+        **found,
         "device": stored["device_type"],
         "threads": resolved.settings.threads,
         # the time of a process that was killed is missing in what was kept
@@ -80,7 +85,7 @@ def scores_of(
     """What the evaluations found, which also goes to episodes.csv and curve.png."""
     from offrl.results import plots
 
-    steps, headline = curves[0].steps, curves[0].headline
+    steps, headline = curves[0].steps, str(curves[0].headline)
     final, points = series(curves, headline)
     unit, last = scored(resolved, final, headline)
     _, course = scored(resolved, points, headline)
@@ -112,6 +117,25 @@ def scenarios(values: Mapping[str, Any], name: str) -> list[str]:
     return [key.removeprefix(f"{name}/") for key in values if key.startswith(f"{name}/")]
 
 
+def losses_of(
+    resolved: Resolved, folder: Path, seeds: list[int], curves: list[Curve]
+) -> dict[str, Any]:
+    """Of a run without a score the values on held-out data, which also go to curve.png."""
+    from offrl.results import plots
+
+    steps = curves[0].steps
+    names = list(curves[0].final or {})
+    course = {name: series(curves, name) for name in names}
+    losses = [name for name in names if name.endswith("loss")] or names
+    label = f"{resolved.name}, {len(seeds)} seed(s)"
+    panels = {n: {resolved.task: {label: (np.array(steps), course[n][1])}} for n in losses}
+    plots.curves(folder / "curve.png", panels, steps_are(resolved))
+    return {
+        "validation": {name: summary(final.mean(-1)) for name, (final, _) in course.items()},
+        "curve": {"steps": steps} | {name: points.tolist() for name, (_, points) in course.items()},
+    }
+
+
 def series(curves: list[Curve], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Values of the last checkpoint (seeds, episodes), and means of every point (seeds, points)."""
     final = rows([c.final[name] for c in curves if c.final is not None])
@@ -121,7 +145,7 @@ def series(curves: list[Curve], name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def scenario(resolved: Resolved, curves: list[Curve], name: str) -> dict[str, Any]:
     """Scores of one scenario: of the last checkpoint, and of the best point of the curve."""
-    headline = curves[0].headline
+    headline = str(curves[0].headline)
     final, points = series(curves, f"{headline}/{name}")
     return {
         "score": summary(scored(resolved, final, headline)[1].mean(-1)),
@@ -171,9 +195,13 @@ def write_episodes(path: Path, seeds: list[int], curves: list[Curve]) -> None:
 
 
 def provenance(
-    resolved: Resolved, data: Dataset | None, id: str, engines: dict[str, str], device: torch.device
+    resolved: Resolved,
+    data: Dataset | None,
+    id: str | None,
+    engines: dict[str, str],
+    device: torch.device,
 ) -> dict[str, Any]:
-    """What a run rests on, stored before it begins: of the environment its id and `engines`."""
+    """What a run rests on, stored before it begins: of an environment its id and `engines`."""
     s, data_set = resolved.settings, None
     if data is not None:
         data_set = {
@@ -196,7 +224,7 @@ def provenance(
         "cores": cores(),
         "seconds": 0.0,  # of training, over all processes of a run that was resumed
         "matmul": sorted(matmul.chosen),
-        "env": {"id": id, "legacy_mass": s.legacy_mass} | repeat,
+        "env": id and {"id": id, "legacy_mass": s.legacy_mass} | repeat,
         "dataset": data_set,
     }
 

@@ -54,6 +54,7 @@ class Cell:
         return np.array(self.same["points"]), np.stack(by_seed(self.curve))
 
 
+Finished = tuple[dict[str, Any], Path, str]  # result, folder, and its name in tables
 Cells = dict[str, dict[str, Cell]]  # task -> method -> its runs
 
 
@@ -64,44 +65,73 @@ def by_seed(values: dict[int, Any]) -> list[Any]:
 def make_report(options: Options) -> dict[str, Any]:
     """Write the tables and pictures; returns the content of table.json.
 
-    Raises ConfigError if there is no finished run or none logged a metric; OSError for a folder that
-    is missing or cannot be written.
+    Runs without an environment have no score; what was found on their held-out episodes follows in
+    a table of its own, and they are in no picture.
+
+    Raises ConfigError if there is no finished run or none logged a metric; OSError for a folder
+    that is missing or cannot be written.
     """
-    cells = gather([Path(name) for name in options.runs], options.metrics)
+    finished = finished_runs(Path(name) for name in options.runs)
+    cells = gather([run for run in finished if is_scored(run)], options.metrics)
+    without = [run for run in finished if not is_scored(run)]
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     every = every_cell(cells)
     names = sorted({name for row in cells.values() for name in row})
-    steps = counted({cell.same["steps_are"] for cell in every})
+    steps = counted({cell.same["steps_are"] for cell in every} or {"updates"})
     found: dict[str, Any] = {
         "tasks": list(cells),
         "steps_are": steps,
         "methods": {name: entry(cells, name) for name in names},
         "runs": {run: about for cell in every for run, about in cell.sources.items()},
     }
+    if without:
+        found["without_score"] = {name: result.get("validation", {}) for result, _, name in without}
     write_json(out / "table.json", found)
-    text = table(found, options.metrics)
+    text = (table(found, options.metrics) if cells else "") + held_out(without)
     (out / "table.md").write_text(text)
+    print(text)
+    if cells:
+        draw(cells, options.metrics, out, steps)
+    return found
+
+
+def draw(cells: Cells, metrics: Sequence[str], out: Path, steps: str) -> None:
     scores = {t: {name: cell.course for name, cell in row.items()} for t, row in cells.items()}
     plots.curves(out / "curves.png", {"score": scores}, steps)
-    if options.metrics:
+    if metrics:
         rows = {
-            task: {"score": scores[task]} | {name: courses(row, name) for name in options.metrics}
+            task: {"score": scores[task]} | {name: courses(row, name) for name in metrics}
             for task, row in cells.items()
         }
         plots.curves(out / "metrics.png", rows, steps)
     bars = {t: {name: cell.values for name, cell in row.items()} for t, row in cells.items()}
     plots.scores(out / "scores.png", bars, "score of the last checkpoint")
-    print(text)
-    return found
+
+
+def held_out(runs: Iterable[Finished]) -> str:
+    """What runs without a score found on the episodes that they held out, as Markdown."""
+    rows = [
+        [label(configuration.of_run(run)), result["task"], name, number(found["mean"], None, 4)]
+        for result, run, _ in runs
+        for name, found in result.get("validation", {}).items()
+    ]
+    if not rows:
+        return ""
+    head = "Without an environment: means on held-out episodes, last checkpoint"
+    return f"\n{head}\n\n{markdown(['method', 'data', 'metric', 'mean'], rows)}"
 
 
 def every_cell(cells: Cells) -> list[Cell]:
     return [cell for row in cells.values() for cell in row.values()]
 
 
-def gather(folders: Iterable[Path], metrics: Sequence[str]) -> Cells:
-    """Finished runs by task and method; of a seed, and of unequal runs, the latest count."""
+def is_scored(run: Finished) -> bool:
+    return "final_returns" in run[0]
+
+
+def finished_runs(folders: Iterable[Path]) -> list[Finished]:
+    """The latest first."""
     finished = []
     for folder in folders:
         if not folder.is_dir():
@@ -111,8 +141,13 @@ def gather(folders: Iterable[Path], metrics: Sequence[str]) -> Cells:
             finished.append((json.loads(path.read_text()), path.parent, name))
     if not finished:
         raise ConfigError("there is no finished run (result.json) in the given folders")
+    return sorted(finished, key=lambda found: (found[0]["date"], found[1]), reverse=True)
+
+
+def gather(finished: Iterable[Finished], metrics: Sequence[str]) -> Cells:
+    """Runs by task and method; of a seed, and of unequal runs, the latest count."""
     cells: Cells = defaultdict(dict)
-    for result, run, name in sorted(finished, key=lambda f: (f[0]["date"], f[1]), reverse=True):
+    for result, run, name in finished:
         add(cells, result, run, name, bool(metrics))
     known = sorted({name for cell in every_cell(cells) for name in cell.metrics})
     for name in metrics:

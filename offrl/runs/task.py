@@ -11,21 +11,27 @@ from tqdm import tqdm
 
 from offrl import config as configuration
 from offrl.config import Resolved
-from offrl.data import sources
+from offrl.data import build, sources
 from offrl.data.dataset import Dataset, check, check_fits
 from offrl.engine.evaluate import Evaluator, scenarios_of, width
 from offrl.engine.method import Method, Policy, Spec, Task
 from offrl.envs import ogbench
-from offrl.envs.make import VERSIONS, factory, tasks
+from offrl.envs.make import VERSIONS, factory, own_actions, tasks
 from offrl.envs.vector import sizes
 from offrl.envs.workers import environments
 from offrl.errors import ConfigError, Failed
+from offrl.runs.validation import Losses
 from offrl.seeding import derive
 
 
 def make_env(resolved: Resolved) -> Callable[..., Any]:
-    """A picklable maker of the run's environment."""
+    """A picklable maker of the run's environment; ConfigError where it has none."""
     s = resolved.settings
+    if resolved.free:
+        raise ConfigError(
+            f"a run of env=none has no environment; name one: env={ogbench.NAMES[0]}, env=hopper "
+            "or a Gymnasium id"
+        )
     return factory(s.env, version(resolved), s.legacy_mass, action_repeat=s.action_repeat)
 
 
@@ -52,11 +58,62 @@ def load_data(resolved: Resolved) -> Dataset | None:
     method, s = resolved.method, resolved.settings
     if method.online:
         return None
-    data = sources.load(s.source, s.env, s.dataset, s.rows, episodes=method.episodes)
+    low, high, world = s.action_low, s.action_high, None
+    if not resolved.free:
+        with closing(make_env(resolved)()) as env:
+            world, first = sizes(env), getattr(own_actions(env), "start", None)
+        if (low, high, first) == (None, None, 0) and source_of(resolved) == "files":
+            low, high = 0, world[1] - 1  # some may not occur
+    how: Any = {"episodes": method.episodes, "low": low, "high": high}
+    data = sources.load(s.source, s.env, s.dataset, s.rows, **how)
     check(data, method.fields)
-    world = spec_of(resolved)
-    check_fits(data, world.obs_dim, world.act_dim, s.env)
+    if world is not None:
+        check_fits(data, *world[:2], s.env)
+    elif (wrong := misfit_of_actions(method, data.discrete)) and resolved.free:
+        refuse(resolved, f"{wrong}, {data.name} has others", data.discrete)
     return data
+
+
+def learned(resolved: Resolved, data: Dataset | None) -> Dataset | None:
+    """What a run learns from: without an environment some episodes are held out."""
+    return build.split(data, resolved.settings.validation)[0] if data and resolved.free else data
+
+
+def source_of(resolved: Resolved) -> str:
+    return sources.settled(resolved.settings.source, resolved.settings.dataset)
+
+
+def misfit_of_actions(method: Method, discrete: bool) -> str:
+    kind = "discrete" if discrete else "continuous"
+    return "" if kind in method.actions else f"is for {' or '.join(method.actions)} actions"
+
+
+def refuse(resolved: Resolved, wrong: str, discrete: bool | None = None) -> None:
+    """Raises ConfigError: the method is not for a run without an environment.
+
+    Args:
+        discrete: the actions of the data, where they are known.
+    """
+    methods = {name: configuration.method(name) for name in configuration.algorithms()}
+    kinds = [False, True] if discrete is None else [discrete]
+    fitting = [
+        name
+        for name, method in methods.items()
+        if not method.online and not all(misfit_of_actions(method, kind) for kind in kinds)
+    ]
+    known = ", ".join(fitting) or "none is here yet; see docs/add-a-method.md"
+    raise ConfigError(f"{resolved.name} {wrong}; methods for these: {known}")
+
+
+def check_free(resolved: Resolved) -> None:
+    """Raises ConfigError if a method or data need an environment that the run does not have."""
+    if resolved.method.online:
+        refuse(resolved, "collects its own data and so needs an environment, env=none is for logs")
+    if (source := source_of(resolved)) not in ("files", "given", "minari"):
+        raise ConfigError(
+            f"env=none is for data of your own: dataset=FILE, source=minari, or offrl.train(data=) "
+            f"in Python; source={source} goes with an environment"
+        )
 
 
 def spec_of(resolved: Resolved, data: Dataset | None = None) -> Spec:
@@ -83,6 +140,11 @@ def make_task(
     long evaluations.
     """
     s = resolved.settings
+    if resolved.free and data is not None:
+        kept, held = build.split(data, s.validation)
+        spec = spec_of(resolved, kept)
+        losses = Losses(resolved, held, spec, axes_of(group), device) if held else None
+        return Task(spec, kept, None, losses, None)
     counts = s.eval_episodes, s.final_episodes
     player = make_evaluator(resolved, axes_of(group), counts, 0, device)
 
@@ -127,7 +189,7 @@ def check_task(resolved: Resolved, env: gymnasium.Env) -> None:
     s, mine = resolved.settings, resolved.method
     kind = "discrete" if sizes(env)[2] else "continuous"
     goals = bool(tasks(env))
-    source = sources.settled(s.source, s.dataset)
+    source = source_of(resolved)
     no_rewards = source in ("generated", "ogbench") and ogbench.known(s.env)
 
     def misfit(method: Method) -> str:

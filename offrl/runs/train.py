@@ -14,10 +14,11 @@ runs/<algo>/<env>-<dataset>/<time>/
 import datetime
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,21 @@ from offrl import config as configuration
 from offrl import system
 from offrl.config import Resolved
 from offrl.data.dataset import Dataset, home
+from offrl.engine import checkpoint
 from offrl.engine.curve import AsyncEvaluator, Curve
 from offrl.engine.loop import Progress, Schedule, fit
 from offrl.engine.method import Run
 from offrl.envs.make import engines, env_id, own_actions
-from offrl.errors import Diverged, Failed, Interrupted
+from offrl.errors import ConfigError, Diverged, Failed, Interrupted
 from offrl.nets.kernels import matmul
 from offrl.runs.evaluate import player
 from offrl.runs.record import finish, provenance, resuming, write_json
 from offrl.runs.signature import keep_collected, store
 from offrl.runs.task import (
     axes_of,
+    check_free,
     check_task,
+    learned,
     load_data,
     make_env,
     make_task,
@@ -51,6 +55,8 @@ from offrl.runs.workers import Display, Group, at_once, prepare, spread
 from offrl.seeding import generator
 from offrl.system import cores, cpu_name
 
+OTHERS = "choose others with dataset=, source=d4rl|minari|files"
+
 
 def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[str, Any]]:
     """Train all seeds of one configuration; returns the run directory and `result.json`'s content.
@@ -61,15 +67,23 @@ def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[s
     Raises Failed, Interrupted, Diverged, ConfigError, DataError, OSError with a message for people.
     """
     device = pick_device(resolved.settings.device)
-    with closing(make_env(resolved)()) as env:
-        check_task(resolved, env)  # a wrong name stops the run before anything is loaded
-        played = env_id(resolved.settings.env, version(resolved)), engines(env)
-        spaces = env.observation_space, own_actions(env)
+    # a wrong name stops the run before anything is loaded
+    played: tuple[str | None, dict[str, str]] = None, {}
+    spaces: tuple[Any, Any] = None, None
+    if resolved.free:
+        check_free(resolved)
+    else:
+        with closing(make_env(resolved)()) as env:
+            check_task(resolved, env)
+            played = env_id(resolved.settings.env, version(resolved)), engines(env)
+            spaces = env.observation_space, own_actions(env)
     data = load_data(resolved)
-    if data is not None:
+    learns = learned(resolved, data)
+    if data is not None and learns is not None:
+        apart = data.episodes - learns.episodes
         print(
             f"data: {data.name}, {len(data)} transitions in {data.episodes} episodes; "
-            "choose others with dataset=, source=d4rl|minari|files"
+            + (f"{apart} of them are held out" if resolved.free else OTHERS)
         )
     folder = resumed or new_folder(resolved)
     print(f"run directory: {folder} ({device}); every setting in its config.yaml, changed here:")
@@ -82,7 +96,7 @@ def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[s
                 system.prepare(resolved.settings.threads, resolved.settings.keep_memory)
                 print(matmul.select_backend(home(), cpu_name()), flush=True)
             write_json(folder / "run.json", provenance(resolved, data, *played, device))
-            store(folder, resolved, spec_of(resolved, data), data, *spaces)
+            store(folder, resolved, spec_of(resolved, learns), learns, *spaces)
             (folder / "config.yaml").write_text(resolved.to_yaml())  # last: makes it resumable
         groups = layout(resolved, device)
         began = time.monotonic()
@@ -101,6 +115,42 @@ def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[s
             with suppress(OSError):  # a full disk has been told by then
                 write_json(folder / "run.json", about)
         return folder, finish(resolved, folder, groups, curves)
+
+
+def extended(folder: Path, steps: int) -> Resolved:
+    """Make more steps of a run, finished or not, its own; `train` then goes on with it.
+
+    It ends as a run of so many steps would have, unless the method has a schedule over all steps
+    (`Method.scheduled`); that is said. An earlier result stays as result-<steps>.json.
+
+    Raises:
+        ConfigError: if there are not more steps than before.
+        Failed: for a run that an earlier version finished.
+    """
+    resolved = configuration.of_run(folder)
+    before, steps = resolved.options["steps"], configuration.convert("steps", steps, int)
+    if steps <= before:
+        raise ConfigError(f"{folder} is a run of {before} steps; steps={steps} must be more")
+    result = folder / "result.json"
+    for file in folder.glob("seed*/checkpoint.pt") if result.exists() else ():
+        if "ended" not in checkpoint.load(file):
+            raise Failed(
+                f"{folder} was finished by an earlier version of offrl, which did not keep where "
+                "its last stage ended; start a new run"
+            )
+    if resolved.method.scheduled(resolved.config()):
+        print(
+            f"{resolved.name} has a schedule over all steps, from here on over {steps}: this run "
+            "will differ from one that had so many from its beginning"
+        )
+    origins = resolved.origins | {"algo.steps": f"extended from {before}"}
+    longer = replace(resolved, options=resolved.options | {"steps": steps}, origins=origins)
+    if result.exists():
+        os.replace(result, folder / f"result-{before}.json")
+    new = folder / "config.tmp"
+    new.write_text(longer.to_yaml())
+    os.replace(new, folder / "config.yaml")
+    return longer
 
 
 def check_unchanged(folder: Path, data: Dataset | None, device: torch.device) -> None:
@@ -210,6 +260,8 @@ def share(resolved: Resolved, device: torch.device) -> int:
 def evaluates_async(resolved: Resolved, device: torch.device) -> bool:
     """Whether points of the curve are played in a process of their own."""
     s = resolved.settings
+    if resolved.free:
+        return False
     if s.evaluation != "auto":
         return s.evaluation == "async"
     return device.type == "cuda" or share(resolved, device) > s.threads

@@ -119,7 +119,7 @@ class Display:
         key = group[0]
         for note in told.notes if key == self.groups[0][0] else ():  # the others do the same
             self.bar.write(note)
-        if told.score is not None:
+        if told.score is not None and told.headline is not None:
             self.scores[key] = told.score
             mean = float(np.mean(list(self.scores.values())))
             unit, value = scored(self.resolved, mean, told.headline)

@@ -7,7 +7,7 @@ import pytest
 
 from offrl import config
 from offrl.errors import ConfigError
-from offrl.runs.report import Options, counted, courses, gather, make_report
+from offrl.runs.report import Options, counted, courses, finished_runs, gather, make_report
 
 
 def write_run(folder, algo, seeds, returns, overrides=None, date="2026-01-01T00:00:00", digest="d"):
@@ -72,7 +72,7 @@ def test_a_cell_is_the_mean_over_seeds_of_their_final_episodes(tmp_path):
 
 def test_the_course_of_a_metric_is_drawn_for_every_seed(tmp_path):
     write_run(tmp_path / "a", "prdc", [0, 2], [[1.0], [2.0]])
-    cells = gather([tmp_path], ["actor/self_match"])
+    cells = gather(finished_runs([tmp_path]), ["actor/self_match"])
     steps, values = courses(cells["halfcheetah-medium"], "actor/self_match")["prdc"]
     assert steps.tolist() == [5, 10]
     assert values.tolist() == [[0.1, 0.0], [0.1, 0.2]]

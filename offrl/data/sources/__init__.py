@@ -1,12 +1,13 @@
 """A data set by source and name."""
 
 from pathlib import Path
+from typing import Any
 
 from offrl.data.dataset import Dataset
 from offrl.envs.ogbench import known
 from offrl.errors import DataError
 
-SUFFIXES = (".hdf5", ".h5", ".npz")
+SUFFIXES = (".hdf5", ".h5", ".npz", ".csv", ".parquet")
 
 
 def settled(source: str, dataset: str) -> str:
@@ -24,24 +25,37 @@ def load(
     workers: int = 0,
     episodes: bool = False,
     strict: bool = True,
+    low: Any = None,
+    high: Any = None,
 ) -> Dataset:
     """The data set `dataset` of `env` from a source.
 
     Args:
-        source: "generated", "d4rl", "minari", "ogbench", "files", or "auto": a file where `dataset`
-            is the path of one, generated data otherwise, on every machine alike.
+        source: "generated", "d4rl", "minari", "ogbench", "files", "given" (in Python, by
+            `offrl.data.build.keep`), or "auto": a file where `dataset` is the path of one,
+            generated data otherwise, on every machine alike.
         dataset: name within the source; for "minari" the id, for "files" the path.
         rows: transitions to generate; None takes the recipe's number.
         workers: processes that generate; 0 for one per core.
         episodes: whole episodes for methods that read them in order; by default files of D4RL's
             layout lose the rows that its rule for Q-learning drops. Other sources have every row.
         strict: refuse files whose rows do not follow one another.
+        low, high: bounds of the actions in a file; see `offrl.data.sources.files.Rule`.
 
     Raises DataError if the data cannot be found or used, OSError if a download or the cache fails.
     """
     source = settled(source, dataset)
     if rows is not None and source != "generated":
         raise DataError(f"rows= chooses how much to generate; source={source} has its own number")
+    if source != "files" and (low, high) != (None, None):
+        raise DataError(
+            f"action_low= and action_high= tell the bounds of actions in a file; source={source} "
+            "has its own"
+        )
+    if source == "given":
+        from offrl.data.build import kept
+
+        return kept(dataset, episodes)
     from offrl.data.sources import d4rl, files, generated, minari, ogbench  # slow to import
 
     if source == "generated":
@@ -53,4 +67,4 @@ def load(
         return minari.load(dataset)
     if source == "ogbench":
         return ogbench.load(env, dataset)
-    return files.load(Path(dataset), episodes=episodes, strict=strict)
+    return files.load(Path(dataset), episodes=episodes, strict=strict, low=low, high=high)

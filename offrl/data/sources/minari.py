@@ -25,7 +25,17 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, Space
 
-from offrl.data.dataset import Arrays, Dataset, home, once, read, store_episodes, stream, write
+from offrl.data.dataset import (
+    Arrays,
+    Dataset,
+    episode_sums,
+    home,
+    once,
+    read,
+    store_episodes,
+    stream,
+    write,
+)
 from offrl.errors import DataError
 
 GOAL = ("observation", "achieved_goal", "desired_goal")
@@ -36,7 +46,7 @@ METADATA = {  # our name -> Minari's
     "minari_version": "minari_version",
 }
 DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, AssertionError)
-RULES = 1  # of the conversion; raise it when the rules change, and old conversions are made anew
+RULES = 2  # of the conversion; raise it when the rules change, and old conversions are made anew
 
 
 def load(dataset_id: str, download: bool = True) -> Dataset:
@@ -69,6 +79,26 @@ def load(dataset_id: str, download: bool = True) -> Dataset:
 
     once(folder, current, make)
     return read(folder)
+
+
+def lent(source: Any) -> Dataset:
+    """A data set that Minari has opened, with the episodes that were chosen of it, in memory.
+
+    Raises:
+        DataError: as for `load`.
+    """
+    name = source.spec.dataset_id
+    order = layout(source.observation_space, name)
+    act, scaling = actions(source.action_space, name)
+    parts = list(steps(source, name, source.storage.data_path, order, act))
+    if not parts:
+        raise DataError(f"{name} holds no steps")
+    fields = {key: torch.cat([torch.from_numpy(p[key]) for p in parts]) for key in parts[0]}
+    lengths = torch.tensor([len(part["reward"]) for part in parts])
+    starts = lengths.cumsum(0) - lengths
+    returns = episode_sums(fields["reward"], starts)
+    info = {"source": "minari", "id": name, "layout": order, "actions": scaling}
+    return Dataset(fields, starts, returns, f"minari/{name}", info | units(scaling))
 
 
 def place_of(dataset_id: str) -> Path:
@@ -112,17 +142,10 @@ def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[
     ends, rewards = [0], []
 
     def chunks() -> Iterator[Arrays]:
-        for number, found in enumerate(episodes(source, place, order, act)):
-            lengths = {name: len(value) for name, value in found.items()}
-            obs, steps = found.pop("obs"), len(found["reward"])
-            if lengths != dict.fromkeys(lengths, steps) | {"obs": steps + 1}:
-                raise DataError(
-                    f"{dataset_id}: episode {number} has rows {lengths}; obs must have one more "
-                    "than the others"
-                )
-            ends.append(ends[-1] + steps)
+        for found in steps(source, dataset_id, place, order, act):
+            ends.append(ends[-1] + len(found["reward"]))
             rewards.append(found["reward"])
-            yield {"obs": obs[:-1], "next_obs": obs[1:], **found}
+            yield found
 
     stream(part, chunks(), rows)
     if ends[-1] != rows:
@@ -132,9 +155,36 @@ def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[
     store_episodes(part, starts, torch.from_numpy(np.concatenate(rewards)))
     info: dict[str, Any] = {"source": "minari", "id": dataset_id, "stamp": stamp, "notes": []}
     info |= {"layout": order, "rows": rows, "episodes": len(starts), "actions": scaling}
+    info |= units(scaling)
     info |= {ours: raw.get(theirs) for ours, theirs in METADATA.items()}
     info["env"] = json.loads(raw["env_spec"])["id"] if raw.get("env_spec") else None
     return {"name": f"minari/{dataset_id}", "info": info}
+
+
+def steps(
+    source: Any,
+    dataset_id: str,
+    place: Path,
+    order: dict[str, int],
+    act: Callable[[Any], np.ndarray],
+) -> Iterator[Arrays]:
+    """The transitions of every episode, by the names of our fields."""
+    for number, found in enumerate(episodes(source, place, order, act)):
+        lengths = {name: len(value) for name, value in found.items()}
+        obs, size = found.pop("obs"), len(found["reward"])
+        if lengths != dict.fromkeys(lengths, size) | {"obs": size + 1}:
+            raise DataError(
+                f"{dataset_id}: episode {number} has rows {lengths}; obs must have one more "
+                "than the others"
+            )
+        yield {"obs": obs[:-1], "next_obs": obs[1:], **found}
+
+
+def units(scaling: dict[str, Any]) -> dict[str, Any]:
+    """What `actions` records, as policies without an environment read it."""
+    if "count" in scaling:
+        return {"action_start": scaling["start"], "action_count": scaling["count"]}
+    return {"rescaled_from": scaling["rescaled_from"]} if scaling["rescaled_from"] else {}
 
 
 def opened(place: Path) -> tuple[Any, dict[str, Any]]:
