@@ -14,6 +14,7 @@ from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.data.sources import SUFFIXES
 from offrl.errors import ConfigError, Diverged, Failed, Interrupted
+from offrl.own import absolute
 
 # flags of Hydra that are followed by a value
 HYDRA_FLAGS = {"--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd"}
@@ -160,10 +161,12 @@ def chosen(values: Mapping[str, Any]) -> Resolved:
 
 
 def anchored(key: str, value: Any) -> Any:
-    """The value, as an absolute path if it names a data file or a method's own.
+    """The value, as an absolute path if it names a data file, or a user's method or environment.
 
     A job of a sweep may start elsewhere than here, and a run may be continued elsewhere.
     """
+    if key == "env":
+        return absolute(str(value))
     suffixes = {"dataset": SUFFIXES, "algo": (".py",)}.get(key, ())
     return str(Path(value).absolute()) if Path(str(value)).suffix in suffixes else value
 
@@ -213,7 +216,7 @@ def sweep(flags: Sequence[str], overrides: Overrides) -> None:
     for key, values, word in [("runs", ["runs"], ""), *overrides]:
         if is_hydras(key):
             given[key] = word
-        elif key in ("algo", "dataset", "runs"):
+        elif key in ("algo", "dataset", "env", "runs"):
             places = (
                 Path(str(v)).absolute() if key == "runs" else anchored(key, v) for v in values
             )

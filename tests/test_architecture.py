@@ -19,14 +19,15 @@ ALLOWED: dict[str, set[str]] = {
     "regularizers": set(),
     "integrations": {"regularizers"},
     "nets": set(),
-    "envs": set(),
+    "own": {"errors"},
+    "envs": {"errors", "own"},
     "engine.method": set(),
     "engine.optim": set(),
     "data": {"engine.method", "envs", "errors", "nets", "seeding", "system"},
     "algos": {"data", "engine.method", "engine.optim", "nets", "regularizers"},
     "engine": {"engine.method", "envs", "errors", "nets.kernels", "seeding"},
     "results": {"data", "envs"},
-    "config": {"algos", "data", "engine.method", "envs", "errors"},
+    "config": {"algos", "data", "engine.method", "envs", "errors", "own"},
     "runs": {
         "",  # the version
         "config",
@@ -41,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeding",
         "system",
     },
-    "cli": {"config", "data", "errors", "runs"},
+    "cli": {"config", "data", "errors", "own", "runs"},
     "": set(),  # offrl/__init__.py
 }
 MOST_LOOSE = 8  # modules at the top of the package
