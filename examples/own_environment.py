@@ -1,7 +1,7 @@
 """An environment of one's own in one file: a boat on a windy lake heads for a buoy.
 
 python scripts/train.py algo=sac env=examples/own_environment.py:Boat steps=20_000
-python scripts/collect.py env=examples/own_environment.py:Boat dataset=random rows=20_000 out=boat.npz
+python scripts/collect.py env=examples/own_environment.py:Boat dataset=random out=boat.npz
 python scripts/evaluate.py run=runs/sac/Boat/<time>
 """
 

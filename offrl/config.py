@@ -310,7 +310,15 @@ def check_key(key: str, algo: str) -> None:
 
 COUNTS = (
     *("seeds", "threads", "log_every", "eval_every", "eval_episodes", "final_episodes"),
-    *("snapshot_every", "rows", "action_repeat", "episode_limit", "envs", "algo.steps", "algo.batch"),
+    *(
+        "snapshot_every",
+        "rows",
+        "action_repeat",
+        "episode_limit",
+        "envs",
+        "algo.steps",
+        "algo.batch",
+    ),
 )
 
 

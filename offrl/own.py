@@ -37,7 +37,9 @@ def module_of(path: Path) -> ModuleType:
 def one_line(error: BaseException) -> str:
     """The text of an error without line breaks, and its type where that is no matter of course."""
     text = " ".join(str(error).split())
-    return text if isinstance(error, (ImportError, SyntaxError)) else f"{type(error).__name__}: {text}"
+    return (
+        text if isinstance(error, (ImportError, SyntaxError)) else f"{type(error).__name__}: {text}"
+    )
 
 
 def is_env(name: str) -> bool:

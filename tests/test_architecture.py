@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "envs": {"errors", "own"},
     "engine.method": set(),
     "engine.optim": set(),
-    "data": {"engine.method", "envs", "errors", "nets", "seeding", "system"},
+    "data": {"engine.method", "envs", "errors", "nets", "own", "seeding", "system"},
     "algos": {"data", "engine.method", "engine.optim", "nets", "regularizers"},
     "engine": {"engine.method", "envs", "errors", "nets.kernels", "seeding"},
     "results": {"data", "envs"},

@@ -17,7 +17,7 @@ from offrl import config as configuration
 from offrl.config import Resolved
 from offrl.engine.evaluate import Evaluator, scenarios_of
 from offrl.engine.method import Algorithm
-from offrl.envs.make import engines, env_id, factory
+from offrl.envs.make import engines, env_id
 from offrl.errors import ConfigError, Failed
 from offrl.runs.policy import checkpoints, load_algorithm
 from offrl.runs.record import UNITS, played_in, rows, scored, summary
@@ -154,8 +154,7 @@ def film(
         Failed: if the machine cannot render.
     """
     algo, group = loaded
-    s = resolved.settings
-    make = factory(s.env, version(resolved), s.legacy_mass, True, s.action_repeat)
+    make = make_env(resolved, render=True)
     first = scenarios_of(names, make)[:1]
     with closing(
         Evaluator(make, axes_of(group), 1, derive(seed, "film"), scenarios=first)

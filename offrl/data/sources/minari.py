@@ -6,9 +6,8 @@ truncated episodes; see `offrl.data.sources.d4rl.d4rl_view`. Minari's `D4RL/` da
 regenerated or replayed in other environments, and their reference returns belong to those: they
 are kept in info["ref_min"] and info["ref_max"] and never serve as D4RL's.
 
-Observations that are dictionaries are flattened in a fixed order, kept in info["layout"]:
-goal tasks as [observation, achieved_goal, desired_goal], AntMaze as [achieved_goal, observation,
-desired_goal], so that its first 29 numbers are laid out as D4RL's, others by sorted keys.
+Observations of any kind are flattened as those of environments (`offrl.envs.observations`); the
+order is kept in info["layout"].
 """
 
 import json
@@ -20,15 +19,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, Space
 
 from offrl.data.dataset import Arrays, Dataset, home, once, read, store_episodes, stream, write
-from offrl.errors import DataError
+from offrl.envs.make import bounded
+from offrl.envs.observations import layout, ordered
+from offrl.envs.observations import rows as flat_rows
+from offrl.errors import ConfigError, DataError
 
-GOAL = ("observation", "achieved_goal", "desired_goal")
 METADATA = {  # our name -> Minari's
     "ref_min": "ref_min_score",
     "ref_max": "ref_max_score",
@@ -36,7 +36,7 @@ METADATA = {  # our name -> Minari's
     "minari_version": "minari_version",
 }
 DAMAGE = (OSError, ValueError, KeyError, IndexError, RuntimeError, AssertionError)
-RULES = 1  # of the conversion; raise it when the rules change, and old conversions are made anew
+RULES = 2  # of the conversion; raise it when the rules change, and old conversions are made anew
 
 
 def load(dataset_id: str, download: bool = True) -> Dataset:
@@ -108,14 +108,14 @@ def obtain(dataset_id: str, download: bool) -> None:
 def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[str, Any]:
     """Write the arrays of the data set at `place` into the folder `part`, episode by episode."""
     source, raw = opened(place)
-    order, rows = layout(source.observation_space, dataset_id), source.total_steps
+    space, rows = observations(source.observation_space, dataset_id), source.total_steps
     act, scaling = actions(source.action_space, dataset_id)
     if rows == 0:
         raise DataError(f"{dataset_id} holds no steps")
     ends, rewards = [0], []
 
     def chunks() -> Iterator[Arrays]:
-        for number, found in enumerate(episodes(source, place, order, act)):
+        for number, found in enumerate(episodes(source, place, space, act)):
             lengths = {name: len(value) for name, value in found.items()}
             obs, steps = found.pop("obs"), len(found["reward"])
             if lengths != dict.fromkeys(lengths, steps) | {"obs": steps + 1}:
@@ -134,7 +134,12 @@ def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[
     starts = starts[starts < rows]
     store_episodes(part, starts, torch.from_numpy(np.concatenate(rewards)))
     info: dict[str, Any] = {"source": "minari", "id": dataset_id, "stamp": stamp, "notes": []}
-    info |= {"layout": order, "rows": rows, "episodes": len(starts), "actions": scaling}
+    info |= {
+        "layout": dict(layout(space)),
+        "rows": rows,
+        "episodes": len(starts),
+        "actions": scaling,
+    }
     info |= {ours: raw.get(theirs) for ours, theirs in METADATA.items()}
     info["env"] = json.loads(raw["env_spec"])["id"] if raw.get("env_spec") else None
     return {"name": f"minari/{dataset_id}", "info": info}
@@ -157,14 +162,14 @@ def opened(place: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def episodes(
-    source: Any, place: Path, order: dict[str, int], act: Callable[[Any], np.ndarray]
+    source: Any, place: Path, space: Space, act: Callable[[Any], np.ndarray]
 ) -> Iterator[Arrays]:
     """Every episode by our names: obs (T + 1, o), the others (T, ...)."""
     flat = lambda values: np.asarray(values).reshape(-1).astype(np.float32)  # noqa: E731
     try:
         for episode in source.iterate_episodes():
             yield {
-                "obs": join(episode.observations, order),
+                "obs": flat_rows(space, episode.observations),
                 "act": act(episode.actions),
                 "reward": flat(episode.rewards),
                 "terminal": flat(episode.terminations),
@@ -184,32 +189,11 @@ def damaged(place: Path, error: Exception) -> DataError:
 # --- spaces --------------------------------------------------------------------------------------
 
 
-def layout(space: Space, dataset_id: str = "") -> dict[str, int]:
-    """Path of every part of an observation, such as "desired_goal", in order, and its width."""
-    if isinstance(space, gymnasium.spaces.Dict):
-        keys = sorted(space.spaces)
-        if set(keys) == set(GOAL):
-            first = 1 if "antmaze" in dataset_id.lower() else 0
-            keys = [GOAL[first], GOAL[1 - first], GOAL[2]]
-        return {
-            f"{key}/{inner}" if inner else key: width
-            for key in keys
-            for inner, width in layout(space.spaces[key]).items()
-        }
-    if isinstance(space, Box):
-        return {"": int(np.prod(space.shape, dtype=np.int64))}
-    raise DataError(f"{dataset_id} has observations of {space}; only Box and Dict of Box are read")
-
-
-def join(value: Any, order: dict[str, int]) -> np.ndarray:
-    """The parts of observations side by side, float32 (T, sum of widths)."""
-    parts = []
-    for path, width in order.items():
-        leaf = value
-        for key in path.split("/") if path else ():
-            leaf = leaf[key]
-        parts.append(np.asarray(leaf, np.float32).reshape(-1, width))
-    return np.concatenate(parts, -1)
+def observations(space: Space, dataset_id: str) -> Space:
+    try:
+        return ordered(space, dataset_id)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
 
 
 def actions(space: Space, dataset_id: str) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
@@ -221,12 +205,13 @@ def actions(space: Space, dataset_id: str) -> tuple[Callable[[Any], np.ndarray],
     if not isinstance(space, Box):
         raise DataError(f"{dataset_id} has actions of {space}; only Box and Discrete are read")
     limits = {"low": space.low.ravel().tolist(), "high": space.high.ravel().tolist()}
-    low, high = map(np.array, limits.values())
-    other = bool(np.isfinite([low, high]).all() and ((low != -1) | (high != 1)).any())
+    low, high = (np.array(end, np.float64) for end in limits.values())
+    other = bounded(low, high) and bool(((low != -1) | (high != 1)).any())
+    half = np.where(high > low, (high - low) / 2, np.inf)  # a number that cannot vary is 0
 
     def scaled(raw: Any) -> np.ndarray:
         flat = np.asarray(raw, np.float64).reshape(len(raw), -1)
-        return (2 * (flat - low) / (high - low) - 1 if other else flat).astype(np.float32)
+        return ((flat - (high + low) / 2) / half if other else flat).astype(np.float32)
 
     return scaled, {"rescaled_from": limits if other else None}
 
