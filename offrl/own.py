@@ -35,8 +35,8 @@ def module_of(path: Path) -> ModuleType:
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error without line breaks, and its type where that is no matter of course."""
-    text = " ".join(str(error).split())
+    """The text of an error without line breaks, and its type where the text may need it."""
+    text, known = " ".join(str(error).split()), (ImportError, SyntaxError)
     return (
         text if isinstance(error, (ImportError, SyntaxError)) else f"{type(error).__name__}: {text}"
     )

@@ -207,11 +207,14 @@ def actions(space: Space, dataset_id: str) -> tuple[Callable[[Any], np.ndarray],
     limits = {"low": space.low.ravel().tolist(), "high": space.high.ravel().tolist()}
     low, high = (np.array(end, np.float64) for end in limits.values())
     other = bounded(low, high) and bool(((low != -1) | (high != 1)).any())
-    half = np.where(high > low, (high - low) / 2, np.inf)  # a number that cannot vary is 0
+    varies = high > low
+    width = np.where(varies, high - low, 1)
 
     def scaled(raw: Any) -> np.ndarray:
         flat = np.asarray(raw, np.float64).reshape(len(raw), -1)
-        return ((flat - (high + low) / 2) / half if other else flat).astype(np.float32)
+        if other:
+            flat = np.where(varies, 2 * (flat - low) / width - 1, 0)
+        return flat.astype(np.float32)
 
     return scaled, {"rescaled_from": limits if other else None}
 

@@ -112,14 +112,17 @@ def roll_out(
 
 @torch.inference_mode()
 def play(packed: bytes, rows: int, seed: int) -> tuple[Arrays, bool]:
-    """One chunk: arrays by field, float32 but for the int64 of discrete actions, and whether the last episode was cut by its end."""
+    """One chunk: arrays by field, and whether the last episode was cut by its end.
+
+    They are float32, but for the int64 numbers of discrete actions.
+    """
     make_env, policy, explore = pickle.loads(packed)
     env = make_env()
     how = {"scenario": torch.zeros(1).long(), "explore": explore}
     how["generator"] = generator(seed, "policy")
     read = lambda raw: torch.as_tensor(raw, dtype=torch.float32).view(1, -1)  # noqa: E731
     obs = read(env.reset(seed=derive(seed, "environment"))[0])
-    widths = dict.fromkeys(("obs", "next_obs"), (obs.shape[-1],))
+    widths: dict[str, tuple[int, ...]] = dict.fromkeys(("obs", "next_obs"), (obs.shape[-1],))
     _, act_dim, discrete = sizes(env)
     widths["act"] = () if discrete else (act_dim,)
     kinds = {"act": np.int64} if discrete else {}
