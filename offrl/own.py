@@ -37,9 +37,7 @@ def module_of(path: Path) -> ModuleType:
 def one_line(error: BaseException) -> str:
     """The text of an error without line breaks, and its type where the text may need it."""
     text, known = " ".join(str(error).split()), (ImportError, SyntaxError)
-    return (
-        text if isinstance(error, (ImportError, SyntaxError)) else f"{type(error).__name__}: {text}"
-    )
+    return text if isinstance(error, known) else f"{type(error).__name__}: {text}"
 
 
 def is_env(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 from gymnasium.envs.registration import EnvSpec
@@ -36,7 +37,8 @@ def spec_of(name: str) -> EnvSpec:
         wrong = f"no class {last!r}" if found is None else f"{last}, which is not a gymnasium.Env"
         known = f"its environments: {', '.join(classes) or 'none'}"
         raise ConfigError(f"{path} has {wrong}; name one as env={place}:Class ({known})")
-    return EnvSpec(id=last, entry_point=found)
+    creator: Any = found  # its constructor may take anything
+    return EnvSpec(id=last, entry_point=creator)
 
 
 def of_module(module: str, id: str) -> EnvSpec:

@@ -134,12 +134,8 @@ def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[
     starts = starts[starts < rows]
     store_episodes(part, starts, torch.from_numpy(np.concatenate(rewards)))
     info: dict[str, Any] = {"source": "minari", "id": dataset_id, "stamp": stamp, "notes": []}
-    info |= {
-        "layout": dict(layout(space)),
-        "rows": rows,
-        "episodes": len(starts),
-        "actions": scaling,
-    }
+    info |= {"layout": dict(layout(space)), "actions": scaling}
+    info |= {"rows": rows, "episodes": len(starts)}
     info |= {ours: raw.get(theirs) for ours, theirs in METADATA.items()}
     info["env"] = json.loads(raw["env_spec"])["id"] if raw.get("env_spec") else None
     return {"name": f"minari/{dataset_id}", "info": info}
