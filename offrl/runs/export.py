@@ -11,7 +11,8 @@ any number of rows:
     reward    (batch,), the reward of the action before, likewise
     memory_*  what the last call put out as memory_*_out; any numbers where start is 1
 
-Outputs: action (batch, *action), float32, or int64 if whole numbers, (batch,) if discrete; and memory_*_out.
+Outputs: action (batch, *action), float32 or, if whole numbers, int64, (batch,) if discrete; and
+memory_*_out.
 """
 
 import hashlib
