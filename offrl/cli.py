@@ -1,6 +1,5 @@
 """The command line: `offrl train ...` and the scripts. Grammar and launchers are Hydra's."""
 
-import dataclasses
 import inspect
 import os
 import re
@@ -26,14 +25,7 @@ Overrides = list[tuple[str, list[Any], str]]  # key, values (several in a sweep)
 
 def main() -> None:
     """The console command: offrl train|evaluate|collect|report|describe|export key=value ..."""
-    commands = {
-        "train": train,
-        "evaluate": evaluate,
-        "collect": collect,
-        "report": report,
-        "describe": describe,
-        "export": export,
-    }
+    commands = {f.__name__: f for f in (train, evaluate, collect, report, describe, export)}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: offrl {'|'.join(commands)} key=value ...", file=sys.stderr)
         sys.exit(2)
@@ -83,12 +75,9 @@ def divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def overrides_of(words: Sequence[str]) -> Overrides:
-    """The overrides that the words mean.
+    """The overrides that the words mean; ConfigError for one that cannot be read.
 
     What is no value in Hydra's grammar, such as a path with "=" or an umlaut, is taken literally.
-
-    Raises:
-        ConfigError: for a word that is not of the form key=value, or cannot be read.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -132,13 +121,9 @@ def is_hydras(key: str) -> bool:
 
 
 def checked(overrides: Overrides, sweeps: bool) -> dict[str, list[Any]]:
-    """Look at every override before Hydra does, so that a misspelling is answered in words.
+    """Key -> the values that it takes, several in a sweep; Hydra's own keys are left out.
 
-    Returns:
-        key -> the values it takes, more than one in a sweep; Hydra's own keys are left out.
-
-    Raises:
-        ConfigError: unknown algorithm or key, or several values without a sweep.
+    Raises ConfigError for an unknown key, before Hydra does so in its words.
     """
     values = {key: found for key, found, _ in overrides if not is_hydras(key)}
     for key, found in values.items():
@@ -285,25 +270,22 @@ def export(argv: Words = None) -> None:
     command(export_run, Options, argv)
 
 
-def command(work: Callable[[Any], object], cls: type, argv: Words) -> None:
-    with readable_errors():
-        work(options(cls, sys.argv[1:] if argv is None else argv))
-
-
-def describe(argv: Sequence[str] | None = None) -> None:
+def describe(argv: Words = None) -> None:
     """A look at a data set before training: `dataset=log.hdf5 out=look`; exit 1 at an error."""
     from offrl.runs.describe import Options, describe_data
 
+    sys.exit(1 if command(describe_data, Options, argv).errors else 0)
+
+
+def command(work: Callable[[Any], Any], cls: type, argv: Words) -> Any:
     with readable_errors():
-        found = describe_data(options(Options, sys.argv[1:] if argv is None else argv))
-        sys.exit(1 if found.errors else 0)
+        return work(options(cls, sys.argv[1:] if argv is None else argv))
 
 
 def options(cls: type, argv: Sequence[str]) -> Any:
-    """Fill a dataclass of options from key=value words.
+    """A dataclass of options filled from key=value words.
 
-    Raises:
-        ConfigError: unknown key (the nearest is named), wrong type, or a missing value.
+    Raises ConfigError for an unknown key (the nearest is named), a wrong type, a missing value.
     """
     if HELP & set(argv):
         print(inspect.getdoc(cls))
@@ -314,14 +296,11 @@ def options(cls: type, argv: Sequence[str]) -> Any:
     hints, given = configuration.fields_of(cls), {}
     for key, values, _ in overrides_of(argv):
         if key not in hints:
-            raise ConfigError(
-                f"there is no option {key!r}{configuration.nearest(key, hints)}; "
-                f"known: {', '.join(hints)}"
-            )
+            near = configuration.nearest(key, hints)
+            raise ConfigError(f"there is no option {key!r}{near}; known: {', '.join(hints)}")
         value = values if len(values) > 1 else values[0]
         given[key] = configuration.convert(key, value, hints[key])
-    for field in dataclasses.fields(cls):
-        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
-        if not optional and field.name not in given:
-            raise ConfigError(f"{field.name}= is missing; known options: {', '.join(hints)}")
+    for name, parameter in inspect.signature(cls).parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in given:
+            raise ConfigError(f"{name}= is missing; known options: {', '.join(hints)}")
     return cls(**given)

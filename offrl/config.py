@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 
@@ -27,6 +27,7 @@ from offrl.engine.method import Method
 from offrl.envs import ogbench
 from offrl.errors import ConfigError
 from offrl.own import module_of, title
+from offrl.ranges import Count, Range, Whole
 
 
 @dataclass(frozen=True)
@@ -38,32 +39,32 @@ class Settings:
     dataset: str = "medium"
     # auto: a file where dataset is the path of one, else generated
     source: Literal["auto", "generated", "d4rl", "minari", "ogbench", "files"] = "auto"
-    rows: int | None = None  # transitions to generate; null: the recipe's own number
+    rows: Count | None = None  # transitions to generate; null: the recipe's own number
     # auto: what a Gymnasium id says, else v4 for source=d4rl and v5 for the rest
     env_version: Literal["auto", "v4", "v5"] = "auto"
     legacy_mass: bool = False  # capsule masses of the engines behind D4RL's data
-    action_repeat: int = 1  # steps of the simulator per action; all steps here count actions
+    action_repeat: Count = 1  # steps of the simulator per action; all steps here count actions
     # actions after which an episode is cut off, as a timeout; null: the environment's own limit,
     # and 10,000 where it states none
-    episode_limit: int | None = None
-    envs: int = 1  # environments that an online method steps together, per seed
+    episode_limit: Count | None = None
+    envs: Count = 1  # environments that an online method steps together, per seed
     # processes that step them; 0: the training's own; null: whichever a short measurement favors
-    env_workers: int | None = None
-    seed: int = 0  # the first seed
-    seeds: int = 1  # how many, counting up from `seed`
+    env_workers: Whole | None = None
+    seed: Whole = 0  # the first seed
+    seeds: Count = 1  # how many, counting up from `seed`
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where torch sees one
-    threads: int = 1  # of torch, per training process on a CPU
+    threads: Count = 1  # of torch, per training process on a CPU
     # how updates are made: captured if that is faster, eager, captured, by torch.compile
     speed: Literal["auto", "eager", "graph", "compile"] = "auto"
     preset: str = "full"  # quick: minutes on two cores; full: the published protocol
-    log_every: int = 1000  # updates between rows of metrics
-    eval_every: int = 5000  # steps between points of the learning curve
-    eval_episodes: int = 10  # per point and seed
+    log_every: Count = 1000  # updates between rows of metrics
+    eval_every: Count = 5000  # steps between points of the learning curve
+    eval_episodes: Count = 10  # per point and seed
     # where points of the curve but the last are played: auto is async, in a process of its own, on
     # a GPU or with a spare core for each training process, else inline
     evaluation: Literal["auto", "async", "inline"] = "auto"
-    final_episodes: int = 100  # of the last checkpoint; their mean is the score
-    snapshot_every: int | None = None  # steps between kept copies of the networks; null: none
+    final_episodes: Count = 100  # of the last checkpoint; their mean is the score
+    snapshot_every: Count | None = None  # steps between kept copies of the networks; null: none
     runs: str = "runs"  # folder of all runs
     keep_memory: bool = True  # stop glibc from returning freed memory between updates
 
@@ -127,7 +128,8 @@ class Resolved:
             told = meanings(cls)
             for name, hint in fields_of(cls).items():
                 key, words = prefix + name, "|".join(map(str, words_of(hint)))
-                about = "; ".join(filter(None, [self.origins.get(key, "default"), words]))
+                ranges = [part.words for part in ranges_of(hint)]
+                about = "; ".join(filter(None, [self.origins.get(key, "default"), words, *ranges]))
                 lines.append(f"{key}={spelled(getattr(values, name))}  ({about})")
                 lines += [f"    {told[name]}"] if told[name] else []
             lines.append("")
@@ -135,9 +137,8 @@ class Resolved:
 
     def to_yaml(self) -> str:
         options = {name: plain(value) for name, value in self.options.items()}
-        return yaml.safe_dump(
-            vars(self) | {"options": options, "settings": vars(self.settings)}, sort_keys=False
-        )
+        content = vars(self) | {"options": options, "settings": vars(self.settings)}
+        return yaml.safe_dump(content, sort_keys=False)
 
 
 def of_run(folder: Path) -> Resolved:
@@ -146,11 +147,7 @@ def of_run(folder: Path) -> Resolved:
 
 
 def from_yaml(text: str) -> Resolved:
-    """Inverse of `Resolved.to_yaml`.
-
-    Raises:
-        ConfigError: if the text is not a stored configuration of this version.
-    """
+    """Inverse of `Resolved.to_yaml`; ConfigError if the text is none of this version."""
     try:
         raw = yaml.safe_load(text)
         hints = fields_of(method(raw["algo"]).config)
@@ -183,11 +180,7 @@ def algorithms() -> list[str]:
 
 
 def method(algo: str) -> Method:
-    """The METHOD of a name, or of the file at a path that ends in .py.
-
-    Raises:
-        ConfigError: naming the nearest method, or what is wrong with the file.
-    """
+    """The METHOD of a name, or of the file at a path that ends in .py; ConfigError for others."""
     if is_own(algo):
         return own_method(Path(algo).absolute())
     if algo not in algorithms():
@@ -237,8 +230,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def fields_of(cls: type) -> dict[str, Any]:
-    """Name -> type of a dataclass."""
-    return typing.get_type_hints(cls)
+    """Name -> type of a dataclass, with its range."""
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 def meanings(cls: type) -> dict[str, str]:
@@ -266,12 +259,15 @@ def words_of(hint: Any) -> list[Any]:
     return [word for part in literals for word in typing.get_args(part)]
 
 
-def convert(name: str, value: Any, hint: Any) -> Any:
-    """The value in the declared type: whole floats become ints, lists become tuples.
+def ranges_of(hint: Any) -> list[Range]:
+    """The range that a type carries, within a union or a tuple too."""
+    if typing.get_origin(hint) is Annotated:
+        return list(hint.__metadata__)
+    return [found for part in typing.get_args(hint) for found in ranges_of(part)]
 
-    Raises:
-        ConfigError: "<name> must be <type>, got <value>".
-    """
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """The value in the declared type, or ConfigError: whole floats become ints, lists tuples."""
     parts, words = parts_of(hint), words_of(hint)
     if value in words or (value is None and type(None) in parts):
         return value
@@ -279,6 +275,12 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if not kinds:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, words))}, got {value!r}")
     kind = kinds[0]
+    if typing.get_origin(kind) is Annotated:
+        kind, limits = typing.get_args(kind)
+        value = convert(name, value, kind)
+        if value not in limits:
+            raise ConfigError(f"{name} must be {limits.words}, got {value!r}")
+        return value
     plain_kind = typing.get_origin(kind) or kind
     if plain_kind is tuple and isinstance(value, (list, tuple)):
         return tuple(convert(f"{name} entry", entry, typing.get_args(kind)[0]) for entry in value)
@@ -297,37 +299,16 @@ def check_key(key: str, algo: str) -> None:
     if key.startswith("algo."):
         name, options = key.removeprefix("algo."), fields_of(method(algo).config)
         if name not in options:
-            raise ConfigError(
-                f"{algo} has no option {name!r}{nearest(name, options)}; "
-                f"it has {', '.join(options)}"
-            )
-    elif key not in {"algo", "steps", "resume"} and key not in fields_of(Settings):
-        known = [*fields_of(Settings), "algo", "steps", "resume"]
+            near = nearest(name, options)
+            raise ConfigError(f"{algo} has no option {name!r}{near}; it has {', '.join(options)}")
+    elif key not in (known := [*fields_of(Settings), "algo", "steps", "resume"]):
         also = fields_of(method(algo).config)
         hint = f"; did you mean 'algo.{key}'?" if key in also else nearest(key, known)
         raise ConfigError(f"there is no setting {key!r}{hint}; known: {', '.join(known)}")
 
 
-COUNTS = (
-    *("seeds", "threads", "log_every", "eval_every", "eval_episodes", "final_episodes"),
-    *(
-        "snapshot_every",
-        "rows",
-        "action_repeat",
-        "episode_limit",
-        "envs",
-        "algo.steps",
-        "algo.batch",
-    ),
-)
-
-
-def check_ranges(values: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a count below 1, or training that ends within its warm-up."""
-    for name in COUNTS:
-        if isinstance(values.get(name), int) and values[name] < 1:
-            short = name.removeprefix("algo.")
-            raise ConfigError(f"{short} must be at least 1, got {values[name]}")
+def check_warmup(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError for training that ends within its warm-up."""
     steps, warmup = values["algo.steps"], values.get("algo.warmup", 0)
     if steps <= warmup:
         raise ConfigError(
@@ -345,7 +326,6 @@ def resolve(
     """Put a run's values together.
 
     Args:
-        algo: name of the method.
         overrides: of the command line: settings by name, options as "algo.<name>".
         tasks: pattern of "<env>-<dataset>" -> values; names of options, else of settings. With
             "<source>:" before it a pattern holds for data of that source only.
@@ -364,7 +344,8 @@ def resolve(
         for key, value in given.items():
             key = "algo.steps" if key == "steps" else key
             check_key(key, algo)
-            values[key], origins[key] = convert(key, value, hints[key]), origin
+            name = "steps" if key == "algo.steps" else key
+            values[key], origins[key] = convert(name, value, hints[key]), origin
 
     def put_stored(given: Mapping[str, Any], origin: str) -> None:
         put({f"algo.{k}" if k in options else k: v for k, v in given.items()}, origin)
@@ -386,6 +367,6 @@ def resolve(
             put_stored(group, f"task {pattern}")
     put_stored(presets[preset], f"preset {preset}")
     put(overrides, "command line")
-    check_ranges(values)
+    check_warmup(values)
     chosen = {name: values[f"algo.{name}"] for name in options}
     return Resolved(settings(), algo, chosen, origins)

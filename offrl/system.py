@@ -58,11 +58,7 @@ def locked(path: Path, busy: Callable[[], None], remedy: str) -> Iterator[None]:
     The system's locks end with the process that holds them, however it ends. filelock's other kind,
     where the file itself is the lock, would stay behind a killed one, and is not used.
 
-    Args:
-        remedy: what to do about a place without locks.
-
-    Raises:
-        OSError: if the place is not writable or its file system has no locks.
+    Raises OSError with a `remedy` if the place is not writable or its file system has no locks.
     """
     lock = FileLock(path, fallback_to_soft=False)
     for wait in (False, True):
@@ -82,11 +78,7 @@ def locked(path: Path, busy: Callable[[], None], remedy: str) -> Iterator[None]:
 
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
-    """Hold a run directory alone.
-
-    Raises:
-        OSError: if another process is training in it, or it cannot be locked.
-    """
+    """Hold a run directory alone; OSError if another process trains in it or it has no locks."""
 
     def busy() -> None:
         raise OSError(f"another process is training in {folder}; wait for it or stop it")

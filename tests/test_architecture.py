@@ -14,6 +14,7 @@ ROOT = Path(offrl.__file__).parent
 # Room -> the rooms that it may use beside itself. A module belongs to the longest name that fits.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "ranges": set(),
     "seeding": set(),
     "system": set(),
     "regularizers": set(),
@@ -24,10 +25,10 @@ ALLOWED: dict[str, set[str]] = {
     "engine.method": set(),
     "engine.optim": set(),
     "data": {"engine.method", "envs", "errors", "nets", "own", "seeding", "system"},
-    "algos": {"data", "engine.method", "engine.optim", "nets", "regularizers"},
+    "algos": {"data", "engine.method", "engine.optim", "nets", "ranges", "regularizers"},
     "engine": {"engine.method", "envs", "errors", "nets.kernels", "seeding"},
     "results": {"data", "envs"},
-    "config": {"algos", "data", "engine.method", "envs", "errors", "own"},
+    "config": {"algos", "data", "engine.method", "envs", "errors", "own", "ranges"},
     "runs": {
         "",  # the version
         "config",
@@ -38,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "envs",
         "errors",
         "nets",
+        "ranges",
         "results",
         "seeding",
         "system",

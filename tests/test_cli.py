@@ -11,6 +11,7 @@ import time
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from typing import get_type_hints
 
 import gymnasium
 import numpy as np
@@ -506,8 +507,8 @@ def test_help_lists_every_setting_with_value_origin_choices_and_meaning(capsys):
     assert "algo.beta=0.5  (command line)\n    weight of the penalty" in out
     assert "algo.norm_source=mixed  (default; mixed|target)\n    norm of the successor" in out
     assert "threads=1  (default)" in out
-    options = configuration.fields_of(configuration.method("beer").config)
-    for name in [*configuration.fields_of(configuration.Settings), *(f"algo.{n}" for n in options)]:
+    options = get_type_hints(configuration.method("beer").config)
+    for name in [*get_type_hints(configuration.Settings), *(f"algo.{n}" for n in options)]:
         assert out.count(f"\n{name}=") == 1
     assert "presets: full, quick" in out
     assert "there is no setting" in fails(capsys, "--help", "envv=hopper")

@@ -1,4 +1,6 @@
-from typing import Literal
+import math
+import typing
+from typing import Annotated, Literal
 
 import pytest
 import torch
@@ -68,7 +70,7 @@ def test_stored_configuration_comes_back_whole():
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
         ({"eval_every": 0}, "eval_every must be at least 1, got 0"),
-        ({"algo.batch": -1}, "batch must be at least 1, got -1"),
+        ({"algo.batch": -1}, "algo.batch must be at least 1, got -1"),
     ],
 )
 def test_mistakes_are_named_with_the_nearest_key(overrides, message):
@@ -247,3 +249,48 @@ def test_cores_are_shared_among_training_and_evaluating_processes(
 
 def test_a_run_on_a_gpu_is_evaluated_beside():
     assert experiment.evaluates_async(resolve("td3bc", {"threads": 8}), torch.device("cuda"))
+
+
+def base(hint):
+    """int or float behind a range or within a tuple; the type itself otherwise."""
+    args = typing.get_args(hint)
+    return base(args[0]) if typing.get_origin(hint) in (Annotated, tuple) else hint
+
+
+NUMBERS = [
+    (algo, name, hint)
+    for algo in config.algorithms()
+    for name, hint in config.fields_of(config.method(algo).config).items()
+    if {int, float} & {base(part) for part in config.parts_of(hint)}
+]
+
+
+@pytest.mark.parametrize(("algo", "name", "hint"), NUMBERS)
+def test_every_number_of_a_method_has_a_range_and_nothing_outside_passes(algo, name, hint):
+    (limits,) = config.ranges_of(hint)
+    outside = [math.nan, -math.inf]
+    if limits.low > -math.inf:
+        outside.append(limits.low if limits.strict else limits.low - 1)
+    if limits.high < math.inf:
+        outside.append(limits.high if limits.strict else 2 * limits.high)
+    for value in outside:
+        given = [value] if typing.get_origin(hint) is tuple else value
+        with pytest.raises(ConfigError, match=rf"^(algo\.)?{name}( entry)? must be "):
+            resolve(algo, {f"algo.{name}": given})
+    resolve(algo, {f"algo.{name}": getattr(config.method(algo).config(), name)})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"algo.discount": 7}, r"algo\.discount must be in \[0, 1\], got 7\.0"),
+        ({"algo.lr": -1}, r"algo\.lr must be above 0 and finite, got -1\.0"),
+        ({"algo.lr": math.inf}, r"algo\.lr must be above 0 and finite, got inf"),
+        ({"algo.alpha": -3}, r"algo\.alpha must be at least 0 and finite, got -3\.0"),
+        ({"algo.hidden": [0]}, r"algo\.hidden entry must be at least 1, got 0"),
+        ({"seed": -1}, r"seed must be at least 0, got -1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_the_range(given, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve("td3bc", given)

@@ -10,6 +10,7 @@ import dataclasses
 import re
 import textwrap
 from pathlib import Path
+from typing import get_type_hints
 
 from offrl import config
 
@@ -61,7 +62,7 @@ def markdown(text: str) -> str:
 def settings(name: str) -> str:
     """A table of the options: name, default, meaning and the words it takes."""
     options = config.method(name).config
-    told, hints = config.meanings(options), config.fields_of(options)
+    told, hints = config.meanings(options), get_type_hints(options)
     lines = ["| option | default | meaning |", "| --- | --- | --- |"]
     for field in dataclasses.fields(options):
         words = config.words_of(hints[field.name])

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from offrl.data.sources import generated
-from offrl.results.returns import distribution
+from offrl.results.plots import distribution
 
 ROBOTS = ("halfcheetah", "hopper", "walker2d")
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -39,7 +39,7 @@ class Ours:
     def __init__(self, name: str, env: str):
         method = config.method(name)
         given: dict[str, Any] = {"env": env, "env_workers": 0}
-        if "warmup" in config.fields_of(method.config):
+        if "warmup" in get_type_hints(method.config):
             given["algo.warmup"] = WARM_UP
         resolved = config.configured(name, given)
         options, task = resolved.config(), make_task(resolved, None, [0], torch.device("cpu"))

@@ -17,14 +17,15 @@ from offrl.data.stages import offline
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
 from offrl.nets import Actor, Standardize
+from offrl.ranges import Count, Positive
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # updates
-    batch: int = 256  # transitions per update
-    lr: float = 3e-4  # Adam
-    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
+    steps: Count = 1_000_000  # updates
+    batch: Count = 256  # transitions per update
+    lr: Positive = 3e-4  # Adam
+    hidden: tuple[Count, ...] = (256, 256)  # widths of the hidden layers
 
 
 class BC:

@@ -38,25 +38,26 @@ from offrl.data.stages import off_policy
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, bootstrap, descend, polyak, smoothed, target_copy
 from offrl.nets import Actor, Critics
+from offrl.ranges import Count, NonNegative, Positive, Share, Whole
 from offrl.regularizers.rank import beer_penalty, ranks
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # environment steps, warm-up included
-    batch: int = 256  # transitions per update
-    lr: float = 3e-4  # Adam, both optimizers
-    discount: float = 0.99  # per step
-    tau: float = 0.005  # share of the online weights in each target update
-    beta: float = 1e-3  # weight of the penalty, the same for every task
+    steps: Count = 1_000_000  # environment steps, warm-up included
+    batch: Count = 256  # transitions per update
+    lr: Positive = 3e-4  # Adam, both optimizers
+    discount: Share = 0.99  # per step
+    tau: Share = 0.005  # share of the online weights in each target update
+    beta: NonNegative = 1e-3  # weight of the penalty, the same for every task
     # norm of the successor's features in U's numerator: online network and policy (mixed, as in the
     # authors' code), or the target's as in the denominator (target, as in the theorem)
     norm_source: Literal["mixed", "target"] = "mixed"
     bias_aware: bool = False  # r - (1 - discount) b in the place of r, as a biased layer asks for
-    explore_noise: float = 0.1  # std of the noise on collected actions
-    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
-    warmup: int = 25_000  # uniformly random environment steps before the first update
-    capacity: int = 1_000_000  # rows of the replay
+    explore_noise: NonNegative = 0.1  # std of the noise on collected actions
+    hidden: tuple[Count, ...] = (256, 256)  # widths of the hidden layers
+    warmup: Whole = 25_000  # uniformly random environment steps before the first update
+    capacity: Count = 1_000_000  # rows of the replay
 
 
 class BEER:

@@ -32,6 +32,7 @@ from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
 from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob, sampled
 from offrl.nets.mlp import MLP
+from offrl.ranges import Between, Count, NonNegative, Positive, Share, Whole
 
 HEADS = 2
 FLOOR = 1e-6  # of exp(Q) in the actor's loss, as in OGBench: no gradient below
@@ -39,18 +40,18 @@ FLOOR = 1e-6  # of exp(Q) in the actor's loss, as in OGBench: no gradient below
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # updates
-    batch: int = 1024  # rows per update, each with its goals
-    lr: float = 3e-4  # Adam, one for all networks
-    discount: float = 0.99  # of the future states; 0.995 in giant mazes and for humanoids
-    alpha: float = 0.1  # weight of imitation in the actor's loss
-    latent: int = 512  # d
-    hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
-    value_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # the state itself, its trajectory, any state
-    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
-    goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+    steps: Count = 1_000_000  # updates
+    batch: Count = 1024  # rows per update, each with its goals
+    lr: Positive = 3e-4  # Adam, one for all networks
+    discount: Between = 0.99  # of the future states; 0.995 in giant mazes and for humanoids
+    alpha: NonNegative = 0.1  # weight of imitation in the actor's loss
+    latent: Count = 512  # d
+    hidden: tuple[Count, ...] = (512, 512, 512)  # widths of the hidden layers
+    value_goals: tuple[Share, ...] = (0.0, 1.0, 0.0)  # the state itself, its trajectory, any state
+    actor_goals: tuple[Share, ...] = (0.0, 1.0, 0.0)  # likewise
+    goal_columns: tuple[Whole, ...] = ()  # of an observation that make a goal; () for all
     images: bool = False  # observations are 64 x 64 RGB images; one seed per run
-    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
+    crop_share: Share = 0.0  # of batches whose images are moved by up to three pixels
 
 
 class Latents(nn.Module):

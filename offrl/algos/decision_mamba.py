@@ -52,6 +52,7 @@ from offrl.nets import Linear, Standardize
 from offrl.nets.sequence.mamba import decayed
 from offrl.nets.sequence.multigrained import Backbone, Grouping
 from offrl.nets.sequence.tokens import StepTokens
+from offrl.ranges import Bound, Count, NonNegative, Positive, Real, Share, Whole
 from offrl.regularizers import ProgressiveTarget, RegInputs
 from offrl.regularizers.reductions import masked_reduce
 
@@ -61,9 +62,9 @@ STAGES = 40  # of self-evolution; the authors evaluate and count one every 2,500
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 100_000  # updates
-    batch: int = 64  # windows
-    context: int = 20  # K; steps of a window
+    steps: Count = 100_000  # updates
+    batch: Count = 64  # windows
+    context: Count = 20  # K; steps of a window
     # layers and width: 3 x 64, 3 x 128, 3 x 256, 24 x 768
     size: Literal["tiny", "small", "base", "release"] = "small"
     fine: bool = True  # mix step groups beside tokens
@@ -74,21 +75,21 @@ class Config:
     eval_mode: Literal["window", "recurrent"] = "window"  # recurrent: from the episode's start
     mlp_embedding: bool = True  # tokens through a residual MLP; else one linear map
     mlp_head: bool = True  # actions from an MLP without tanh; else one linear map with tanh
-    act_weight: float = 0.9  # of the action's loss with `inverse`; without, it is 1
-    obs_weight: float = 0.05  # of the loss of the next state
-    return_weight: float = 0.05  # of the loss of the next return
+    act_weight: NonNegative = 0.9  # of the action's loss with `inverse`; without, it is 1
+    obs_weight: NonNegative = 0.05  # of the loss of the next state
+    return_weight: NonNegative = 0.05  # of the loss of the next return
     # share of an earlier policy's action in the label of the last stage; the released example's,
     # hopper-medium
-    final_blend: float = 0.85
-    blend_cap: float = 0.5  # largest share in any stage
-    lr: float = 1e-4  # AdamW with eps 1e-6
-    lr_warmup: int = 2_500  # updates of linear warm-up
-    weight_decay: float = 1e-5  # of weights; not of biases and norms
+    final_blend: Share = 0.85
+    blend_cap: Share = 0.5  # largest share in any stage
+    lr: Positive = 1e-4  # AdamW with eps 1e-6
+    lr_warmup: Whole = 2_500  # updates of linear warm-up
+    weight_decay: NonNegative = 1e-5  # of weights; not of biases and norms
     decay_all: bool = False  # decay A_log, D and RMSNorm weights too
-    clip: float = 0.25  # largest norm of the gradient
-    targets: tuple[float, ...] = ()  # returns to ask for in evaluation; per task
-    scale: float = 1000.0  # returns are divided by it
-    max_step: int = 1000  # rows of the embedding of steps; later steps share the last one
+    clip: Bound = 0.25  # largest norm of the gradient
+    targets: tuple[Real, ...] = ()  # returns to ask for in evaluation; per task
+    scale: Positive = 1000.0  # returns are divided by it
+    max_step: Count = 1000  # rows of the embedding of steps; later steps share the last one
 
 
 class Net(nn.Module):
@@ -99,7 +100,7 @@ class Net(nn.Module):
         c, (layers, width) = config, SIZES[config.size]
         self.mask_pads = c.mask_pads
         o, a = spec.obs_dim, spec.act_dim
-        self.tokens = StepTokens(o, a, width, c.max_step, c.mlp_embedding, True, generator)
+        self.tokens = StepTokens((o, a), width, c.max_step, c.mlp_embedding, True, generator)
         self.backbone = Backbone(layers, width, c.fine, c.grouping, generator)
         self.head_hidden = Linear(width, width, generator=generator) if c.mlp_head else None
         self.head_act = Linear(width, a, generator=generator)

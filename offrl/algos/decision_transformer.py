@@ -35,6 +35,7 @@ from offrl.engine.optim import adamw, descend, warm_up
 from offrl.nets import Linear, Standardize
 from offrl.nets.sequence.tokens import StepTokens
 from offrl.nets.sequence.transformer import Transformer
+from offrl.ranges import Bound, Count, NonNegative, Positive, Real, Share, Whole
 from offrl.regularizers.reductions import masked_reduce
 
 WIDTHS = {"tiny": 80, "small": 152, "base": 296, "release": 128}
@@ -42,20 +43,20 @@ WIDTHS = {"tiny": 80, "small": 152, "base": 296, "release": 128}
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 100_000  # updates
-    batch: int = 64  # windows
-    context: int = 20  # K; steps of a window
+    steps: Count = 100_000  # updates
+    batch: Count = 64  # windows
+    context: Count = 20  # K; steps of a window
     # widths 80, 152, 296 (parameters of Decision Mamba's), 128 (the authors')
     size: Literal["tiny", "small", "base", "release"] = "small"
-    layers: int = 3  # blocks
-    dropout: float = 0.1  # probability
-    lr: float = 1e-4  # AdamW
-    lr_warmup: int = 10_000  # updates of linear warm-up
-    weight_decay: float = 1e-4  # of all parameters
-    clip: float = 0.25  # largest norm of the gradient
-    targets: tuple[float, ...] = ()  # returns to ask for in evaluation; per task
-    scale: float = 1000.0  # returns are divided by it
-    max_step: int = 1000  # rows of the embedding of steps; later steps share the last one
+    layers: Count = 3  # blocks
+    dropout: Share = 0.1  # probability
+    lr: Positive = 1e-4  # AdamW
+    lr_warmup: Whole = 10_000  # updates of linear warm-up
+    weight_decay: NonNegative = 1e-4  # of all parameters
+    clip: Bound = 0.25  # largest norm of the gradient
+    targets: tuple[Real, ...] = ()  # returns to ask for in evaluation; per task
+    scale: Positive = 1000.0  # returns are divided by it
+    max_step: Count = 1000  # rows of the embedding of steps; later steps share the last one
 
 
 class Net(nn.Module):
@@ -65,8 +66,8 @@ class Net(nn.Module):
         super().__init__()
         c, width = config, WIDTHS[config.size]
         o, a = spec.obs_dim, spec.act_dim
-        self.tokens = StepTokens(o, a, width, c.max_step, False, False, generator)
-        self.transformer = Transformer(width, c.layers, dropout=c.dropout, generator=generator)
+        self.tokens = StepTokens((o, a), width, c.max_step, False, False, generator)
+        self.transformer = Transformer(width, c.layers, 1, c.dropout, generator)
         self.head = Linear(width, spec.act_dim, generator=generator)
 
     def forward(self, window: Batch) -> Tensor:

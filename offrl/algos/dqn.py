@@ -31,24 +31,25 @@ from offrl.data.stages import measured
 from offrl.engine.method import Batch, Method, Metrics, Now, Run, Seeds, Spec, Stage, Task
 from offrl.engine.optim import adam, bootstrap, descend, polyak, target_copy
 from offrl.nets import MLP
+from offrl.ranges import Count, NonNegative, Positive, Share, Whole
 from offrl.regularizers.rank import action_features, beer_penalty, ranks
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 500_000  # environment steps, warm-up included
-    batch: int = 128  # transitions per update
-    lr: float = 2.5e-4  # Adam
-    discount: float = 0.99  # per step
+    steps: Count = 500_000  # environment steps, warm-up included
+    batch: Count = 128  # transitions per update
+    lr: Positive = 2.5e-4  # Adam
+    discount: Share = 0.99  # per step
     double: bool = False  # the online network picks the action of the target
-    beer: float = 0.0  # weight of BEER's penalty on the rank of the features; 1e-3 in the paper
-    hidden: tuple[int, ...] = (120, 84)  # widths of the hidden layers
-    warmup: int = 10_000  # uniformly random environment steps before the first update
-    capacity: int = 10_000  # rows of the replay
-    update_every: int = 10  # environment steps per update
-    target_every: int = 500  # environment steps per copy to the target network
-    epsilon: float = 0.05  # last share of random actions
-    explore: float = 0.5  # share of `steps` in which epsilon falls to its last value
+    beer: NonNegative = 0.0  # weight of BEER's penalty on feature rank; 1e-3 in its paper
+    hidden: tuple[Count, ...] = (120, 84)  # widths of the hidden layers
+    warmup: Whole = 10_000  # uniformly random environment steps before the first update
+    capacity: Count = 10_000  # rows of the replay
+    update_every: Count = 10  # environment steps per update
+    target_every: Count = 500  # environment steps per copy to the target network
+    epsilon: Share = 0.05  # last share of random actions
+    explore: Share = 0.5  # share of `steps` in which epsilon falls to its last value
 
 
 class DQN:

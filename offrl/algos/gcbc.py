@@ -23,18 +23,19 @@ from offrl.data.goals import GOALS, Trajectories, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
 from offrl.nets.goal import GoalActor, GoalColumns, sampled
+from offrl.ranges import Count, Positive, Share, Whole
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # updates
-    batch: int = 1024  # rows per update, each with its goals
-    lr: float = 3e-4  # Adam
-    hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
-    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # the state itself, its trajectory, any state
-    goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+    steps: Count = 1_000_000  # updates
+    batch: Count = 1024  # rows per update, each with its goals
+    lr: Positive = 3e-4  # Adam
+    hidden: tuple[Count, ...] = (512, 512, 512)  # widths of the hidden layers
+    actor_goals: tuple[Share, ...] = (0.0, 1.0, 0.0)  # the state itself, its trajectory, any state
+    goal_columns: tuple[Whole, ...] = ()  # of an observation that make a goal; () for all
     images: bool = False  # observations are 64 x 64 RGB images; one seed per run
-    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
+    crop_share: Share = 0.0  # of batches whose images are moved by up to three pixels
 
 
 class GCBC:

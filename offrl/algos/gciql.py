@@ -11,8 +11,7 @@ arXiv:2110.06169, with goals, and with DDPG+BC for the policy, as in OGBench (Pa
             Q = min_e Q_e(s, clip(mu(s, g), -1, 1), g), mu the mean of the unit Gaussian pi
 
 Primes are target networks, which follow the online weights from before the step's gradient. All
-three losses are taken at the same weights, in one step. The goals of values and actor are drawn
-apart.
+three losses are taken at the same weights, in one step. Values and actor have goals of their own.
 
 Shapes: *S optional leading seed axes, B batch, E = 2 critics. Observations are not standardized.
 Value, critics, their target and actor have an encoder of images each, which the two critics share;
@@ -31,25 +30,26 @@ from offrl.data.goals import GOALS, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend, polyak, target_copy
 from offrl.nets.goal import GoalActor, GoalColumns, Values, held, normal_log_prob, sampled
+from offrl.ranges import Between, Count, NonNegative, Positive, Share, Whole
 
 HEADS = 2
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # updates
-    batch: int = 1024  # rows per update, each with its goals
-    lr: float = 3e-4  # Adam, one for all networks
-    discount: float = 0.99  # 0.995 in giant mazes and for humanoids
-    tau: float = 0.005  # share of the online weights in each target update
-    expectile: float = 0.9  # of the value's regression, above 0.5: towards the best
-    alpha: float = 0.3  # weight of imitation in the actor's loss
-    hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
-    value_goals: tuple[float, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
-    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
-    goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+    steps: Count = 1_000_000  # updates
+    batch: Count = 1024  # rows per update, each with its goals
+    lr: Positive = 3e-4  # Adam, one for all networks
+    discount: Between = 0.99  # 0.995 in giant mazes and for humanoids
+    tau: Share = 0.005  # share of the online weights in each target update
+    expectile: Between = 0.9  # of the value's regression, above 0.5: towards the best
+    alpha: NonNegative = 0.3  # weight of imitation in the actor's loss
+    hidden: tuple[Count, ...] = (512, 512, 512)  # widths of the hidden layers
+    value_goals: tuple[Share, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
+    actor_goals: tuple[Share, ...] = (0.0, 1.0, 0.0)  # likewise
+    goal_columns: tuple[Whole, ...] = ()  # of an observation that make a goal; () for all
     images: bool = False  # observations are 64 x 64 RGB images; one seed per run
-    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
+    crop_share: Share = 0.0  # of batches whose images are moved by up to three pixels
 
 
 class GCIQL:

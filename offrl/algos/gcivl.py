@@ -9,8 +9,7 @@ al., NeurIPS 2023, arXiv:2307.11949) and OGBench (Park et al., ICLR 2025, arXiv:
     actor  L = -mean_b min(exp(alpha (V(s', g) - V(s, g))), 100) log pi(a | s, g)
 
 V without an index is the mean of the online heads, e = 1, 2. Primes are target networks, which
-follow the online weights from before the step's gradient. The goals of value and actor are drawn
-apart.
+follow the online weights from before the step's gradient. Value and actor have goals of their own.
 
 Shapes: *S optional leading seed axes, B batch, E = 2 heads. Observations are not standardized.
 The values, which share it, their target and the actor have an encoder of images each; it sees state
@@ -29,6 +28,7 @@ from offrl.data.goals import GOALS, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend, polyak, target_copy
 from offrl.nets.goal import GoalActor, GoalColumns, Values, sampled
+from offrl.ranges import Between, Count, NonNegative, Positive, Share, Whole
 
 HEADS = 2
 WEIGHT_CAP = 100.0  # largest weight of the regression
@@ -36,19 +36,19 @@ WEIGHT_CAP = 100.0  # largest weight of the regression
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # updates
-    batch: int = 1024  # rows per update, each with its goals
-    lr: float = 3e-4  # Adam, one for both networks
-    discount: float = 0.99  # 0.995 in giant mazes and for humanoids
-    tau: float = 0.005  # share of the online weights in each target update
-    expectile: float = 0.9  # of the value's regression, above 0.5: towards the best
-    alpha: float = 10.0  # inverse temperature of the regression
-    hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
-    value_goals: tuple[float, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
-    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
-    goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+    steps: Count = 1_000_000  # updates
+    batch: Count = 1024  # rows per update, each with its goals
+    lr: Positive = 3e-4  # Adam, one for both networks
+    discount: Between = 0.99  # 0.995 in giant mazes and for humanoids
+    tau: Share = 0.005  # share of the online weights in each target update
+    expectile: Between = 0.9  # of the value's regression, above 0.5: towards the best
+    alpha: NonNegative = 10.0  # inverse temperature of the regression
+    hidden: tuple[Count, ...] = (512, 512, 512)  # widths of the hidden layers
+    value_goals: tuple[Share, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
+    actor_goals: tuple[Share, ...] = (0.0, 1.0, 0.0)  # likewise
+    goal_columns: tuple[Whole, ...] = ()  # of an observation that make a goal; () for all
     images: bool = False  # observations are 64 x 64 RGB images; one seed per run
-    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
+    crop_share: Share = 0.0  # of batches whose images are moved by up to three pixels
 
 
 class GCIVL:

@@ -38,6 +38,7 @@ from offrl.data.goals import GOALS, Trajectories, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend, polyak, target_copy
 from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized, sampled
+from offrl.ranges import Between, Count, NonNegative, Positive, Share, Whole
 
 HEADS = 2
 WEIGHT_CAP = 100.0  # largest weight of a regression
@@ -45,23 +46,23 @@ WEIGHT_CAP = 100.0  # largest weight of a regression
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # updates
-    batch: int = 1024  # rows per update, each with its goals
-    lr: float = 3e-4  # Adam, one for all networks
-    discount: float = 0.99  # 0.995 in giant mazes and for humanoids
-    tau: float = 0.005  # share of the online weights in each target update
-    expectile: float = 0.7  # of the value's regression, above 0.5: towards the best
-    high_alpha: float = 3.0  # inverse temperature of the high policy's regression
-    low_alpha: float = 3.0  # of the low policy's
-    subgoal_steps: int = 25  # k, steps to a subgoal
-    rep_dim: int = 10  # d, size of phi
+    steps: Count = 1_000_000  # updates
+    batch: Count = 1024  # rows per update, each with its goals
+    lr: Positive = 3e-4  # Adam, one for all networks
+    discount: Between = 0.99  # 0.995 in giant mazes and for humanoids
+    tau: Share = 0.005  # share of the online weights in each target update
+    expectile: Between = 0.7  # of the value's regression, above 0.5: towards the best
+    high_alpha: NonNegative = 3.0  # inverse temperature of the high policy's regression
+    low_alpha: NonNegative = 3.0  # of the low policy's
+    subgoal_steps: Count = 25  # k, steps to a subgoal
+    rep_dim: Count = 10  # d, size of phi
     low_actor_rep_grad: bool = False  # phi learns from the low policy too; published for pixels
-    hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
-    value_goals: tuple[float, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
-    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # of the high policy; likewise
-    goal_columns: tuple[int, ...] = ()  # of an observation that make a goal; () for all
+    hidden: tuple[Count, ...] = (512, 512, 512)  # widths of the hidden layers
+    value_goals: tuple[Share, ...] = (0.2, 0.5, 0.3)  # the state itself, its trajectory, any state
+    actor_goals: tuple[Share, ...] = (0.0, 1.0, 0.0)  # of the high policy; likewise
+    goal_columns: tuple[Whole, ...] = ()  # of an observation that make a goal; () for all
     images: bool = False  # observations are 64 x 64 RGB images; one seed per run
-    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
+    crop_share: Share = 0.0  # of batches whose images are moved by up to three pixels
 
 
 class HIQL:

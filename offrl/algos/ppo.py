@@ -31,30 +31,31 @@ import torch
 from torch import Generator, Tensor
 
 from offrl.data.collector import Collector
-from offrl.data.table import columns, pack, unpack
+from offrl.data.table import pack, unpack, widths
 from offrl.engine.method import Batch, Method, Metrics, Now, Run, Sampler, Seeds, Spec, Stage, Task
 from offrl.engine.optim import adamw, descend
 from offrl.nets.actors import Categorical, Gaussian
 from offrl.nets.mlp import MLP, Running
+from offrl.ranges import Bound, Count, NonNegative, Positive, Share
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # environment steps, a first rollout for statistics included
-    rollout: int = 2048  # steps of every environment per iteration
-    epochs: int = 10  # passes over a rollout
-    batch: int = 64  # rows of a minibatch; divides rollout * envs
-    lr: float = 3e-4  # Adam; falls linearly to 0 over the iterations
-    discount: float = 0.99  # per step
-    trace: float = 0.95  # GAE's lambda
-    clip: float = 0.2  # of the ratio, and of the change of a value
+    steps: Count = 1_000_000  # environment steps, a first rollout for statistics included
+    rollout: Count = 2048  # steps of every environment per iteration
+    epochs: Count = 10  # passes over a rollout
+    batch: Count = 64  # rows of a minibatch; divides rollout * envs
+    lr: Positive = 3e-4  # Adam; falls linearly to 0 over the iterations
+    discount: Share = 0.99  # per step
+    trace: Share = 0.95  # GAE's lambda
+    clip: Bound = 0.2  # of the ratio, and of the change of a value
     clip_value: bool = True  # clip the change of a value too
-    value_weight: float = 0.5  # of the value's loss
-    entropy: float = 0.0  # weight of the policy's entropy
-    max_norm: float = 0.5  # of the joint gradient
+    value_weight: NonNegative = 0.5  # of the value's loss
+    entropy: NonNegative = 0.0  # weight of the policy's entropy
+    max_norm: Bound = 0.5  # of the joint gradient
     bootstrap_timeouts: bool = True  # go on from the last observation where an episode was cut off
     normalize: bool = True  # observations and rewards
-    hidden: tuple[int, ...] = (64, 64)  # tanh units, policy and value apart
+    hidden: tuple[Count, ...] = (64, 64)  # tanh units, policy and value apart
 
 
 MADE = ("log_prob", "advantage", "return", "value")  # fields that a rollout is given
@@ -134,12 +135,10 @@ class Rollouts:
             )
         self.minibatches = self.rows // c.batch
         data.keep(self.rows)
-        layout = data.replay.columns
         names = {"obs": "obs", "act": "act"} | dict.fromkeys(MADE, "reward")
-        fields = {name: (layout[n].shape, layout[n].dtype) for name, n in names.items()}
-        self.columns, width = columns(fields)
+        self.columns = {name: data.replay.columns[n] for name, n in names.items()}
         seeds, device = run.seeds, data.device
-        self.table = torch.zeros(*seeds, self.rows, width, device=device)
+        self.table = torch.zeros(*seeds, self.rows, sum(widths(self.columns)), device=device)
         self.order = torch.zeros(*seeds, self.rows, dtype=torch.int64, device=device)
         self.place = torch.zeros((), dtype=torch.int64, device=device)  # of the next minibatch
         self.running = torch.zeros(*seeds, data.group, device=device)  # discounted returns

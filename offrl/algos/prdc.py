@@ -52,25 +52,26 @@ from offrl.engine.method import (
 )
 from offrl.engine.optim import adam, bootstrap, descend, polyak, smoothed, target_copy
 from offrl.nets import Actor, Critics, Standardize
+from offrl.ranges import Bound, Count, NonNegative, Positive, Real, Share
 from offrl.regularizers.functional import imitation, q_scale
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # updates
-    batch: int = 256  # transitions per update
-    lr: float = 3e-4  # Adam, both optimizers
-    discount: float = 0.99  # per step
-    tau: float = 0.005  # share of the online weights in each target update
-    noise: float = 0.2  # std of the target-action noise; actions live in [-1, 1]
-    noise_clip: float = 0.5  # largest size of that noise
-    alpha: float = 2.5  # trust in Q against the data constraint
-    beta: float = 2.0  # weight of the state in the distance; large: TD3+BC, 0: action support only
-    policy_delay: int = 2  # critic updates per actor update
-    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
-    reward_scale: float = 1.0  # r <- reward_scale r + reward_shift, in training only
-    reward_shift: float = 0.0  # see reward_scale
-    list_length: int = 16  # state neighbors kept per row; speed only, the search is exact
+    steps: Count = 1_000_000  # updates
+    batch: Count = 256  # transitions per update
+    lr: Positive = 3e-4  # Adam, both optimizers
+    discount: Share = 0.99  # per step
+    tau: Share = 0.005  # share of the online weights in each target update
+    noise: NonNegative = 0.2  # std of the target-action noise; actions live in [-1, 1]
+    noise_clip: Bound = 0.5  # largest size of that noise
+    alpha: NonNegative = 2.5  # trust in Q against the data constraint
+    beta: NonNegative = 2.0  # weight of the state in the distance; large: TD3+BC, 0: act only
+    policy_delay: Count = 2  # critic updates per actor update
+    hidden: tuple[Count, ...] = (256, 256)  # widths of the hidden layers
+    reward_scale: Real = 1.0  # r <- reward_scale r + reward_shift, in training only
+    reward_shift: Real = 0.0  # see reward_scale
+    list_length: Count = 16  # state neighbors kept per row; speed only, the search is exact
 
 
 class PRDC:

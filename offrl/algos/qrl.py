@@ -34,21 +34,22 @@ from offrl.engine.optim import adam, descend
 from offrl.nets.goal import GoalActor, held, normal_log_prob, sampled
 from offrl.nets.metric import IQE
 from offrl.nets.mlp import MLP
+from offrl.ranges import Count, NonNegative, Positive, Share
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # updates
-    batch: int = 1024  # rows per update, each with its goals
-    lr: float = 3e-4  # Adam, one for everything
-    slack: float = 0.05  # squared violation of one-step distances that is allowed on average
-    alpha: float = 0.003  # weight of imitation in the actor's loss
-    latent: int = 512  # numbers of a state's latent, which the metric reads as intervals
-    hidden: tuple[int, ...] = (512, 512, 512)  # widths of the hidden layers
-    value_goals: tuple[float, ...] = (0.0, 0.0, 1.0)  # the state itself, its trajectory, any state
-    actor_goals: tuple[float, ...] = (0.0, 1.0, 0.0)  # likewise
+    steps: Count = 1_000_000  # updates
+    batch: Count = 1024  # rows per update, each with its goals
+    lr: Positive = 3e-4  # Adam, one for everything
+    slack: NonNegative = 0.05  # squared violation of one-step distances that is allowed on average
+    alpha: NonNegative = 0.003  # weight of imitation in the actor's loss
+    latent: Count = 512  # numbers of a state's latent, which the metric reads as intervals
+    hidden: tuple[Count, ...] = (512, 512, 512)  # widths of the hidden layers
+    value_goals: tuple[Share, ...] = (0.0, 0.0, 1.0)  # the state itself, its trajectory, any state
+    actor_goals: tuple[Share, ...] = (0.0, 1.0, 0.0)  # likewise
     images: bool = False  # observations are 64 x 64 RGB images; one seed per run
-    crop_share: float = 0.0  # of batches whose images are moved by up to three pixels
+    crop_share: Share = 0.0  # of batches whose images are moved by up to three pixels
 
 
 class QRL:

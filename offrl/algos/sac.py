@@ -32,21 +32,22 @@ from offrl.data.stages import off_policy
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, bootstrap, descend, polyak, target_copy
 from offrl.nets import Critics, GaussianActor
+from offrl.ranges import Count, NonNegative, Positive, Share, Whole
 from offrl.regularizers.rank import beer_penalty, ranks
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # environment steps, warm-up included
-    batch: int = 256  # transitions per update
-    lr: float = 3e-4  # Adam, all three optimizers
-    discount: float = 0.99  # per step
-    tau: float = 0.005  # share of the online weights in each target update
-    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
-    alpha: float = 1.0  # first temperature
-    beer: float = 0.0  # weight of BEER's penalty on the rank of the features; 1e-3 in its paper
-    warmup: int = 10_000  # uniformly random environment steps before the first update
-    capacity: int = 1_000_000  # rows of the replay
+    steps: Count = 1_000_000  # environment steps, warm-up included
+    batch: Count = 256  # transitions per update
+    lr: Positive = 3e-4  # Adam, all three optimizers
+    discount: Share = 0.99  # per step
+    tau: Share = 0.005  # share of the online weights in each target update
+    hidden: tuple[Count, ...] = (256, 256)  # widths of the hidden layers
+    alpha: Positive = 1.0  # first temperature
+    beer: NonNegative = 0.0  # weight of BEER's penalty on feature rank; 1e-3 in its paper
+    warmup: Whole = 10_000  # uniformly random environment steps before the first update
+    capacity: Count = 1_000_000  # rows of the replay
 
 
 class SAC:

@@ -29,24 +29,25 @@ from offrl.data.stages import off_policy
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, bootstrap, descend, polyak, smoothed, target_copy
 from offrl.nets import Actor, Critics
+from offrl.ranges import Bound, Count, NonNegative, Positive, Share, Whole
 from offrl.regularizers.rank import beer_penalty, ranks
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # environment steps, warm-up included
-    batch: int = 256  # transitions per update
-    lr: float = 3e-4  # Adam, both optimizers
-    discount: float = 0.99  # per step
-    tau: float = 0.005  # share of the online weights in each target update
-    noise: float = 0.2  # std of the target-action noise
-    noise_clip: float = 0.5  # largest size of that noise
-    explore_noise: float = 0.1  # std of the noise on collected actions
-    beer: float = 0.0  # weight of BEER's penalty on the rank of the features; 1e-3 in its paper
-    policy_delay: int = 2  # critic updates per actor update
-    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
-    warmup: int = 25_000  # uniformly random environment steps before the first update
-    capacity: int = 1_000_000  # rows of the replay
+    steps: Count = 1_000_000  # environment steps, warm-up included
+    batch: Count = 256  # transitions per update
+    lr: Positive = 3e-4  # Adam, both optimizers
+    discount: Share = 0.99  # per step
+    tau: Share = 0.005  # share of the online weights in each target update
+    noise: NonNegative = 0.2  # std of the target-action noise
+    noise_clip: Bound = 0.5  # largest size of that noise
+    explore_noise: NonNegative = 0.1  # std of the noise on collected actions
+    beer: NonNegative = 0.0  # weight of BEER's penalty on feature rank; 1e-3 in its paper
+    policy_delay: Count = 2  # critic updates per actor update
+    hidden: tuple[Count, ...] = (256, 256)  # widths of the hidden layers
+    warmup: Whole = 25_000  # uniformly random environment steps before the first update
+    capacity: Count = 1_000_000  # rows of the replay
 
 
 class TD3:

@@ -25,23 +25,24 @@ from offrl.data.stages import offline
 from offrl.engine.method import TRANSITION, Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, bootstrap, descend, polyak, smoothed, target_copy
 from offrl.nets import Actor, Critics, Standardize
+from offrl.ranges import Bound, Count, NonNegative, Positive, Real, Share
 from offrl.regularizers.functional import imitation, q_scale
 
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = 1_000_000  # updates
-    batch: int = 256  # transitions per update
-    lr: float = 3e-4  # Adam, both optimizers
-    discount: float = 0.99  # per step
-    tau: float = 0.005  # share of the online weights in each target update
-    noise: float = 0.2  # std of the target-action noise; actions live in [-1, 1]
-    noise_clip: float = 0.5  # largest size of that noise
-    alpha: float = 2.5  # trust in Q against imitation; 0 is behavior cloning
-    policy_delay: int = 2  # critic updates per actor update
-    hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
-    reward_scale: float = 1.0  # r <- reward_scale r + reward_shift, in training only
-    reward_shift: float = 0.0  # see reward_scale
+    steps: Count = 1_000_000  # updates
+    batch: Count = 256  # transitions per update
+    lr: Positive = 3e-4  # Adam, both optimizers
+    discount: Share = 0.99  # per step
+    tau: Share = 0.005  # share of the online weights in each target update
+    noise: NonNegative = 0.2  # std of the target-action noise; actions live in [-1, 1]
+    noise_clip: Bound = 0.5  # largest size of that noise
+    alpha: NonNegative = 2.5  # trust in Q against imitation; 0 is behavior cloning
+    policy_delay: Count = 2  # critic updates per actor update
+    hidden: tuple[Count, ...] = (256, 256)  # widths of the hidden layers
+    reward_scale: Real = 1.0  # r <- reward_scale r + reward_shift, in training only
+    reward_shift: Real = 0.0  # see reward_scale
 
 
 class TD3BC:

@@ -1,5 +1,6 @@
 """Environment steps into a replay, for online methods."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from torch import Generator, Tensor
 
 from offrl.data.dataset import FIELDS
 from offrl.data.replay import Replay
+from offrl.data.table import Columns
 from offrl.engine.method import Algorithm, Run, Task
 
 if TYPE_CHECKING:  # a policy is loaded without Gymnasium
@@ -24,14 +26,11 @@ class Collector:
         envs: len(seeds) * n environments; each stacked seed owns a group of n.
         seeds: stacked seed axes.
         device: of the replay and the policy.
-        on_episode: chooses the options of a reset, asked whenever an episode begins, the first one
-            too, in the order of the environments. What it draws from is the caller's to save.
-
-    Attributes:
-        replay: fields obs, act, reward, next_obs, terminal and timeout, once `keep` has made it.
+        on_episode: chooses the options of a reset; see `Vector`. What it draws from is the
+            caller's to save.
     """
 
-    replay: Replay
+    replay: Replay  # of obs, act, reward, next_obs, terminal and timeout, once `keep` has made it
 
     def __init__(
         self,
@@ -41,20 +40,14 @@ class Collector:
         on_episode: Choose | None = None,
     ):
         self.envs, self.seeds, self.device = envs, seeds, torch.device(device)
-        if on_episode is not None:
-            envs.on_episode = on_episode
-        groups = int(torch.Size(seeds).numel())
-        self.group = envs.count // groups  # environments per seed
+        envs.on_episode = on_episode or envs.on_episode
+        self.group = envs.count // math.prod(seeds)  # environments per seed
         self.obs: Tensor | None = None  # (*S, n, o) on the device
         self.begin_memory()
 
     @classmethod
     def of(cls, task: Task, run: Run, on_episode: Choose | None = None) -> "Collector":
-        """On the environments of a task.
-
-        Raises:
-            ValueError: if it has none.
-        """
+        """On the environments of a task; raises ValueError if it has none."""
         if task.envs is None:
             raise ValueError("the task has no environments, and the method collects its own data")
         return cls(task.envs(), run.seeds, run.device, on_episode)
@@ -69,9 +62,9 @@ class Collector:
         """Store the newest `capacity` rows of each seed."""
         obs = ((self.envs.obs_dim,), torch.float32)
         act = ((), torch.int64) if self.envs.discrete else ((self.envs.act_dim,), torch.float32)
-        wide: dict[str, Any] = {"obs": obs, "act": act, "next_obs": obs}
-        fields = {name: wide.get(name, ((), torch.float32)) for name in FIELDS}
-        self.replay = Replay(capacity, fields, self.seeds, self.device)
+        columns: Columns = dict.fromkeys(FIELDS, ((), torch.float32))
+        columns |= {"obs": obs, "act": act, "next_obs": obs}
+        self.replay = Replay(capacity, columns, self.seeds, self.device)
 
     def random(self, steps: int, generator: Generator) -> None:
         """Take `steps` uniformly random steps per seed.
@@ -79,14 +72,13 @@ class Collector:
         A policy with memory has not seen them: its next step is told `start` 1 in every row, in the
         middle of an episode too.
         """
+        shape, count = (*self.seeds, self.group), self.envs.act_dim
+        how: dict[str, Any] = {"generator": generator, "device": self.device}
         for _ in range(0, steps, self.group):
-            shape, to = (*self.seeds, self.group), self.device
             if self.envs.discrete:
-                act = torch.randint(self.envs.act_dim, shape, generator=generator, device=to)
+                self.step(torch.randint(count, shape, **how))
             else:
-                shape = (*shape, self.envs.act_dim)
-                act = torch.rand(shape, generator=generator, device=to) * 2 - 1
-            self.step(act)
+                self.step(torch.rand(*shape, count, **how) * 2 - 1)
         self.begin_memory()
 
     @torch.no_grad()

@@ -77,10 +77,9 @@ class Dataset:
         return int(act.max()) + 1 if self.discrete else act.shape[-1]
 
     def with_fields(self, **fields: Tensor) -> "Dataset":
-        """The same rows with further fields, such as next_act; they count in the digest.
+        """The same rows with further fields, such as next_act, which count in the digest.
 
-        Raises:
-            DataError: for a field of another length.
+        Raises DataError for a field of another length.
         """
         for name, value in fields.items():
             if len(value) != len(self):
@@ -140,14 +139,10 @@ def episode_sums(values: Tensor, starts: Tensor) -> Tensor:
 
 
 def check(data: Dataset, needs: Iterable[str]) -> None:
-    """Stop before training on data that an algorithm cannot use.
+    """Stop before training on data that an algorithm which reads the fields `needs` cannot use.
 
-    Args:
-        needs: the fields that the algorithm reads.
-
-    Raises:
-        DataError: missing field, wrong shape or length, NaN or infinity, actions outside [-1, 1],
-            a constant reward where rewards are used, flags other than 0 and 1, bad bounds.
+    Raises DataError for a missing field, a wrong shape or length, NaN or infinity, actions outside
+    [-1, 1], a constant reward where rewards are used, flags other than 0 and 1, bad bounds.
     """
     needs, size = tuple(needs), len(data)
     if size == 0:
@@ -166,16 +161,14 @@ def check(data: Dataset, needs: Iterable[str]) -> None:
         if name in ("terminal", "timeout"):
             reject(data, name, (value != 0) & (value != 1), "is neither 0 nor 1", "store flags")
     if "next_obs" in needs and data["next_obs"].shape != data["obs"].shape:
-        raise DataError(
-            f"{data.name}: next_obs {tuple(data['next_obs'].shape)} "
-            f"and obs {tuple(data['obs'].shape)} differ in shape"
-        )
+        obs, following = (tuple(data[name].shape) for name in ("obs", "next_obs"))
+        raise DataError(f"{data.name}: next_obs {following} and obs {obs} differ in shape")
     if "act" in needs and not data.discrete:
         remedy = "rescale the actions by the environment's action bounds"
         reject(data, "act", data["act"].abs() > 1 + 1e-5, "lies outside [-1, 1]", remedy)
-    if "reward" in needs and data["reward"].dim() == 1 and size > 1:
+    if "reward" in needs and size > 1:
         reward = data["reward"]
-        if bool(reward.min() == reward.max()):
+        if reward.dim() == 1 and reward.min() == reward.max():
             raise DataError(
                 f"{data.name}: reward is {float(reward[0]):g} in every row, so there is nothing "
                 "to learn from; check that the reward field was filled"
@@ -210,8 +203,7 @@ def check_fits(data: Dataset, obs_dim: int, act_dim: int, env: str) -> None:
 def cached(folder: Path, fill: Callable[[Path], dict[str, Any]], stamp: Any = None) -> Dataset:
     """The cache entry at `folder`, made by `fill` unless it is there; see `once` and `write`.
 
-    Args:
-        stamp: an entry whose info has another one is made anew.
+    An entry whose info has another `stamp` is made anew.
     """
 
     def ready() -> bool:
@@ -224,9 +216,8 @@ def cached(folder: Path, fill: Callable[[Path], dict[str, Any]], stamp: Any = No
 def once(folder: Path, ready: Callable[[], bool], make: Callable[[], None]) -> None:
     """Make a cache entry unless it is there; processes that ask together make it once.
 
-    Raises:
-        RuntimeError: in a process that is only starting and runs the caller's script a second time
-            on its way; it would wait here for its own parent.
+    Raises RuntimeError in a process that is only starting and runs the caller's script a second
+    time on its way; it would wait here for its own parent.
     """
     if not ready():
         if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -256,14 +247,10 @@ def told(place: Path, remedy: str) -> Iterator[None]:
 
 
 def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
-    """Make a cache entry at `folder` or nothing at all.
+    """Make a cache entry at `folder`, or raise OSError and leave nothing behind.
 
-    Args:
-        fill: writes `<field>.npy`, `starts.npy` and `returns.npy` into the folder it is given and
-            returns the entry's `name` and `info`.
-
-    Raises:
-        OSError: if the place is not writable or the disk is full; nothing is left behind.
+    `fill` writes `<field>.npy`, `starts.npy` and `returns.npy` into the folder it is given and
+    returns the entry's `name` and `info`.
     """
     with told(folder.parent, WRITABLE):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -284,15 +271,12 @@ def write(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
 def stream(place: Path, chunks: Iterable[Arrays], rows: int, label: str | None = None) -> list[str]:
     """Write chunks of rows one after the other into `<name>.npy` in `place`, and name these.
 
-    Plain writes tell of a full disk: a mapped file would end the process, and np.save may lose the
-    last 4 kB without an error.
+    Plain writes raise OSError on a full disk: a mapped file would end the process, and np.save may
+    lose the last 4 kB without an error.
 
     Args:
         rows: of all chunks together.
         label: of a progress bar; None for no bar.
-
-    Raises:
-        OSError: if the disk is full.
     """
     with ExitStack() as stack:
         bar = tqdm(total=rows, desc=label, unit="step", unit_scale=True, disable=label is None)
@@ -324,11 +308,7 @@ def store_episodes(place: Path, starts: Tensor, reward: Tensor) -> Tensor:
 
 
 def read(folder: Path) -> Dataset:
-    """Open a cache entry; its arrays stay on the disk, mapped into memory.
-
-    Raises:
-        DataError: if the entry is damaged.
-    """
+    """Open a cache entry, whose arrays stay on the disk; raises DataError if it is damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         load = lambda name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))  # noqa: E731

@@ -24,6 +24,7 @@ from torch import Generator, Tensor
 
 from offrl.data.dataset import Dataset, episode_of
 from offrl.data.samplers import BUDGET, gatherer
+from offrl.data.table import Device
 from offrl.engine.method import Batch, Run, Sampler, Stage, Task
 from offrl.errors import DataError
 from offrl.nets.encoders import cropped
@@ -40,17 +41,11 @@ Mixture = tuple[float, ...]  # probabilities of the state itself, a trajectory g
 
 @dataclass(frozen=True)
 class Trajectories:
-    """The states of a data set by index; indices are int64 of any shape (*I).
+    """The states of a data set by index; indices are int64 of any shape (*I)."""
 
-    Attributes:
-        rows: index -> obs (*I, o) and act (*I, a); the action of a last state is zero.
-        valid: (N,) states that have a transition, which are the anchors, ascending.
-        last: (M,) f, the last state of every state's trajectory.
-    """
-
-    rows: Callable[[Tensor], Batch]
-    valid: Tensor
-    last: Tensor
+    rows: Callable[[Tensor], Batch]  # of an index: obs (*I, o), act (*I, a), 0 at last states
+    valid: Tensor  # (N,) states that have a transition, which are the anchors, ascending
+    last: Tensor  # (M,) f, the last state of every state's trajectory
 
     def anchors(self, shape: tuple[int, ...], generator: Generator) -> Tensor:
         """Uniform states that have a transition."""
@@ -109,11 +104,8 @@ class Trajectories:
     ) -> tuple[Tensor, Tensor]:
         """A high-level actor's goal, and the state `steps` ahead that it should name.
 
-        Trajectory goals are uniform. The state itself has no subgoal: a ValueError if it is asked
-        for as a goal.
-
-        Returns:
-            goal, target: min(i + steps, goal) for trajectory goals, else min(i + steps, f).
+        That is min(i + steps, goal) for trajectory goals, which are uniform, else min(i + steps,
+        f). The state itself has no subgoal: a ValueError if it is asked for as a goal.
         """
         if mixture[0] > 0:
             raise ValueError(f"actor_goals of a high policy must begin with 0, got {list(mixture)}")
@@ -147,22 +139,17 @@ def check_mixture(name: str, mixture: Mixture) -> None:
         )
 
 
-def trajectories(
-    data: Dataset, device: torch.device | str = "cpu", budget: int = BUDGET
-) -> Trajectories:
+def trajectories(data: Dataset, device: Device = "cpu", budget: int = BUDGET) -> Trajectories:
     """The states of any data set with obs, act and next_obs, on the device if they fit.
 
-    Args:
-        budget: bytes; see `transitions`.
-
-    Raises:
-        DataError: if a row's next_obs is not the following row's obs inside an episode.
+    Raises DataError if a row's next_obs is not the following row's obs inside an episode. For the
+    `budget` see `transitions`.
     """
-    size, number = len(data), episode_of(data.starts.cpu(), len(data))
-    valid = torch.arange(size) + number  # state of every row
-    ends = data.starts.cpu() + data.lengths.cpu() - 1
+    size, starts, lengths = len(data), data.starts.cpu(), data.lengths.cpu()
+    valid = torch.arange(size) + episode_of(starts, size)  # state of every row
+    ends = starts + lengths - 1
     finals = valid[ends] + 1  # last state of every episode
-    last = finals.repeat_interleave(data.lengths.cpu() + 1)
+    last = finals.repeat_interleave(lengths + 1)
     fields = {}
     for name in ("obs", "act"):
         value = data[name].cpu()
@@ -187,14 +174,10 @@ def trajectories(
 def two_goals(
     c: Any, states: Trajectories, i: Tensor, generator: Generator, discount: float | None = None
 ) -> tuple[Batch, Batch]:
-    """The next state, a goal for the value and, drawn apart from it, one for the policy.
+    """Indices next_obs, value_goal and, drawn apart, goal, that of the policy; flags success.
 
-    Args:
-        c: with `value_goals`, a mixture with geometric trajectory goals of `c.discount`, unless
-            another is given, and `actor_goals`, one with uniform ones.
-
-    Returns:
-        indices next_obs, value_goal and goal; success, 1 where value_goal is the state itself.
+    `c.value_goals` is a mixture with geometric trajectory goals of `c.discount`, unless another is
+    given, `c.actor_goals` one with uniform ones. Success is 1 where value_goal is the state itself.
     """
     discount = c.discount if discount is None else discount
     value_goal = states.goals(i, c.value_goals, generator, discount)
@@ -208,10 +191,8 @@ def goal_stages(draw: Draw = two_goals) -> Callable[[Any, Task, Run], list[Stage
 
     Batches hold obs, act, the states that are drawn, all as whole observations (*S, batch, o), and
     the flags (*S, batch). The method's config has `batch`, `images`, `crop_share` (see
-    `offrl.nets.encoders.cropped`) and mixtures of goals.
-
-    Args:
-        draw: (config, states, anchors (*S, batch), generator) -> indices of further states, flags.
+    `offrl.nets.encoders.cropped`) and mixtures of goals. `draw` maps (config, states, anchors
+    (*S, batch), generator) to indices of further states and flags.
     """
 
     def stages(algo: Any, task: Task, run: Run) -> list[Stage]:

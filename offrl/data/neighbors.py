@@ -98,9 +98,8 @@ class StateNeighbors:
             k: length of the lists; changes the speed, never the answer.
             cache: lists are kept in `cache/neighbors/`; None keeps them in memory only.
 
-        Raises:
-            DataError: for states or actions that are not finite float32, or a damaged cache entry.
-            OSError: if the cache cannot be written.
+        Raises DataError for states or actions that are not finite float32, or a damaged cache
+        entry, OSError if the cache cannot be written.
         """
         device = torch.device(device)
         obs, act = obs_std.to(device).contiguous(), act.to(device).contiguous()
@@ -123,18 +122,16 @@ class StateNeighbors:
 
     @torch.no_grad()
     def nearest(self, index: Tensor, pi: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """Nearest row of every query.
+        """Nearest row of every query, int64 (*S, B), and shares of the queries of each seed, (*S,).
+
+        The shares are `uncertified`, which the lists could not decide, `self_match`, whose row is
+        their own, and with a `budget` `overflow`, undecided ones beyond it: they get the best row
+        of their list.
 
         Args:
             index: (*S, B) int64, the data rows whose states are the queries'.
             pi: (*S, B, a) actions; NaN counts as 0.
             beta: weight of the state distance, at least 0.
-
-        Returns:
-            row: (*S, B) int64.
-            info: shares per seed, (*S,): `uncertified`, queries that the lists could not decide,
-                `self_match`, rows that are their own neighbor, and with a `budget` `overflow`,
-                undecided queries beyond it: they get the best row of their list.
         """
         names = ("uncertified", "self_match", "overflow")[: 2 if self.budget is None else 3]
 
@@ -267,12 +264,8 @@ class Tree:
         Where there are fewer, some other row takes their places.
         """
         bound = square**0.5 * (1 + 1e-9) + 2 * self.error
-        distance, at = self.tree.query(
-            points.numpy() @ self.axes,
-            k=range(1, k + 1),
-            distance_upper_bound=bound,
-            workers=torch.get_num_threads(),
-        )
+        how = {"distance_upper_bound": bound, "workers": torch.get_num_threads()}
+        distance, at = self.tree.query(points.numpy() @ self.axes, range(1, k + 1), **how)
         near = self.order[torch.from_numpy(at).clamp_(max=len(self.order) - 1)]
         outside = torch.from_numpy(distance[:, -1]).clamp(max=bound) - self.error
         return near, outside.clamp(min=0).square() * (1 - 1e-9)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from offrl.data.table import columns, pack, take, unpack
-from offrl.engine.method import Batch, Sampler
+from offrl.data.table import Columns, Device, pack, take, unpack, widths
+from offrl.engine.method import Batch, Sampler, Seeds
 
 FILES = 16  # that a full ring is spread over,
 LEAST = 2**20  # bytes of a file, so that small rings have one
@@ -26,22 +26,15 @@ class Replay:
 
     Args:
         capacity: rows per seed; the oldest are overwritten beyond it.
-        fields: name -> (trailing shape, dtype), for example {"obs": ((17,), torch.float32)}.
+        columns: name -> (trailing shape, dtype), for example {"obs": ((17,), torch.float32)}.
         seeds: stacked seed axes, () for one.
         device: where the table lies.
     """
 
-    def __init__(
-        self,
-        capacity: int,
-        fields: dict[str, tuple[tuple[int, ...], torch.dtype]],
-        seeds: tuple[int, ...] = (),
-        device: torch.device | str = "cpu",
-    ):
-        self.columns, width = columns(fields)
-        self.capacity, self.seeds = capacity, seeds
-        self.row = [*seeds, width]  # shape of a row of all seeds
-        self.table = torch.zeros(*seeds, capacity, width, device=device)
+    def __init__(self, capacity: int, columns: Columns, seeds: Seeds = (), device: Device = "cpu"):
+        self.capacity, self.columns, self.seeds = capacity, columns, seeds
+        self.row = [*seeds, sum(widths(columns))]  # shape of a row of all seeds
+        self.table = torch.zeros(*seeds, capacity, self.row[-1], device=device)
         self.size = torch.zeros(seeds, dtype=torch.int64, device=device)
         stacks = self.size.numel()
         self.first = (torch.arange(stacks, device=device) * capacity).view(seeds)  # row 0 per seed
@@ -85,8 +78,7 @@ class Replay:
     def save(self, place: Path) -> dict[str, Any]:
         """Bring the rows since the last save to the disk; see `offrl.engine.method.Part`.
 
-        Raises:
-            OSError: if the disk is full or not writable; the last checkpoint stays complete.
+        Raises OSError if that is full or not writable; the last checkpoint stays complete.
         """
         oldest = max(0, self.total - self.capacity)
         for path, start, stop, at in self.pieces(place, max(oldest, self.written), self.total):
@@ -103,8 +95,7 @@ class Replay:
     def load(self, state: dict[str, Any], place: Path) -> None:
         """Continue from what `save` returned and from its files, which may hold more rows.
 
-        Raises:
-            ValueError: if the saved rows do not fit this replay, or a file lacks some of them.
+        Raises ValueError if the saved rows do not fit this replay, or a file lacks some of them.
         """
         total, capacity = state["total"], state["capacity"]
         resized = capacity != self.capacity and total > min(capacity, self.capacity)

@@ -7,9 +7,10 @@ import torch
 from torch import Generator, Tensor
 
 from offrl.data.dataset import Dataset
-from offrl.data.table import columns, pack, take, unpack
+from offrl.data.table import pack, take, unpack, widths
 from offrl.engine.method import Batch, Sampler
 
+Transform = Callable[[Batch], Batch] | None
 BUDGET = 8 << 30  # bytes of transitions that are held on the training device
 
 
@@ -19,7 +20,7 @@ def transitions(
     seeds: tuple[int, ...] = (),
     device: torch.device | str = "cpu",
     names: Sequence[str] = ("obs", "act", "reward", "next_obs", "terminal"),
-    transform: Callable[[Batch], Batch] | None = None,
+    transform: Transform = None,
     budget: int = BUDGET,
 ) -> Sampler:
     """Uniform transitions with replacement: generator -> fields (*S, batch, ...) and their `index`.
@@ -30,7 +31,6 @@ def transitions(
     Args:
         names: fields of a batch.
         transform: row-wise function of a batch of fields, such as standardization.
-        budget: bytes.
     """
     device, size = torch.device(device), len(data)
     fields = {name: data[name] for name in names}
@@ -45,10 +45,7 @@ def transitions(
 
 
 def gatherer(
-    fields: Batch,
-    device: torch.device,
-    transform: Callable[[Batch], Batch] | None = None,
-    budget: int = BUDGET,
+    fields: Batch, device: torch.device, transform: Transform = None, budget: int = BUDGET
 ) -> Callable[[Tensor], Batch]:
     """Index (*I,) on the device -> fields (*I, ...) there; see `transitions`."""
     size = len(next(iter(fields.values())))
@@ -57,31 +54,27 @@ def gatherer(
         taken = {name: value[rows].to(device) for name, value in fields.items()}
         return transform(taken) if transform else taken
 
-    layout, width = columns(
-        {name: (tuple(value.shape[1:]), value.dtype) for name, value in ready(slice(1)).items()}
-    )
+    first = ready(slice(1))
+    columns = {name: (tuple(value.shape[1:]), value.dtype) for name, value in first.items()}
+    width = sum(widths(columns))
     if size * width * 4 > budget:
         return lambda index: ready(index.cpu())
     table = torch.empty(size, width, device=device)
     for start in range(0, size, 1 << 18):
         rows = slice(start, start + (1 << 18))
-        table[rows] = pack(ready(rows), layout, 1)
-    return lambda index: unpack(take(table, index), layout)
+        table[rows] = pack(ready(rows), columns, 1)
+    return lambda index: unpack(take(table, index), columns)
 
 
 def mixed(
     real: Callable[[int], Sampler], model: Callable[[int], Sampler], batch: int, share: float
 ) -> Sampler:
-    """Batches whose first `share` comes from one place and the rest from another.
+    """Batches of the fields that two places have, but for `index`, with rows of both.
 
     Args:
-        real, model: make a sampler of so many rows, such as `Replay.sampler`; with the same seed
+        real, model: make a sampler of so many rows, such as `Replay.sampler`, with the same seed
             axes.
-        batch: rows in all.
-        share: of rows from `real`, rounded to whole rows.
-
-    Returns:
-        generator -> the fields that both have, but for `index`.
+        share: of the `batch` rows that comes first and from `real`, rounded to whole rows.
     """
     first = round(share * batch)
     both = [make(count) for make, count in ((real, first), (model, batch - first)) if count]
@@ -101,12 +94,8 @@ def prepare(
     """Row-wise preparation of a batch: standardized observations, reward scale r + shift."""
 
     def transform(fields: Batch) -> Batch:
-        out = dict(fields)
-        for name in ("obs", "next_obs"):
-            if name in out:
-                out[name] = standardize(out[name])
-        if "reward" in out:
-            out["reward"] = scale * out["reward"] + shift
-        return out
+        ways = dict.fromkeys(("obs", "next_obs"), standardize)
+        ways["reward"] = lambda reward: scale * reward + shift
+        return {name: ways[name](x) if name in ways else x for name, x in fields.items()}
 
     return transform

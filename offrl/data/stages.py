@@ -13,9 +13,8 @@ from offrl.engine.method import Metrics, Run, Stage, Task, turns_of
 def offline(algo: Any, task: Task, run: Run) -> list[Stage]:
     """One stage on uniform transitions of the data, with standardized observations.
 
-    Args:
-        algo: with `standardize`, `config.batch`, and `config.reward_scale` and
-            `config.reward_shift` if the method reads rewards.
+    Of algorithms with `standardize`, `config.batch`, and `config.reward_scale` and
+    `config.reward_shift` if they read rewards.
     """
     c = algo.config
 
@@ -30,9 +29,8 @@ def offline(algo: Any, task: Task, run: Run) -> list[Stage]:
 def off_policy(algo: Any, task: Task, run: Run) -> list[Stage]:
     """One stage on the method's own replay: an update per environment step after a warm-up.
 
-    Args:
-        algo: with `config.warmup` random environment steps, counted in `run.steps`,
-            `config.batch`, `config.capacity`, and `measure`.
+    Of algorithms with `config.warmup` random environment steps, counted in `run.steps`,
+    `config.batch`, `config.capacity`, and `measure`.
     """
     c, data = algo.config, Collector.of(task, run)
     data.keep(min(c.capacity, run.steps))
@@ -55,12 +53,6 @@ def off_policy(algo: Any, task: Task, run: Run) -> list[Stage]:
 def measured(algo: Any, data: Collector, rows: int = 2048) -> Callable[[], Metrics]:
     """What `algo.measure` says of rows of the replay, always drawn by the same numbers.
 
-    Args:
-        rows: at least four times the width of a representation whose rank is measured.
+    They are at least four times the width of a representation whose rank is measured.
     """
-
-    def measure() -> Metrics:
-        generator = Generator(data.device).manual_seed(0)
-        return algo.measure(data.replay.sampler(rows)(generator))
-
-    return measure
+    return lambda: algo.measure(data.replay.sampler(rows)(Generator(data.device).manual_seed(0)))

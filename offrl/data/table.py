@@ -1,40 +1,22 @@
 """Fields packed side by side in one row-major table, so that a batch is one gather."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Column:
-    """Where a field lies in a row: first column, trailing shape, and its type outside the table."""
-
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def width(self) -> int:
-        return math.prod(self.shape)
+Device = torch.device | str
+Columns = dict[str, tuple[tuple[int, ...], torch.dtype]]  # trailing shape and type of the fields
 
 
-Columns = dict[str, Column]
+def widths(columns: Columns) -> list[int]:
+    """How many numbers of a row every field takes."""
+    return [math.prod(shape) for shape, _ in columns.values()]
 
 
-def columns(fields: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> tuple[Columns, int]:
-    """Lay out the fields in order; returns the columns and the width of a row."""
-    out, start = {}, 0
-    for name, (shape, dtype) in fields.items():
-        out[name] = Column(start, shape, dtype)
-        start += out[name].width
-    return out, start
-
-
-def pack(fields: dict[str, Tensor], layout: Columns, lead: int) -> Tensor:
+def pack(fields: dict[str, Tensor], columns: Columns, lead: int) -> Tensor:
     """Rows (*lead, width) float32 from fields that carry `lead` leading axes each."""
-    flat = [fields[name].reshape(*fields[name].shape[:lead], -1).float() for name in layout]
+    flat = [fields[name].reshape(*fields[name].shape[:lead], -1).float() for name in columns]
     return torch.cat(flat, -1)
 
 
@@ -43,10 +25,10 @@ def take(values: Tensor, rows: Tensor) -> Tensor:
     return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
 
 
-def unpack(rows: Tensor, layout: Columns) -> dict[str, Tensor]:
+def unpack(rows: Tensor, columns: Columns) -> dict[str, Tensor]:
     """Fields of packed rows, views where the type allows; integers are exact below 2^24."""
-    out = {}
-    for name, column in layout.items():
-        value = rows[..., column.start : column.start + column.width]
-        out[name] = value.view(*rows.shape[:-1], *column.shape).to(column.dtype)
-    return out
+    parts = zip(columns.items(), rows.split(widths(columns), -1), strict=True)
+    return {
+        name: part.view(*rows.shape[:-1], *shape).to(dtype)
+        for (name, (shape, dtype)), part in parts
+    }

@@ -21,12 +21,10 @@ ACT_PAD = -10.0  # what the released code of Decision Transformer puts there
 
 
 def returns_to_go(reward: Tensor, starts: Tensor) -> Tensor:
-    """Undiscounted sum of the rewards from every row to the end of its episode, (N,).
+    """Undiscounted sum of the rewards (N,) from every row to the end of its episode, (N,).
 
-    Of the rows that are there: an episode whose last rows were dropped has that much less.
-
-    Args:
-        reward: (N,). starts: int64 (E,), first row of every episode.
+    Of the rows that are there: an episode whose last rows were dropped has that much less. Episodes
+    begin at the rows `starts`, int64 (E,).
 
     >>> returns_to_go(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 2]))
     tensor([3., 2., 5.])
@@ -60,8 +58,7 @@ def windows(
     Args:
         length: K. Steps of a window.
         scale: return_to_go is divided by it.
-        transform: row-wise function of a batch of fields, such as standardization.
-        budget: bytes; see `transitions`.
+        transform, budget: see `transitions`.
 
     Source: Chen et al., "Decision Transformer", NeurIPS 2021, arXiv:2106.01345, released code.
     """
@@ -98,14 +95,13 @@ def extend(
 ) -> Batch:
     """The window of a policy that meets `now`: moved on by one step, begun anew where start is 1.
 
+    Fields (B, length, ...) as of `windows`, zero on pads; the last action is zero.
+
     Args:
         window: of the step before, its last action filled in by `act_taken`; None at first.
         now: obs (B, o) as the network takes it, start (B,), reward (B,) of the last action.
         goal: (B,), return to ask for at the start of an episode, divided by `scale`.
         scale: by which rewards are divided.
-
-    Returns:
-        Fields (B, length, ...) as `windows`, zero on pads; the last action is zero.
     """
     start, obs = now["start"].bool(), now["obs"]
     if window is None:
@@ -144,8 +140,7 @@ def renewed(memory: Any, start: Tensor) -> Any:
 def asked_returns(name: str, config: Any, seeds: Seeds, device: torch.device) -> Tensor:
     """The returns that a policy is asked for, divided by the config's scale: (n,).
 
-    Raises:
-        ValueError: if there are none, or for seed axes, which the methods do not have.
+    Raises ValueError if there are none, or for seed axes, which the methods do not have.
     """
     if seeds:
         raise ValueError(f"{name} carries no seed axis: make one per seed")
@@ -172,11 +167,10 @@ def scenarios(config: Any) -> tuple[str, ...]:
 def window_stages(
     algo: Any, task: Task, run: Run, between: Sequence[tuple[int, Callable[[], None]]] = ()
 ) -> list[Stage]:
-    """One stage on windows of the data, with standardized observations.
+    """One stage on windows of the data, by `config.batch`, `config.context` and `config.scale`.
 
-    Args:
-        algo: with `config.batch`, `config.context` and `config.scale`. Its `standardize` is made
-            here: the authors of these methods add 1e-6 to the std, the engine's statistics 1e-3.
+    The algorithm's `standardize` is made here: the authors of these methods add 1e-6 to the std,
+    the engine's statistics 1e-3.
     """
     c, data = algo.config, task.data
     mean, std = data.statistics(eps=1e-6)

@@ -33,7 +33,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if the file is damaged, or holds anything but tensors and plain values.
+        ValueError: if the file is damaged, of another format, or holds anything else.
     """
     try:
         content = torch.load(path, map_location=device, weights_only=True)

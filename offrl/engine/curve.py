@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
@@ -21,37 +21,24 @@ Row = tuple[int, str, dict[str, list[float]]]  # step, stage, means
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often things happen, in the steps that people see.
+    """How often things happen, in the steps that people see."""
 
-    Attributes:
-        log_every: updates between two rows of metrics.
-        eval_every, eval_episodes: points of the learning curve.
-        final_episodes: of the last evaluation, whose mean is the score.
-        snapshot_every: keep a copy of the algorithm at these steps; None for none.
-    """
-
-    log_every: int = 1000
-    eval_every: int = 5000
-    eval_episodes: int = 10
-    final_episodes: int = 100
-    snapshot_every: int | None = None
+    log_every: int = 1000  # updates between two rows of metrics
+    eval_every: int = 5000  # steps between two points of the learning curve
+    eval_episodes: int = 10  # of each point
+    final_episodes: int = 100  # of the last evaluation, whose mean is the score
+    snapshot_every: int | None = None  # steps between kept copies of the algorithm
 
 
 @dataclass
 class Curve:
-    """Evaluations so far: the step and, per name, raw values (*S, episodes) of each point.
+    """Evaluations so far: the step and, per name, raw values (*S, episodes) of each point."""
 
-    Attributes:
-        headline: name of the values whose mean is the score.
-        seconds: of training and evaluation until the last checkpoint, over all sessions of a run
-            that was resumed.
-    """
-
-    headline: str = "return"
+    headline: str = "return"  # name of the values whose mean is the score
     steps: list[int] = field(default_factory=list)
     points: list[dict[str, Tensor]] = field(default_factory=list)
     final: dict[str, Tensor] | None = None
-    seconds: float = 0.0
+    seconds: float = 0.0  # until the last checkpoint, of all processes of a run that was resumed
 
     @property
     def score(self) -> float | None:
@@ -64,12 +51,8 @@ class Points:
     """Adds points to the curve and rows to the log, in the order of their steps.
 
     A point is of a checkpoint: `pending` is its step from when the checkpoint is written until its
-    values are there, so that a run that dies in between plays it again. While a worker plays, the
-    rows that come after it wait.
-
-    Attributes:
-        evaluate: plays a point here; None for a run without points.
-        worker: plays them beside the training instead.
+    values are there, so that a run that dies in between plays it again. `evaluate` plays it here, a
+    `worker` beside the training, where the rows that come after it wait.
     """
 
     evaluate: Evaluate | None
@@ -96,9 +79,8 @@ class Points:
 
     def put(self, point: dict[str, Tensor]) -> None:
         assert self.pending is not None
-        self.check(point)
+        self.curve.points.append(self.checked(point))
         self.curve.steps.append(self.pending)
-        self.curve.points.append(point)
         means = {name: x.double().mean(-1).reshape(-1).tolist() for name, x in point.items()}
         self.log.write(self.pending, "evaluation", means)
         self.pending, self.playing = None, False
@@ -114,18 +96,17 @@ class Points:
         if self.evaluate is None or self.curve.final is not None:
             return False
         self.settle()
-        final = self.evaluate(algo, self.schedule.final_episodes)
-        self.check(final)
-        self.curve.final = final
+        self.curve.final = self.checked(self.evaluate(algo, self.schedule.final_episodes))
         return True
 
-    def check(self, point: dict[str, Tensor]) -> None:
+    def checked(self, point: dict[str, Tensor]) -> dict[str, Tensor]:
         """Raises Diverged for a score that is NaN, as that of actions that are not finite."""
         if bool(point[self.curve.headline].isnan().any()):
             raise Diverged(
                 f"the {self.curve.headline} of an evaluation is NaN; look at the policy's actions, "
                 "or at the environment's rewards"
             )
+        return point
 
     def settle(self) -> None:
         """Wait for the point that is being played, and write what waited for it."""
@@ -160,10 +141,8 @@ class AsyncEvaluator:
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-        try:
+        with contextlib.suppress(OSError):  # of a process that died, as `result` will tell
             self.ours.send(path)
-        except OSError:
-            self.died()
 
     def ready(self) -> bool:
         """Whether `result` would not wait."""
@@ -178,17 +157,14 @@ class AsyncEvaluator:
         try:
             found = self.ours.recv()
         except (EOFError, OSError):
-            self.died()
+            self.worker.join()
+            raise OSError(
+                f"the process that evaluates died (exit code {self.worker.exitcode}); resume the "
+                "run, or start it with evaluation=inline if memory was short"
+            ) from None
         if isinstance(found, str):
             raise OSError(f"evaluation failed: {found}")
         return {name: value.clone() for name, value in found.items()}
-
-    def died(self) -> NoReturn:
-        self.worker.join()
-        raise OSError(
-            f"the process that evaluates died (exit code {self.worker.exitcode}); resume the run, "
-            "or start it with evaluation=inline if memory was short"
-        ) from None
 
     def close(self) -> None:
         if self.worker is not None:
@@ -200,12 +176,9 @@ def serve(player: Callable[[], Play], orders: Any) -> None:
     """Body of the process, which ends when the training is gone."""
     play = None
     with contextlib.suppress(EOFError, OSError):
-        while True:
-            found: Any
-            path = orders.recv()
+        while path := orders.recv():
             try:
                 play = play or player()
-                found = play(path)
+                orders.send(play(path))
             except Exception as error:
-                found = f"{type(error).__name__}: {error}"
-            orders.send(found)
+                orders.send(f"{type(error).__name__}: {error}")

@@ -19,17 +19,11 @@ from offrl.seeding import derive
 
 @dataclass(frozen=True)
 class Scenario:
-    """A situation in which a policy is scored: a wish of its method, a task, a changed world.
+    """A situation in which a policy is scored: a wish of its method, a task, a changed world."""
 
-    Attributes:
-        name: its values are called `return/<name>` and so on; "" to report the headline only.
-        options: of every reset. OGBench's tasks are `{"task_id": 1}` and so on.
-        settings: of the environment, keywords of its maker such as `{"mass": 1.2}`; what there is
-            says `offrl.envs.make.factory`.
-    """
-
-    name: str = ""
-    options: dict[str, Any] | None = None
+    name: str = ""  # of its values `return/<name>` and so on; "" to report the headline only
+    options: dict[str, Any] | None = None  # of every reset, such as OGBench's {"task_id": 1}
+    # of the environment, such as {"mass": 1.2}: keywords of `offrl.envs.make.factory`
     settings: dict[str, Any] = field(default_factory=dict)
 
 

@@ -63,10 +63,9 @@ class Log:
     """`metrics.csv` with rows (step, stage, seed, name, value) and TensorBoard events.
 
     Args:
-        folder: run directory; the files are continued when it already holds some.
         seeds: the seed behind each entry of a metric.
-        saved: the checkpoint that the run continues from: it knows the size of the CSV then, and
-            the step after which older TensorBoard events are superseded.
+        saved: the checkpoint that the files in `folder` are continued from: it knows the size of
+            the CSV then, and the step after which TensorBoard events are superseded.
     """
 
     def __init__(self, folder: Path, seeds: list[int], saved: dict[str, Any] | None = None):
@@ -74,7 +73,7 @@ class Log:
 
         self.seeds = seeds
         self.file = open(folder / "metrics.csv", "a", newline="")  # noqa: SIM115
-        known = 0 if saved is None else saved["metrics_bytes"]
+        known, purge = (saved["metrics_bytes"], saved["global_step"] + 1) if saved else (0, None)
         if self.file.tell() < known:
             raise ValueError(
                 f"{self.file.name} has {self.file.tell()} bytes, the checkpoint knows {known}: "
@@ -82,9 +81,8 @@ class Log:
             )
         self.file.seek(self.file.truncate(known))
         self.writer = csv.writer(self.file)
-        if saved is None:
+        if not saved:
             self.writer.writerow(["step", "stage", "seed", "name", "value"])
-        purge = None if saved is None else saved["global_step"] + 1
         self.events = SummaryWriter(str(folder), purge_step=purge, max_queue=1000)
 
     def write(self, step: int, stage: str, means: dict[str, list[float]]) -> None:

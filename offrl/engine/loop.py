@@ -22,20 +22,16 @@ from offrl.errors import Diverged, Interrupted
 
 @dataclass
 class Progress:
-    """What the caller is told: shown on one line. A resumed run's first step is not 0.
-
-    Attributes:
-        total: steps that people will have seen at the end of the stage, 0 if not known.
-        notes: how this stage's updates are made, as it is decided; told once.
-    """
+    """What the caller is told: shown on one line."""
 
     stage: str
-    first: int
+    first: int  # step of this process; 0 unless the run was resumed
     step: int
-    total: int
+    total: int  # steps at the end of the stage, 0 if not known
     per_second: float
     score: float | None
-    notes: list[str] = field(default_factory=list)
+    headline: str = "return"  # name of the values whose mean is the score
+    notes: list[str] = field(default_factory=list)  # how updates are made, told once it is decided
 
 
 def fit(
@@ -54,14 +50,14 @@ def fit(
 ) -> Curve:
     """Run the stages to their end; returns the learning curve and the final evaluation.
 
-    A checkpoint is written when a stage begins, at every point of the learning curve, before work
-    between updates that fits models, at the end of every stage, on an interrupt, and when the run
-    is done. Killed at any moment, the run continues from the last one; on a CPU it then ends
-    bit-equal to an uninterrupted run.
+    A checkpoint is written when a stage begins and ends, at every point of the learning curve,
+    before work between updates that is known to fit models, on an interrupt, and at the end. Killed
+    at any moment, the run continues from the last one; on a CPU it then ends bit-equal to an
+    uninterrupted run.
 
     Args:
-        folder: run directory of this group of seeds.
-        evaluate: returns raw values per episode; None to skip evaluation.
+        folder: of this group of seeds.
+        evaluate: see `Task`, as for `headline`.
         seeds: the seed behind each stacked entry.
         label: name of the method, checked on resume.
         resume: continue from the checkpoint in `folder` if there is one.
@@ -69,14 +65,12 @@ def fit(
         speed: how updates are made; see `engine.capture.updates.Updates`.
         worker: plays the points of the curve in a process of its own; values and files are those of
             `evaluate`, which then plays the final evaluation only.
-        headline: name of the values of `evaluate` whose mean is the score.
 
     Raises:
-        Diverged: when a metric or parameter stopped being finite, or a metric exploded; the last
-            checkpoint stays.
+        Diverged: when a metric or parameter stopped being finite, or a metric exploded.
         Interrupted: after SIGINT or SIGTERM, with the checkpoint written.
         ValueError: if the checkpoint belongs to another method.
-        OSError: if the disk is full; the last checkpoint stays.
+        OSError: if the disk is full. After this and `Diverged` the last checkpoint stays.
     """
     path = folder / "checkpoint.pt"
     saved = checkpoint.load(path) if resume and path.exists() else None
@@ -85,7 +79,7 @@ def fit(
     log = Log(folder, seeds, saved)
     curve = Curve(**saved["curve"]) if saved is not None else Curve(headline)
     points = Points(evaluate, schedule, curve, log, worker)
-    about = {"label": label, "seeds": seeds}
+    about = {"label": label, "seeds": seeds, "headline": headline}
     try:
         loop = Loop(algo, stages, folder, schedule, about, report, speed, points)
         if saved is not None:
@@ -108,7 +102,7 @@ class Loop:
     stages: list[Stage]
     folder: Path
     schedule: Schedule
-    about: dict[str, Any]  # label and seeds, which the files of a run carry
+    about: dict[str, Any]  # label, seeds and headline, which the files of a run carry
     report: Callable[[Progress], None]
     speed: Speed
     points: Points
@@ -118,24 +112,21 @@ class Loop:
     begun: bool = False  # whether the current stage's `before` has run
     meter: Meter = field(default_factory=Meter)
     notes: list[str] = field(default_factory=list)  # how updates are made
-    fitting: list[Any] = field(default_factory=list)  # works between updates that fit models
+    fitting: set[int] = field(default_factory=set)  # which of the stage's works fit models
     told: tuple[float, int] | None = None  # the last progress: its time and step
     saved: tuple[int, int] | None = None  # stage and step of the last checkpoint
 
     def load(self, saved: dict[str, Any]) -> None:
         self.index, self.step, self.base = saved["stage"], saved["step"], saved["base"]
         self.begun, self.points.pending = saved["begun"], saved["pending"]
+        self.fitting = set(saved.get("fitting", ()))  # absent in older checkpoints
         load_state(self.algo, saved["algo"])
         self.meter.load(saved["meter"])
         for name, part in self.parts():
             part.load(saved["parts"][name], self.folder / name)
 
     def parts(self) -> Iterator[tuple[str, Part]]:
-        """Each once: stages may share one.
-
-        Raises:
-            ValueError: if two have the same name.
-        """
+        """Each once, for stages may share one; ValueError if two have the same name."""
         found: dict[str, Part] = {}
         for stage in self.stages:
             for name, part in stage.parts.items():
@@ -193,16 +184,16 @@ class Loop:
 
     def work_between(self, stage: Stage) -> None:
         """Do what is due before the next update. Stopped in a fit, the run goes back to here."""
-        due = [work for period, work in stage.between if self.step % period == 0]
-        if any(work in self.fitting for work in due) and self.saved != (self.index, self.step):
+        due = [i for i, (period, _) in enumerate(stage.between) if self.step % period == 0]
+        if not self.fitting.isdisjoint(due) and self.saved != (self.index, self.step):
             self.save()
         try:
-            for work in due:
+            for i in due:
                 begun = self.host.begun
-                if found := work():
+                if found := stage.between[i][1]():
                     self.meter.add(found, self.step)
-                if self.host.begun > begun and work not in self.fitting:
-                    self.fitting.append(work)
+                if self.host.begun > begun:
+                    self.fitting.add(i)
         except Stopped:
             raise Interrupted(
                 f"stopped in a fit of stage {stage.name}; the checkpoint is that of its update "
@@ -232,14 +223,13 @@ class Loop:
             with self.stopping.at_once():
                 stage.finish()
         self.base, self.index, self.step = self.global_step, self.index + 1, 0
-        self.begun = False
+        self.begun, self.fitting = False, set()
         self.save()
 
     def add_point(self, stage: Stage, here: bool = False) -> None:
         """A checkpoint, and its point of the learning curve where the stage has any.
 
-        Args:
-            here: the point is played in this process, which would wait for it anyway.
+        It is played `here` by a process that would wait for it anyway.
         """
         step = self.global_step
         if self.points.evaluate is None or not stage.evaluate or self.points.last == step:
@@ -279,8 +269,8 @@ class Loop:
         self.points.log.speed(step, speed)
         total = self.base + stage.clock(stage.steps) if stage.steps else 0
         notes, self.notes[:] = list(self.notes), []
-        score = self.points.curve.score
-        self.report(Progress(stage.name, self.first, step, total, speed, score, notes))
+        score, headline = self.points.curve.score, self.points.curve.headline
+        self.report(Progress(stage.name, self.first, step, total, speed, score, headline, notes))
 
     def snapshot(self) -> None:
         folder, step = self.folder / "snapshots", self.global_step
@@ -298,6 +288,7 @@ class Loop:
             "step": self.step,
             "base": self.base,
             "begun": self.begun,
+            "fitting": sorted(self.fitting),
             "global_step": self.global_step,
             "parts": {name: part.save(self.folder / name) for name, part in self.parts()},
             "meter": self.meter.state(),
@@ -309,11 +300,10 @@ class Loop:
         self.saved = self.index, self.step
 
     def state(self) -> dict[str, Any]:
-        """The algorithm's state.
+        """The algorithm's state, in which nothing is NaN and no network or optimizer infinite.
 
         Raises:
-            Diverged: naming the first network or optimizer with a NaN or infinity, or other tensor
-                with a NaN; or the metric that went wrong before.
+            Diverged: naming the first such tensor, or the metric that went wrong before.
         """
         state = state_of(self.algo)
         for name, part in state.items():

@@ -82,7 +82,7 @@ class Part(Protocol):
 
     `save` returns what belongs into the checkpoint. What is large it brings to files of its own
     whose names begin with `place`, by appending; `load` continues from both. Files may hold more
-    than the checkpoint knows, from a session that was killed; what the checkpoint knows must stay
+    than the checkpoint knows, from a process that was killed; what the checkpoint knows must stay
     readable until `save` is called for the second time after it.
     """
 

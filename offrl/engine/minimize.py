@@ -20,21 +20,14 @@ class Stopped(Exception):
 
 @dataclass
 class Host:
-    """What a run lends to the fits within it; outside of a run there is none.
+    """What a run lends to the fits within it; outside of a run there is none."""
 
-    Attributes:
-        speed, say: how updates are made, and who is told; see `Updates`.
-        write: takes the means of metrics.
-        stopping: true once the run is asked to stop.
-        begun: fits so far.
-        made: by the name of a fit, what its updates are made of, and these.
-    """
-
-    speed: Speed = "eager"
+    speed: Speed = "eager"  # how updates are made, and who is told; see `Updates`
     say: Callable[[str], None] = print
-    write: Callable[[dict[str, list[float]]], None] = lambda means: None
-    stopping: Any = False
-    begun: int = 0
+    write: Callable[[dict[str, list[float]]], None] = lambda means: None  # takes means of metrics
+    stopping: Any = False  # true once the run is asked to stop
+    begun: int = 0  # fits so far
+    # by the name of a fit, what its updates are made of, and these
     made: dict[str, tuple[tuple[Any, ...], Updates]] = field(default_factory=dict)
 
     @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 UNREGISTERED = "(unregistered)"  # beside the names of a network's state_dict
 PLAIN = (bool, int, float, str, type(None))
@@ -31,19 +32,18 @@ def state_of(owner: Any) -> dict[str, Any]:
 
 def kept(owner: Any) -> dict[str, Any]:
     """The attributes of an object that are state."""
-    return {key: value for key, value in vars(owner).items() if not constant(value)}
+    part = lambda value: hasattr(value, "save") and hasattr(value, "load")  # noqa: E731
+    return {k: v for k, v in vars(owner).items() if not (constant(v) or part(v))}
 
 
 def constant(value: Any) -> bool:
     frozen = is_dataclass(value) and value.__dataclass_params__.frozen  # type: ignore[union-attr]
-    part = hasattr(value, "save") and hasattr(value, "load")
-    return isinstance(value, CONSTANT) or frozen or part
+    return isinstance(value, CONSTANT) or frozen
 
 
 def packed(value: Any, path: str) -> Any:
     if hasattr(value, "state_dict"):
-        apart = dict(unregistered(value)) if isinstance(value, nn.Module) else {}
-        held = {f"{name}.{key}": getattr(part, key) for (name, key), part in apart.items()}
+        held = {name: getattr(part, key) for name, part, key in unregistered(value)}
         return value.state_dict() | ({UNREGISTERED: held} if held else {})
     if isinstance(value, Generator):
         return value.get_state()
@@ -61,21 +61,29 @@ def packed(value: Any, path: str) -> Any:
     )
 
 
-def unregistered(net: nn.Module) -> Iterator[tuple[tuple[str, str], nn.Module]]:
-    """Numbers and tensors in attributes of a network's modules: ((module, attribute), module)."""
-    for name, part in net.named_modules():
-        for key, value in vars(part).items():
-            number = type(value) in (bool, int, float) and key != "training"
-            if not key.startswith("_") and (number or isinstance(value, Tensor)):
-                yield (name, key), part
+def unregistered(net: Any) -> list[tuple[str, nn.Module, str]]:
+    """Numbers and tensors in attributes of a network's modules: (name, module, attribute)."""
+    return [
+        (f"{name}.{key}", part, key)
+        for name, part in (net.named_modules() if isinstance(net, nn.Module) else ())
+        for key, value in vars(part).items()
+        if isinstance(value, Tensor) or (type(value) in (bool, int, float) and key != "training")
+        if not key.startswith("_")
+    ]
 
 
-def load_state(owner: Any, state: dict[str, Any]) -> None:
+def load_state(algo: Any, state: dict[str, Any]) -> None:
     """Inverse of `state_of`. Tensors, dicts and lists are filled in place: others may hold them.
+
+    What is new in them, and what takes the place of None, comes to the device of `algo.generator`.
 
     Raises:
         ValueError: naming the attribute, if the state is of another method or of other sizes.
     """
+    fill(algo, tree_map_only(Tensor, lambda x: x.to(algo.generator.device), state))
+
+
+def fill(owner: Any, state: dict[str, Any]) -> None:
     present = kept(owner)
     if state.keys() != present.keys():
         raise ValueError(
@@ -90,15 +98,10 @@ def unpacked(current: Any, state: Any, path: str) -> Any:
     """What an attribute becomes: `current` itself where it can be filled, else the state."""
     try:
         if hasattr(current, "load_state_dict"):
-            apart = dict(unregistered(current)) if isinstance(current, nn.Module) else {}
-            held = state.get(UNREGISTERED, {}) if apart else {}
             current.load_state_dict({k: v for k, v in state.items() if k != UNREGISTERED})
-            for (name, key), part in apart.items():
-                value = unpacked(getattr(part, key), held[f"{name}.{key}"], f"{path}.{name}.{key}")
+            for name, part, key in unregistered(current):
+                value = unpacked(getattr(part, key), state[UNREGISTERED][name], f"{path}.{name}")
                 setattr(part, key, value)
-            for group in getattr(current, "param_groups", ()):
-                if isinstance(rate := group["lr"], Tensor):  # torch leaves it where the file was
-                    group["lr"] = rate.to(group["params"][0].device)
         elif isinstance(current, Generator):
             current.set_state(state.cpu())
         elif isinstance(current, Tensor):
@@ -121,7 +124,7 @@ def unpacked(current: Any, state: Any, path: str) -> Any:
                 return tuple(parts)
             current[:] = parts
         else:
-            load_state(current, state)
+            fill(current, state)
     except (RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"the checkpoint's {path} does not fit: {error}") from error
     return current

@@ -30,11 +30,7 @@ SIZES = ("geom_size", "geom_rgba", "site_size", "wrap_prm", "hfield_data", "jnt_
 
 
 def suite() -> Any:
-    """The suite's module.
-
-    Raises:
-        ValueError: without the extra.
-    """
+    """The suite's module; raises ValueError without the extra."""
     # of a viewer that nobody opens
     warnings.filterwarnings("ignore", message=".*DISPLAY environment variable is missing")
     try:
@@ -45,22 +41,18 @@ def suite() -> Any:
 
 
 def register(name: str) -> str:
-    """Make a task known to Gymnasium; returns its id.
+    """Make a task such as `dmc-ball_in_cup-catch` known to Gymnasium; returns its id.
 
-    Args:
-        name: such as `dmc-cheetah-run` or `dmc-ball_in_cup-catch`.
-
-    Raises:
-        ValueError: for an unknown task, naming the nearest, and without the extra.
+    Raises ValueError for an unknown task, naming the nearest, and without the extra.
     """
     tasks = {f"{PREFIX}{domain}-{task}": (domain, task) for domain, task in suite().ALL_TASKS}
     if name not in tasks:
         known = ", ".join(tasks)
         raise ValueError(f"dm-control has no task {name!r}{nearest(name, tasks)} ({known})")
-    id, made = f"{name}-v0", "offrl.envs.dm_control:DMControl"
+    id, (domain, task) = f"{name}-v0", tasks[name]
     if id not in gymnasium.registry:
-        given = dict(zip(("domain", "task"), tasks[name], strict=True))
-        gymnasium.register(id, made, max_episode_steps=HORIZON, kwargs=given)
+        how: Any = {"max_episode_steps": HORIZON, "kwargs": {"domain": domain, "task": task}}
+        gymnasium.register(id, "offrl.envs.dm_control:DMControl", **how)
     return id
 
 

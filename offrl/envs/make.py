@@ -149,16 +149,12 @@ class Push(gymnasium.Wrapper):
 def env_id(name: str, version: str | None = None) -> str:
     """The Gymnasium id of a name such as `halfcheetah`; registered ids pass through.
 
-    Args:
-        version: of a robot; None is v5, or what an id says.
+    The version is a robot's; None is v5, or what an id says.
 
-    Returns:
-        The id; `module:Id` of a user's own, or `/path/to/file.py:Class` with the whole path.
+    It is `module:Id` of a user's own, or `/path/to/file.py:Class` with the whole path.
 
-    Raises:
-        ValueError: for a version that contradicts an id, an unknown name or version (naming the
-            nearest), for the tasks of D4RL that have data only, and for a user's own environment
-            that cannot be found.
+    Raises ValueError for a version that contradicts an id, an unknown name or version (naming the
+    nearest), the tasks of D4RL that have data only, and a user's own that cannot be found.
     """
     if version not in (None, *VERSIONS):
         raise ValueError(f"env_version must be one of {', '.join(VERSIONS)}, got {version!r}")
@@ -350,9 +346,8 @@ def changed(
             stay; `force`, see `Push`.
         also: other settings that the environment has, for the message.
 
-    Raises:
-        ValueError: for another name, an environment without a MuJoCo model, a factor that is not
-            positive, or a force that is not three numbers.
+    Raises ValueError for another name, an environment without a MuJoCo model, a factor that is not
+    positive, or a force that is not three numbers.
     """
     import mujoco
 
@@ -361,8 +356,7 @@ def changed(
     if unknown := [name for name in settings if name not in known]:
         names = ", ".join((*known, *also)) or "none"
         raise ValueError(f"{env} has no setting {unknown[0]!r}; known: {names}")
-    assert found is not None
-    model, data = found
+    model, data = cast(tuple[Any, Any], found)
     mass, friction = settings.get("mass", 1.0), settings.get("friction", 1.0)
     if not (mass > 0 and friction > 0):
         raise ValueError(f"mass and friction are positive factors, got {mass} and {friction}")
@@ -388,10 +382,8 @@ def lighten(env: gymnasium.Env) -> None:
     """Set every capsule's contribution to its body to the mass formula of older engines.
 
     A body's mass and inertia scale by the ratio of its geoms' old to new masses. Bodies of a model
-    that pins its total mass (HalfCheetah) are rescaled to that total.
-
-    Raises:
-        ValueError: for an environment without a MuJoCo model, or a body of other shapes.
+    that pins its total mass (HalfCheetah) are rescaled to that total. Raises ValueError for an
+    environment without a MuJoCo model, or a body of other shapes.
     """
     import mujoco
 

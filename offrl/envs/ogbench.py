@@ -45,11 +45,7 @@ def family(name: str) -> str:
 
 
 def register() -> None:
-    """Make OGBench's environments known to Gymnasium.
-
-    Raises:
-        ValueError: without the extra.
-    """
+    """Make OGBench's environments known to Gymnasium; raises ValueError without the extra."""
     try:
         import ogbench  # noqa: F401
     except ImportError as error:

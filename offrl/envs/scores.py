@@ -95,12 +95,8 @@ def lookup(name: str) -> tuple[float, float] | None:
 def score(returns: Returns, env: str, dataset: str = "") -> Returns:
     """100 (returns - random) / (expert - random), elementwise; below 0 and above 100 are legal.
 
-    Args:
-        returns: undiscounted returns of whole episodes, or their mean.
-        env, dataset: as for `reference`.
-
-    Raises:
-        ValueError: if D4RL has no reference returns for the environment.
+    Of undiscounted returns of whole episodes, or their mean. Raises ValueError if D4RL has no
+    reference returns for the environment; for that and the data set see `reference`.
     """
     row = reference(env, dataset)
     if row is None:

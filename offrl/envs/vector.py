@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Makers = Sequence[Callable[[], gymnasium.Env]]
+Options = dict[str, Any] | None  # of a reset
 POSITIONS = ("xpos", "xipos")  # of body frames (Ant, Pusher) and centers of mass (Humanoid)
 CLOCK = "_elapsed_steps"  # of Gymnasium's time limit
 
@@ -23,7 +25,7 @@ class Vector:
     on next.
 
     Args:
-        factories: makers of the environments.
+        makers: of the environments.
         seeds: one per environment, for its first reset; later resets continue its own stream.
         options: of every reset, one per environment.
 
@@ -38,16 +40,13 @@ class Vector:
     """
 
     def __init__(
-        self,
-        factories: Sequence[Callable[[], gymnasium.Env]],
-        seeds: Sequence[int],
-        options: Sequence[dict[str, Any] | None] | None = None,
+        self, makers: Makers, seeds: Sequence[int], options: Sequence[Options] | None = None
     ):
-        self.envs = [make() for make in factories]
+        self.envs = [make() for make in makers]
         self.seeds, self.count = list(seeds), len(self.envs)
         own = [None] * self.count if options is None else list(options)
-        self.on_episode: Callable[[int], dict[str, Any] | None] = own.__getitem__
-        self.goal: Tensor | None = None
+        self.on_episode: Callable[[int], Options] = own.__getitem__
+        self.goals = [torch.zeros(0)] * self.count
         self.obs_dim, self.act_dim, self.discrete = sizes(self.envs[0])
         self.players = tuple(getattr(self.envs[0].unwrapped, "players", ()))
         self.act_shape = self.envs[0].action_space.shape or ()
@@ -56,23 +55,24 @@ class Vector:
 
     def reset(self) -> Tensor:
         """First observations (n, o) of episodes started from the seeds."""
-        begun = [self.restart(i, seed) for i, seed in enumerate(self.seeds)]
-        rows, goals = zip(*begun, strict=True)
-        self.goal = joined(goals)
-        return flat(rows)
+        return flat([self.restart(i, seed) for i, seed in enumerate(self.seeds)])
 
-    def restart(self, i: int, seed: int | None = None) -> tuple[Any, Tensor]:
-        """Begin an episode in environment i: its observation and its goal (g,), g 0 if none."""
+    @property
+    def goal(self) -> Tensor | None:
+        return torch.stack(self.goals) if len(self.goals[0]) else None
+
+    def restart(self, i: int, seed: int | None = None) -> Any:
+        """Begin an episode in environment i and keep its goal (g,), g 0 if none."""
         obs, info = self.envs[i].reset(seed=seed, options=self.on_episode(i))
-        return obs, flat([info.get("goal", ())])[0]
+        self.goals[i] = flat([info.get("goal", ())])[0]
+        return obs
 
     def step(self, act: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Apply actions (n, a), or (n,) if discrete.
 
-        Returns:
-            next_obs (n, o): the true successors; reward, terminal, timeout (n,): terminal is 1
-            where the process ended, timeout where a limit cut it off (never both); now (n, o): the
-            observations to act on next, which differ from next_obs where an episode restarted.
+        Returns next_obs (n, o): the true successors; reward, terminal, timeout (n,): terminal is 1
+        where the process ended, timeout where a limit cut it off (never both); now (n, o): the
+        observations to act on next, which differ from next_obs where an episode restarted.
         """
         actions = act.view(self.count, *self.act_shape).numpy()
         rows, now = [], []
@@ -82,39 +82,29 @@ class Vector:
             scalars[:, i] = reward, terminated, truncated and not terminated
             rows.append(obs)
             if terminated or truncated:
-                obs, goal = self.restart(i)
-                if self.goal is not None:  # what was handed out stays as it was
-                    self.goal = self.goal.clone()
-                    self.goal[i] = goal
+                obs = self.restart(i)
             now.append(obs)
         rewards, terminal, timeout = torch.from_numpy(scalars)
         return flat(rows), rewards, terminal, timeout, flat(now)
 
     def state(self) -> dict[str, Any]:
         """Exact snapshot of every environment, with its goal."""
-        goals = torch.zeros(self.count, 0) if self.goal is None else self.goal
-        pairs = enumerate(zip(self.envs, goals, strict=True))
+        pairs = enumerate(zip(self.envs, self.goals, strict=True))
         return {str(i): snapshot(env) | {"goal": goal} for i, (env, goal) in pairs}
 
     def load(self, state: dict[str, Any], obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Continue from a `state`. Options of the episodes that go on are not asked for again.
+        """Continue from a `state` and the observations (n, o) to act on next that belong to it.
 
-        Args:
-            obs: (n, o) the observations to act on next that belong to it.
-
-        Returns:
-            obs, except in rows whose environment cannot be restored: there an episode starts anew;
-            and (n,), 1 in these rows, else 0.
+        Options of the episodes that go on are not asked for again. Returns obs, except in rows
+        whose environment cannot be restored: there an episode starts anew; and (n,), 1 in these
+        rows, else 0.
         """
-        rows, anew, goals = obs.clone(), torch.zeros(self.count), []
+        rows, anew = obs.clone(), torch.zeros(self.count)
         for i, (env, seed) in enumerate(zip(self.envs, self.seeds, strict=True)):
             env.reset(seed=seed)
-            goal = state[str(i)]["goal"]
+            self.goals[i] = state[str(i)]["goal"]
             if not restore(env, state[str(i)]):
-                first, goal = self.restart(i)
-                rows[i], anew[i] = flat([first])[0], 1.0
-            goals.append(goal)
-        self.goal = joined(goals)
+                rows[i], anew[i] = flat([self.restart(i)])[0], 1.0
         return rows, anew
 
     def close(self) -> None:
@@ -123,19 +113,12 @@ class Vector:
 
 
 def sizes(env: gymnasium.Env) -> tuple[int, int, bool]:
-    """Numbers of an observation and of an action, and whether actions are discrete.
-
-    Of discrete actions the second is how many there are.
-    """
+    """Numbers of an observation, numbers or count of actions, and whether these are discrete."""
     space = env.action_space
     obs_dim = int(np.prod(env.observation_space.shape or ()))
     if isinstance(space, gymnasium.spaces.Discrete):
         return obs_dim, int(space.n), True
     return obs_dim, int(np.prod(space.shape or ())), False
-
-
-def joined(goals: Sequence[Tensor]) -> Tensor | None:
-    return torch.stack(list(goals)) if len(goals[0]) else None
 
 
 def flat(rows: Sequence[Any]) -> Tensor:
@@ -190,8 +173,7 @@ def resumes(env: gymnasium.Env) -> bool:
 def restore(env: gymnasium.Env, state: dict[str, Any]) -> bool:
     """Continue from a `snapshot`; the environment must have been reset before.
 
-    Returns:
-        False if at most the generator could be restored, so that the episode must start anew.
+    False if at most the generator could be restored, so that the episode must start anew.
     """
     core: Any = env.unwrapped
     if "own" in state:

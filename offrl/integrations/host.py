@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from offrl.regularizers import Compose, RegInputs, RegOutput, Regularizer
-from offrl.regularizers.base import Stage
+from offrl.regularizers.base import Hook
 
-LOSS_STAGES: tuple[Stage, ...] = ("token", "loss")
-BATCH_STAGES: tuple[Stage, ...] = ("reward", "advantage")
+LOSS_HOOKS: tuple[Hook, ...] = ("token", "loss")
+BATCH_HOOKS: tuple[Hook, ...] = ("reward", "advantage")
 
 
 def load(package: str, release: str, module: str, expected: Mapping[str, str]) -> Any:
@@ -69,14 +69,14 @@ def parameters(function: Callable) -> str:
 
 def compose(
     regularizers: Iterable[Regularizer] | Mapping[str, Regularizer],
-    offers: Mapping[Stage, frozenset[str]],
+    offers: Mapping[Hook, frozenset[str]],
     remedies: Mapping[str, str],
     where: str,
 ) -> Compose:
     """The list as one module, if a place of the host can run all of it.
 
     Args:
-        offers: stage that runs there -> inputs that it gets. At the loss nothing may keep a state,
+        offers: hook that runs there -> inputs that it gets. At the loss nothing may keep a state,
             since the hosts do not say there when an optimizer step ends, nor save what worker
             processes hold.
         remedies: input -> how to get it, or why not, for messages.
@@ -86,15 +86,15 @@ def compose(
         ValueError: a module that cannot work there.
     """
     reg = Compose(regularizers)
-    for stage in sorted(reg.stages):
-        for name, part in reg.at(stage).items():
-            if stage not in offers:
-                raise ValueError(f"{name}: {where} runs {', '.join(offers)}, not {stage!r}")
-            lacking = sorted(part.requires - offers[stage])
+    for hook in sorted(reg.hooks):
+        for name, part in reg.at(hook).items():
+            if hook not in offers:
+                raise ValueError(f"{name}: {where} runs {', '.join(offers)}, not {hook!r}")
+            lacking = sorted(part.requires - offers[hook])
             if lacking:
                 needs = [f"{n!r} ({remedies[n]})" if n in remedies else repr(n) for n in lacking]
                 raise ValueError(f"{name}: {where} does not provide {', '.join(needs)}")
-            if stage in LOSS_STAGES and next(part.buffers(), None) is not None:
+            if hook in LOSS_HOOKS and next(part.buffers(), None) is not None:
                 raise ValueError(
                     f"{name} keeps a state, which {where} can neither update nor save at the loss: "
                     "give it a constant coefficient, or choose a module without a state"
@@ -102,19 +102,19 @@ def compose(
     return reg
 
 
-def batch_offers(rows: frozenset[str]) -> dict[Stage, frozenset[str]]:
-    """Inputs of the two stages of a rollout batch: advantages exist at the second only."""
+def batch_offers(rows: frozenset[str]) -> dict[Hook, frozenset[str]]:
+    """Inputs of the two hooks of a rollout batch: advantages exist at the second only."""
     return {"reward": rows, "advantage": rows | {"advantages"}}
 
 
 def extra_loss(
     reg: Compose, x: RegInputs, token: RegOutput, reduce: Callable[[Tensor, str], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Term of the loss stage, reduced by the host, and metrics of the token and the loss stage.
+    """Term of the loss hook, reduced by the host, and metrics of the token and the loss hook.
 
     Args:
         x: with `logp` and `mask`, (B, T).
-        token: what the token stage returned; its weights multiply the term too.
+        token: what the token hook returned; its weights multiply the term too.
         reduce: (values (B, T), mode of `masked_reduce`) -> 0-d, normalized over the whole step.
 
     A module that returns a scalar reduced it over the rows that it saw; over the micro-batches of a

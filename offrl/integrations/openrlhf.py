@@ -6,9 +6,9 @@
 No loss is copied: each method is called, and added to.
 
     RemoteExperienceMaker.compute_advantages_and_returns
-        reward stage before it and advantage stage after it, on the whole rollout batch
+        reward hook before it and advantage hook after it, on the whole rollout batch
     PolicyLoss.forward
-        token stage before it, as a factor of the advantages; loss stage after it, reduced by
+        token hook before it, as a factor of the advantages; loss hook after it, reduced by
         `aggregate_loss` with the sizes of the optimizer step that OpenRLHF passes
     ActorPPOTrainer.training_step
         for the reference, the entropy and the log, which the loss does not see
@@ -31,7 +31,7 @@ is called with one response at a time: formulas of single rows fit, groups do no
 
 Limits. Workers save nothing, and do not say when an optimizer step ends: at the loss only constant
 coefficients are taken, and reductions "token-mean" and "seq-mean-token-mean". Modules of the other
-stages learn once per rollout batch; their state is in no checkpoint. The reward stage sees what the
+hooks learn once per rollout batch; their state is in no checkpoint. The reward hook sees what the
 reward model or `reward_func` returned; OpenRLHF's own length and KL penalties come after it.
 Responses are then spread over ranks and micro-batches: no groups are known at the loss. Prompts
 have no integer names: no histories. The critic's loss is left alone. OpenRLHF cuts KL estimates at
@@ -67,7 +67,7 @@ TOKENS = frozenset({"logp", "old_logp", "ref_logp", "entropy", "advantages", "ma
 REMEDIES = {
     "correct": "pass correct=, the reward from which on a response counts as correct",
     "prompt_id": "prompts have no integer names there",
-    "group": "it is known to the reward and the advantage stage only",
+    "group": "it is known to the reward and the advantage hook only",
 }
 
 load = functools.partial(host.load, "openrlhf", RELEASE)
@@ -77,12 +77,12 @@ class patch:
     """Run regularizers inside OpenRLHF while the context is open.
 
     Args:
-        regularizers: of the reward, advantage, token and loss stage; those of the last two without
+        regularizers: of the reward, advantage, token and loss hook; those of the last two without
             state. Without any, nothing is changed.
         correct: responses whose reward reaches it count as correct.
 
     Entering compares the methods with those written for before it replaces the first, and leaving
-    restores all of them, also after an exception. Only what the given stages need is replaced.
+    restores all of them, also after an exception. Only what the given hooks need is replaced.
 
     Raises:
         ValueError: a module that OpenRLHF cannot run.
@@ -95,7 +95,7 @@ class patch:
         correct: float | None = None,
     ):
         rows = ROWS if correct is None else ROWS | {"correct"}
-        offers = host.batch_offers(rows) | dict.fromkeys(host.LOSS_STAGES, TOKENS)
+        offers = host.batch_offers(rows) | dict.fromkeys(host.LOSS_HOOKS, TOKENS)
         self.reg = host.compose(regularizers, offers, REMEDIES, "OpenRLHF")
         for name, part in self.reg.at("loss").items():
             if part.reduction not in MODES:
@@ -107,12 +107,12 @@ class patch:
         self._originals: list[tuple[type, str, Any]] = []
 
     def __enter__(self) -> "patch":
-        stages = self.reg.stages
+        hooks = self.reg.hooks
         new: list[tuple[type, str, Any]] = []
-        if stages & set(host.BATCH_STAGES):
+        if hooks & set(host.BATCH_HOOKS):
             maker = load("openrlhf.trainer.ppo_utils.experience_maker", MAKER)
             new.append((maker.RemoteExperienceMaker, "compute_advantages_and_returns", self._make))
-        if stages & set(host.LOSS_STAGES):
+        if hooks & set(host.LOSS_HOOKS):
             self._loss = load("openrlhf.models.loss", LOSS)
             actor = load("openrlhf.trainer.ray.ppo_actor", ACTOR)
             new.append((self._loss.PolicyLoss, "forward", self._forward))
@@ -143,7 +143,7 @@ class patch:
             x = replace(x, rewards=shaped.rewards)
         experiences = original(maker, experiences)
         sync = shaped.sync
-        if "advantage" in self.reg.stages:
+        if "advantage" in self.reg.hooks:
             x = replace(x, advantages=stack([e.advantages for e in experiences]))
             final: Any = self.reg.run("advantage", x)
             advantages = final.advantages * x.need("mask")

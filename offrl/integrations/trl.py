@@ -7,7 +7,7 @@
     )
 
 The adapter copies no loss. It reads per-token scalars that TRL has computed, adds its own term and
-scales that as TRL scales its own. Where the stages of a `Compose` act in one GRPO or RLOO step:
+scales that as TRL scales its own. Where the hooks of a `Compose` act in one GRPO or RLOO step:
 
     reward     in `_calculate_rewards`, on the table gathered over all ranks; the change of the
                reward is one more column, "shaping", which TRL logs, weighs by 1 and adds up
@@ -16,7 +16,7 @@ scales that as TRL scales its own. Where the stages of a `Compose` act in one GR
                in `_compute_loss`, on one micro-batch after TRL has shuffled its sequences
 
 DPO has the last row only. What modules observe is added up over the micro-batches of an optimizer
-step, reduced over ranks once, and handed to `Compose.update`; what the first two stages observe is
+step, reduced over ranks once, and handed to `Compose.update`; what the first two hooks observe is
 equal on all ranks already and is not reduced again. Evaluation changes neither loss nor state.
 
 Limits: no context or sequence parallelism, no `auto_find_batch_size`, no adapter on the head, no
@@ -31,9 +31,9 @@ n processes with b rows equal one with n b rows: means are over the tokens or se
 ranks, and modules with `whole_batch` read the rows of all ranks. Micro-batches of one optimizer
 step equal one large batch for the other modules in GRPO and RLOO, and in DPO if they hold equally
 many tokens; see `offrl.regularizers.base` for what cannot be equal. A micro-batch holds parts of
-groups, in any order: modules of the loss stage that compare rows of a group see those in it.
+groups, in any order: modules of the loss hook that compare rows of a group see those in it.
 
-The loss stage, which all three trainers share and DPO has alone, is in `trl_loss`; the stages of
+The loss hook, which all three trainers share and DPO has alone, is in `trl_loss`; the hooks of
 GRPO and RLOO around a rollout are in `trl_rollout`. Here a trainer is checked and put together.
 """
 

@@ -1,4 +1,4 @@
-"""The loss stage inside TRL's trainers, updates and checkpoints; see `offrl.integrations.trl`."""
+"""The loss hook inside TRL's trainers, updates and checkpoints; see `offrl.integrations.trl`."""
 
 import functools
 import inspect
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from offrl.regularizers import Compose, RegInputs
-from offrl.regularizers.base import Stage, across_ranks
+from offrl.regularizers.base import Hook, across_ranks
 from offrl.regularizers.reductions import dense_groups
 from offrl.regularizers.tokens.selective import proxy_logp
 from offrl.regularizers.tokens.statistics import PLAIN, token_stats
 from offrl.regularizers.tokens.token_sets import LogMass, MinP, Nucleus, SetEntropy, Statistic
 
 FILE = "offrl_regularizers.pt"  # in every checkpoint folder
-LOSS_STAGES: tuple[Stage, ...] = ("token", "loss", "model")
+LOSS_HOOKS: tuple[Hook, ...] = ("token", "loss", "model")
 PROXY: dict[str, Statistic] = {
     "logp": "logp",
     "log_mass": LogMass(MinP(0.02)),
@@ -31,7 +31,7 @@ Host: Any = object  # the mixins read attributes and call methods of TRL's train
 
 
 class Adapter(Host):
-    """What GRPO, RLOO and DPO share: the loss stage, updates, checkpoints."""
+    """What GRPO, RLOO and DPO share: the loss hook, updates, checkpoints."""
 
     offered: frozenset[str] = frozenset()
     pairs = False  # rows i and i + B/2 of a micro-batch belong together
@@ -40,9 +40,9 @@ class Adapter(Host):
     def __init__(self, *args, regularizers=(), **kwargs):
         self.reg = Compose(regularizers)
         self._window: dict[str, Tensor] = {}  # sums since the last optimizer step
-        self._shared: dict[str, Tensor] = {}  # the same of the stages that ran on gathered rows
+        self._shared: dict[str, Tensor] = {}  # the same of the hooks that ran on gathered rows
         self._seen: list | None = None  # outputs of the forward passes inside `_compute_loss`
-        self._weighed: tuple | None = None  # arguments of `run_loss`, where the token stage has run
+        self._weighed: tuple | None = None  # arguments of `run_loss`, where the token hook has run
         super().__init__(*args, **kwargs)
         self.reg.to(self.accelerator.device)
         self._check_needs()
@@ -51,10 +51,10 @@ class Adapter(Host):
 
     @property
     def _at_loss(self) -> bool:
-        return bool(self.reg.stages & set(LOSS_STAGES))
+        return bool(self.reg.hooks & set(LOSS_HOOKS))
 
-    def _needs(self, *stages: Stage) -> set[str]:
-        return {n for s in stages for part in self.reg.at(s).values() for n in part.requires}
+    def _needs(self, *hooks: Hook) -> set[str]:
+        return {n for h in hooks for part in self.reg.at(h).values() for n in part.requires}
 
     def _check_needs(self) -> None:
         for name in sorted(self.reg.requires):
@@ -102,7 +102,7 @@ class Adapter(Host):
     def _statistics(self) -> dict[str, Statistic]:
         """Statistics of one distribution that the modules read, by name."""
         want: dict[str, Statistic] = {}
-        parts: list[Any] = [p for s in LOSS_STAGES for p in self.reg.at(s).values()]
+        parts: list[Any] = [p for h in LOSS_HOOKS for p in self.reg.at(h).values()]
         for part in parts:
             for name in (n.removeprefix("stats.") for n in part.requires if n[:6] == "stats."):
                 new: dict[str, Statistic] = {name: name}
@@ -149,7 +149,7 @@ class Adapter(Host):
             result = (
                 (result[0] + extra, *result[1:]) if isinstance(result, tuple) else result + extra
             )
-        if self.reg.stages and self.accelerator.sync_gradients:
+        if self.reg.hooks and self.accelerator.sync_gradients:
             self._update()
         return result
 
@@ -196,7 +196,7 @@ class Adapter(Host):
         self._shared = {k: torch.zeros_like(v) for k, v in self._shared.items()}
 
     def _share(self, out) -> None:
-        """Keep what a stage on gathered rows observed; its metrics are logged at once."""
+        """Keep what a hook on gathered rows observed; its metrics are logged at once."""
         for name, value in out.metrics.items():
             self._metrics["train"][f"reg/{name}"].append(value.item())
         self._shared |= {k: self._shared.get(k, 0) + v for k, v in out.sync.items()}
@@ -212,7 +212,7 @@ class Adapter(Host):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.reg.stages:
+        if checkpoint is None or not self.reg.hooks:
             return
         path = os.path.join(checkpoint, FILE)
         if os.path.exists(path):
@@ -223,7 +223,7 @@ class Adapter(Host):
 
 
 class Preference(Adapter):
-    """DPO: the loss stage, on batches whose first half is preferred to the second.
+    """DPO: the loss hook, on batches whose first half is preferred to the second.
 
     Reference log-probabilities come from TRL's own reference pass. Modules that reduce over tokens
     take the mean of their micro-batch on all ranks; TRL's losses here take that of one rank.

@@ -1,4 +1,4 @@
-"""The stages of TRL's GRPO and RLOO around a rollout; see `offrl.integrations.trl`."""
+"""The hooks of TRL's GRPO and RLOO around a rollout; see `offrl.integrations.trl`."""
 
 import copy
 import inspect
@@ -17,7 +17,7 @@ PER_ROW = ("rewards", "lengths", "correct", "finished", "group", "prompt_id", "l
 
 
 class Rollout(Adapter):
-    """GRPO and RLOO: every stage.
+    """GRPO and RLOO: every hook.
 
     Rewards are shaped after TRL's weights have summed them. A row that no reward function scored is
     a group of its own, stays unscored, and has advantage 0. Means are over all tokens or sequences
@@ -61,7 +61,7 @@ class Rollout(Adapter):
         if self.beta == UNSEEN:
             self.args.beta = 0.0
         self._warn_of_doubles()
-        if "reward" in self.reg.stages:
+        if "reward" in self.reg.hooks:
             self._add_column()
 
     def _remedy(self, name):
@@ -78,7 +78,7 @@ class Rollout(Adapter):
             raise ValueError(
                 f"correct names the reward {self._correct[0]!r}; there are {self.reward_func_names}"
             )
-        if "reward" in self.reg.stages and (
+        if "reward" in self.reg.hooks and (
             getattr(self, "multi_objective_aggregation", "") == "normalize_then_sum"
         ):
             raise ValueError(
@@ -91,10 +91,10 @@ class Rollout(Adapter):
         unmade |= {n for n in self._needs("reward", "advantage") if n.startswith("stats.")}
         unmade |= self._needs("advantage") & {"logp"}
         unmade |= self._needs("reward", "advantage", "loss", "model") & {"extra.noise"}
-        if "token" in self.reg.stages and not self.loss_is_scaled_for_ga:
-            raise ValueError("RLOO weighs completions, not tokens: use GRPO for the token stage")
+        if "token" in self.reg.hooks and not self.loss_is_scaled_for_ga:
+            raise ValueError("RLOO weighs completions, not tokens: use GRPO for the token hook")
         if unmade:
-            raise ValueError(f"{sorted(unmade)} are not there at the stage that needs them")
+            raise ValueError(f"{sorted(unmade)} are not there at the hook that needs them")
         self._check_columns(getattr(self.train_dataset, "column_names", None))
 
     def _check_columns(self, columns) -> None:
@@ -133,10 +133,10 @@ class Rollout(Adapter):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         table = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if not (self.reg.stages and self.model.training):
+        if not (self.reg.hooks and self.model.training):
             return table
         x = self._rows = self._describe(table, inputs, completion_ids_list)
-        if "reward" in self.reg.stages:
+        if "reward" in self.reg.hooks:
             if "ref_logp" in self._needs("reward"):
                 x = self._with_log_probabilities(x)
             out: Any = self.reg.run("reward", x)
@@ -174,7 +174,7 @@ class Rollout(Adapter):
         return x
 
     def _generate_and_score_completions(self, inputs):
-        if not (self.reg.stages and self.model.training):
+        if not (self.reg.hooks and self.model.training):
             return super()._generate_and_score_completions(inputs)
         self._calls, self._scoring = [], True
         try:
@@ -184,7 +184,7 @@ class Rollout(Adapter):
             self._scoring = False
         first = self.accelerator.process_index * len(inputs)
         own = slice(first, first + len(inputs))
-        if "advantage" in self.reg.stages:
+        if "advantage" in self.reg.hooks:
             self._shape_advantages(out, own)
         for name in PER_ROW:
             value = getattr(self._rows, name)
@@ -199,7 +199,7 @@ class Rollout(Adapter):
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
         if not self._scoring:
             found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            if self._seen and "token" in self.reg.stages and self.model.training:
+            if self._seen and "token" in self.reg.hooks and self.model.training:
                 self._weigh_tokens()
             return found
         if "entropy" in self._needs("advantage"):
@@ -209,7 +209,7 @@ class Rollout(Adapter):
         return found
 
     def _weigh_tokens(self) -> None:
-        """Weights of the token stage reach TRL's surrogate too, which is linear in the advantage.
+        """Weights of the token hook reach TRL's surrogate too, which is linear in the advantage.
 
         Called between the forward pass and the loss, which reads the advantages after it.
         """
@@ -230,7 +230,7 @@ class Rollout(Adapter):
         return (made.pop() if made else None), reference
 
     def _with_log_probabilities(self, x: RegInputs) -> RegInputs:
-        """Per-token inputs of the reward stage, on rows gathered over all ranks."""
+        """Per-token inputs of the reward hook, on rows gathered over all ranks."""
         old, reference = self._passes()
         args, kwargs, _ = self._calls[-1]
         if old is None:  # on-policy data of GRPO: repeat the reference's pass with the policy

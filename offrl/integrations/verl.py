@@ -8,13 +8,13 @@
 
 No loss or estimator of verl is copied. Each of the three calls verl's own and adds to it:
 
-    register_advantage  reward and advantage stage; runs once per rollout batch, on the driver, with
+    register_advantage  reward and advantage hook; runs once per rollout batch, on the driver, with
                         all rows of all groups: the place of all length and group shaping
-    register_loss       token and loss stage, on one micro-batch; terms in the log-probabilities of
+    register_loss       token and loss hook, on one micro-batch; terms in the log-probabilities of
                         the policy and of the sampler
     RegularizedLoss     the same with the entropy and the reference's log-probabilities
 
-Weights of the token stage multiply the advantages that verl's loss reads, which must be linear in
+Weights of the token hook multiply the advantages that verl's loss reads, which must be linear in
 them for weights >= 0; geo_mean, dro, clip_cov and kl_cov are not, and are refused. Terms are
 reduced by verl's `agg_loss` with the module's own `reduction` (the names are verl's) and the sizes
 of the whole mini-batch, so that they do not depend on micro-batches or shards.
@@ -95,7 +95,7 @@ def register_advantage(
 
     Args:
         name: for `algorithm.adv_estimator`.
-        regularizers: of the reward and the advantage stage.
+        regularizers: of the reward and the advantage hook.
         base: verl's estimator in between; not one that needs values ("gae") or statistics of the
             policy, which verl passes to its own estimators only.
         correct: responses whose reward reaches it count as correct.
@@ -216,7 +216,7 @@ def register_loss(name: str, regularizers: Regularizers, base: str = "vanilla") 
 
     Args:
         name: for `actor_rollout_ref.actor.policy_loss.loss_mode`.
-        regularizers: of the token and the loss stage, without state.
+        regularizers: of the token and the loss hook, without state.
         base: verl's loss that is added to; without regularizers the result is bit-identical to it.
 
     Raises:
@@ -233,10 +233,10 @@ def register_loss(name: str, regularizers: Regularizers, base: str = "vanilla") 
 
 def check_linear(reg: Compose, loss_mode: str) -> None:
     """Raise ValueError where weights of tokens would not factor out of verl's loss."""
-    if "token" in reg.stages and loss_mode in NONLINEAR:
+    if "token" in reg.hooks and loss_mode in NONLINEAR:
         raise ValueError(
             f"verl's loss {loss_mode!r} is not linear in the advantage of a token, so that weights "
-            "of the token stage do not weigh it: choose another loss, or no such module"
+            "of the token hook do not weigh it: choose another loss, or no such module"
         )
 
 
@@ -244,7 +244,7 @@ class PolicyLoss:
     """A policy loss of verl, see `register_loss`."""
 
     def __init__(self, regularizers: Regularizers, base: Callable, agg_loss: Callable):
-        offers = dict.fromkeys(host.LOSS_STAGES, RATIO)
+        offers = dict.fromkeys(host.LOSS_HOOKS, RATIO)
         self.reg = host.compose(regularizers, offers, RATIO_REMEDIES, "verl's policy loss")
         self.base, self.agg_loss = base, agg_loss
 
@@ -307,7 +307,7 @@ class RegularizedLoss:
     `actor.use_kl_loss` is (with `kl_loss_coef=0`, verl's own term adds nothing).
 
     Args:
-        regularizers: of the token and the loss stage, without state.
+        regularizers: of the token and the loss hook, without state.
         base: loss with the arguments of `ppo_loss`, which is the default.
 
     Raises:
@@ -315,7 +315,7 @@ class RegularizedLoss:
     """
 
     def __init__(self, regularizers: Regularizers, base: Callable | None = None):
-        offers = dict.fromkeys(host.LOSS_STAGES, RATIO | {"entropy", "ref_logp"})
+        offers = dict.fromkeys(host.LOSS_HOOKS, RATIO | {"entropy", "ref_logp"})
         self.reg = host.compose(regularizers, offers, {}, "verl's loss")
         self.base = base
 
@@ -334,7 +334,7 @@ class RegularizedLoss:
             ValueError: entropy or reference are needed and absent.
         """
         base = self.base or losses().ppo_loss
-        if not self.reg.stages:
+        if not self.reg.hooks:
             return base(config=config, model_output=model_output, data=data, dp_group=dp_group)
         check_linear(self.reg, config.policy_loss.loss_mode)
         x = self.describe(model_output, data)

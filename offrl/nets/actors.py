@@ -15,9 +15,7 @@ HALF = 0.5 * math.log(2 * math.pi)
 class Actor(nn.Module):
     """Deterministic policy: obs (*S, B, o) -> tanh action (*S, B, a)."""
 
-    def __init__(
-        self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims = (), generator: Source = None
-    ):
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims, generator: Source):
         super().__init__()
         self.net = MLP((obs_dim, *hidden, act_dim), seeds, generator)
 
@@ -31,9 +29,7 @@ class GaussianActor(nn.Module):
     The log std is clamped to [-20, 2] (Haarnoja et al. 2018, as in Stable-Baselines3).
     """
 
-    def __init__(
-        self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims = (), generator: Source = None
-    ):
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims, generator: Source):
         super().__init__()
         self.net = MLP((obs_dim, *hidden, 2 * act_dim), seeds, generator)
 
@@ -55,9 +51,7 @@ class Gaussian(nn.Module):
     Actions beyond [-1, 1] are clipped by the environment, and judged as they were drawn.
     """
 
-    def __init__(
-        self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims = (), generator: Source = None
-    ):
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims, generator: Source):
         super().__init__()
         self.net = MLP((obs_dim, *hidden, act_dim), seeds, generator, "tanh", last=0.01)
         self.log_std = nn.Parameter(torch.zeros(*seeds, 1, act_dim, device=device_of(generator)))
@@ -81,9 +75,7 @@ class Gaussian(nn.Module):
 class Categorical(nn.Module):
     """Distribution over discrete actions by logits."""
 
-    def __init__(
-        self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims = (), generator: Source = None
-    ):
+    def __init__(self, obs_dim: int, act_dim: int, hidden: Dims, seeds: Dims, generator: Source):
         super().__init__()
         self.net = MLP((obs_dim, *hidden, act_dim), seeds, generator, "tanh", last=0.01)
 

@@ -12,13 +12,7 @@ class Critics(nn.Module):
     """E independent Q-networks: obs (*S, B, o), act (*S, B, a) -> (*S, E, B)."""
 
     def __init__(
-        self,
-        obs_dim: int,
-        act_dim: int,
-        hidden: Dims,
-        count: int = 2,
-        seeds: Dims = (),
-        generator: Source = None,
+        self, obs_dim: int, act_dim: int, hidden: Dims, count: int, seeds: Dims, generator: Source
     ):
         super().__init__()
         self.net = MLP((obs_dim + act_dim, *hidden, 1), (*seeds, count), generator)

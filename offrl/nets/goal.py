@@ -13,26 +13,23 @@ from offrl.nets.mlp import MLP
 
 
 class Sight(nn.Module):
-    """What a network is given of an observation and what stands beside it: rows (*S, B, n) each ->
-    features (*S, B, size).
+    """What a network is given of several parts, rows (*S, B, n) each: features (*S, B, size).
 
     Args:
         sizes: n of every part, such as an observation, a goal and an action.
         images: how many of the first parts are images, which one encoder sees together; the others
-            are put beside its features. 0 puts all of them side by side.
+            are put beside its features.
 
-    Raises:
-        ValueError: for images of another size, or with seed axes, which encoders do not carry.
+    Raises ValueError for images of another size, or with seed axes, which encoders do not carry.
     """
 
     def __init__(self, sizes: Dims, images: int = 0, seeds: Dims = (), generator: Source = None):
         super().__init__()
-        for size in sizes[:images]:
-            if size != 3 * SIDE**2:
-                raise ValueError(
-                    f"images=true needs RGB images of {SIDE} x {SIDE} pixels as observations and "
-                    f"goals, {3 * SIDE**2} numbers each, got {size}"
-                )
+        if wrong := set(sizes[:images]) - {3 * SIDE**2}:
+            raise ValueError(
+                f"images=true needs RGB images of {SIDE} x {SIDE} pixels as observations and "
+                f"goals, {3 * SIDE**2} numbers each, got {wrong.pop()}"
+            )
         if images and seeds:
             raise ValueError("encoders of images carry no seed axis: make one method per seed")
         self.images = images
@@ -46,16 +43,14 @@ class Sight(nn.Module):
 
 
 class GoalRep(nn.Module):
-    """phi([s; g]): obs (*S, B, o), goal (*S, B, g), of `sizes` o and g -> (*S, B, d) of length
-    sqrt(d)."""
+    """phi([s; g]): obs (*S, B, o), goal (*S, B, g), of `sizes` -> (*S, B, d) of length sqrt(d)."""
 
     def __init__(
         self, sizes: Dims, rep_dim: int, hidden: Dims, seeds: Dims, generator: Source, images: bool
     ):
         super().__init__()
         self.sight = Sight(sizes, 2 * images, seeds, generator)
-        dims = (self.sight.size, *hidden, rep_dim)
-        self.net = MLP(dims, seeds, generator, "gelu", norm=True)
+        self.net = MLP((self.sight.size, *hidden, rep_dim), seeds, generator, "gelu", norm=True)
 
     def forward(self, obs: Tensor, goal: Tensor) -> Tensor:
         return normalized(self.net(self.sight(obs, goal)))
@@ -67,11 +62,10 @@ def normalized(z: Tensor) -> Tensor:
 
 
 class Values(nn.Module):
-    """Independent values of the same parts, such as obs, goal and act: (*S, B, n) each -> (*S, B),
-    with several heads (*S, heads, B).
+    """Values of parts such as obs, goal and act: (*S, B, n) each -> (*S, B) or (*S, heads, B).
 
     Args:
-        sizes, images: see `Sight`; the heads share its encoder.
+        sizes, images: see `Sight`; the heads, independent otherwise, share its encoder.
         heads: 0 for one value without an axis of its own.
     """
 
@@ -103,15 +97,13 @@ class RepValues(nn.Module):
         super().__init__()
         levels = range(lead[0] if len(lead) > 1 else 1)
         sights = [Sight(sizes, images, seeds, generator) for _ in levels]
-        self.sights = nn.ModuleList(sights)
-        dims = (sights[0].size, *hidden, 1)
+        self.sights, dims = nn.ModuleList(sights), (sights[0].size, *hidden, 1)
         self.net = MLP(dims, (*seeds, *lead), generator, "gelu", norm=True)
 
     def forward(self, *levels: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
         """All heads at several (obs, phi), as many for every level, in one call.
 
-        Returns:
-            As many (*S, heads, B), with several levels (*S, levels, heads, B).
+        As many (*S, heads, B), with several levels (*S, levels, heads, B).
         """
         seen = [
             sight(*(torch.cat(parts, -2) for parts in zip(*pairs, strict=True)))
@@ -122,20 +114,15 @@ class RepValues(nn.Module):
 
 
 class GoalActor(nn.Module):
-    """The mean of a Gaussian policy of standard deviation 1: obs, goal -> (*S, B, outputs).
-
-    Args:
-        sizes, images: see `Sight`.
-    """
+    """The mean of a unit Gaussian policy: obs, goal, as `Sight` has them -> (*S, B, outputs)."""
 
     def __init__(
         self, sizes: Dims, outputs: int, hidden: Dims, seeds: Dims, generator: Source, images: int
     ):
         super().__init__()
         self.sight = Sight(sizes, images, seeds, generator)
-        dims = (self.sight.size, *hidden, outputs)
         # variance scaling of 1e-2 for the mean's layer
-        self.net = MLP(dims, seeds, generator, "gelu", last=0.1)
+        self.net = MLP((self.sight.size, *hidden, outputs), seeds, generator, "gelu", last=0.1)
 
     def forward(self, obs: Tensor, goal: Tensor) -> Tensor:
         return self.net(self.sight(obs, goal))

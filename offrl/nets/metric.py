@@ -1,5 +1,4 @@
-"""Interval quasimetric embeddings: distances that obey the triangle inequality and need not be
-symmetric."""
+"""Interval quasimetric embeddings: distances with the triangle inequality, symmetric or not."""
 
 import torch
 from torch import Tensor, nn
@@ -22,20 +21,13 @@ class IQE(nn.Module):
     """
 
     def __init__(
-        self,
-        inputs: int,
-        hidden: Dims,
-        latent: int = 512,
-        seeds: Dims = (),
-        generator: Source = None,
-        images: bool = False,
+        self, size: int, hidden: Dims, latent: int, seeds: Dims, generator: Source, images: bool
     ):
         super().__init__()
         if latent % COMPONENT:
             raise ValueError(f"the latent's size must be a multiple of {COMPONENT}, got {latent}")
-        self.sight = Sight((inputs,), images, seeds, generator)
-        dims = (self.sight.size, *hidden, latent)
-        self.net = MLP(dims, seeds, generator, "gelu", norm=True)
+        self.sight = Sight((size,), images, seeds, generator)
+        self.net = MLP((self.sight.size, *hidden, latent), seeds, generator, "gelu", norm=True)
         self.mix = nn.Parameter(torch.zeros(*seeds, 1, device=device_of(generator)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,8 +37,7 @@ class IQE(nn.Module):
     def distance(self, x: Tensor, y: Tensor, held: bool = False) -> Tensor:
         """From x to y, latents (*S, B, latent) -> (*S, B); 0 where they are equal.
 
-        Args:
-            held: no gradient reaches the share of mean and maximum.
+        If `held`, no gradient reaches the share of mean and maximum.
         """
         x, y = (z.unflatten(-1, (-1, COMPONENT)) for z in (x, y))
         left, order = x.sort(-1)

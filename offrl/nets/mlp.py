@@ -92,23 +92,18 @@ def initialize(layer: Linear, activation: str, gain: float, generator: Source) -
 class Standardize(nn.Module):
     """(obs - mean) / std per dimension, with the statistics of the training data in the state.
 
-    Args:
-        mean, std: float32 (obs_dim,); None for the identity (mean 0, std 1).
+    These are float32 (width,); None is mean 0 and std 1.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self,
-        obs_dim: int,
-        mean: Tensor | None = None,
-        std: Tensor | None = None,
-        device: torch.device | None = None,
+        self, width: int, mean: Tensor | None, std: Tensor | None, device: torch.device | None
     ):
         super().__init__()
-        mean = torch.zeros(obs_dim) if mean is None else mean
-        std = torch.ones(obs_dim) if std is None else std
+        mean = torch.zeros(width) if mean is None else mean
+        std = torch.ones(width) if std is None else std
         self.register_buffer("mean", mean.float().to(device))
         self.register_buffer("std", std.float().to(device))
 

@@ -1,6 +1,6 @@
 """One interface for control actors and token policies: inputs, outputs, a module, a list of them.
 
-A `Regularizer` acts at one stage of a trainer's step:
+A `Regularizer` acts at one hook of a trainer's step:
 
     reward     (B,) rewards before the baseline          length shapers, KL in the reward
     advantage  (B,) or (B, T) advantages                 entropy modulation, whitening
@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from offrl.regularizers.coefficients import Coefficient, Schedule, value_of
 from offrl.regularizers.reductions import masked_reduce, times
 
-Stage = Literal["reward", "advantage", "token", "loss", "model"]
-STAGES: tuple[Stage, ...] = ("reward", "advantage", "token", "loss", "model")
+Hook = Literal["reward", "advantage", "token", "loss", "model"]
+HOOKS: tuple[Hook, ...] = ("reward", "advantage", "token", "loss", "model")
 
 
 @dataclass
@@ -167,7 +167,7 @@ class RegOutput:
 
     Attributes:
         rewards: (B,), new rewards. advantages: (B,) or (B, T), new advantages.
-        token_weight: L, detached, multiplied into the per-element losses of the loss stage.
+        token_weight: L, detached, multiplied into the per-element losses of the loss hook.
         per_element: L, coefficient included; reduced by the module's `reduction`.
         loss: 0-d, coefficient and reduction included; of a `whole_batch` module.
         metrics: name -> detached 0-d tensor.
@@ -187,18 +187,18 @@ class Regularizer(nn.Module):
     """A term with its coefficient and state; subclasses write `forward`.
 
     Attributes:
-        stage: where it acts.
+        hook: where it acts.
         requires: names of the inputs that it reads, for adapters; "stats.lse" names a statistic.
         reduction: mode of `masked_reduce` for a per-element loss.
         whole_batch: a row's result depends on other rows, so that the rows of all ranks are needed;
-            at the token, loss and model stage (the two before see gathered rows anyway).
+            at the token, loss and model hook (the two before see gathered rows anyway).
         coef: number, `DualVariable` or `Schedule`; with 0, `Compose` leaves the module out, so
             that it costs nothing and needs no input.
 
     Everything that changes is a buffer; there are no parameters.
     """
 
-    stage: Stage = "loss"
+    hook: Hook = "loss"
     requires: frozenset[str] = frozenset()
     reduction: str = "token-mean"
     whole_batch: bool = False
@@ -232,7 +232,7 @@ class Regularizer(nn.Module):
 
 
 class Compose(nn.Module):
-    """A list of regularizers, run by stage in the order given.
+    """A list of regularizers, run by hook in the order given.
 
     Metrics and sync entries carry the module's name, `<index>_<ClassName>` by default.
     """
@@ -247,50 +247,50 @@ class Compose(nn.Module):
         self.parts = nn.ModuleDict(named)
         self.layout: list[tuple[str, torch.Size]] = []
 
-    def at(self, stage: Stage) -> dict[str, Regularizer]:
-        """The active modules of a stage."""
+    def at(self, hook: Hook) -> dict[str, Regularizer]:
+        """The active modules of a hook."""
         found = {}
         for name, part in self.parts.items():
             assert isinstance(part, Regularizer)
-            if part.stage == stage and not part.idle:
+            if part.hook == hook and not part.idle:
                 found[name] = part
         return found
 
     @property
-    def stages(self) -> set[Stage]:
+    def hooks(self) -> set[Hook]:
         """Stages at which there is something to do."""
-        return {stage for stage in STAGES if self.at(stage)}
+        return {hook for hook in HOOKS if self.at(hook)}
 
     @property
     def requires(self) -> frozenset[str]:
         """Inputs that the active modules read."""
-        return frozenset(n for s in STAGES for part in self.at(s).values() for n in part.requires)
+        return frozenset(n for h in HOOKS for part in self.at(h).values() for n in part.requires)
 
     @property
     def across(self) -> frozenset[str]:
         """Inputs that `across_ranks` has to gather; none if no active module reads all rows."""
-        parts = [p for s in ("token", "loss", "model") for p in self.at(s).values()]
+        parts = [p for h in ("token", "loss", "model") for p in self.at(h).values()]
         return frozenset(n for part in parts if part.whole_batch for n in part.requires)
 
-    def run(self, stage: Stage, x: RegInputs) -> RegOutput:
-        """Chain the modules of the reward, advantage or token stage.
+    def run(self, hook: Hook, x: RegInputs) -> RegOutput:
+        """Chain the modules of the reward, advantage or token hook.
 
         Returns:
             The final rewards or advantages, or the product of the token weights; None in its place
-            when the stage is empty.
+            when the hook is empty.
         """
         total = RegOutput()
-        for name, part in self.at(stage).items():
+        for name, part in self.at(hook).items():
             out: Any = output(part, x)
-            if stage == "token":
+            if hook == "token":
                 before = total.token_weight
                 total.token_weight = (
                     out.token_weight if before is None else before * out.token_weight
                 )
             else:
-                value = getattr(out, f"{stage}s")
-                setattr(total, f"{stage}s", value)
-                x = replace(x, **{f"{stage}s": value})
+                value = getattr(out, f"{hook}s")
+                setattr(total, f"{hook}s", value)
+                x = replace(x, **{f"{hook}s": value})
             collect(total, name, out)
         return total
 
@@ -301,12 +301,12 @@ class Compose(nn.Module):
         sequences: Tensor | float | None = None,
         token: RegOutput | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Token, loss and model stage: the term to add to the trainer's loss.
+        """Token, loss and model hook: the term to add to the trainer's loss.
 
         Args:
             count: see `masked_reduce`; of tokens.
             sequences: the same for modules that reduce over sequences, of those with a token.
-            token: what `run("token", x)` returned, if the trainer ran that stage before its loss.
+            token: what `run("token", x)` returned, if the trainer ran that hook before its loss.
 
         Returns:
             A 0-d loss with a gradient path, metrics, and sync entries for `update`.
@@ -314,12 +314,12 @@ class Compose(nn.Module):
         total = self.run("token", x) if token is None else token
         anchor = x.elements()
         loss = torch.zeros((), device=None if anchor is None else anchor.device)
-        for stage in ("loss", "model"):
-            for name, part in self.at(stage).items():
+        for hook in ("loss", "model"):
+            for name, part in self.at(hook).items():
                 out = output(part, x)
                 if out.per_element is not None:
                     per = out.per_element
-                    if stage == "loss" and total.token_weight is not None:
+                    if hook == "loss" and total.token_weight is not None:
                         per = times(total.token_weight, per)
                     number = count if part.reduction == "token-mean" else sequences
                     loss = loss + masked_reduce(per, x.mask, part.reduction, number)
@@ -352,8 +352,8 @@ class Compose(nn.Module):
         """Hand every active module its sums, once per optimizer step; inert in evaluation."""
         if not self.training:
             return
-        for stage in STAGES:
-            for name, part in self.at(stage).items():
+        for hook in HOOKS:
+            for name, part in self.at(hook).items():
                 prefix = f"{name}/"
                 own = {k.removeprefix(prefix): v for k, v in sync.items() if k.startswith(prefix)}
                 part.update(own)

@@ -57,7 +57,7 @@ def mixed_advantages(
 
 
 class ConstrainedRewards(Regularizer):
-    """Advantage stage: CRLHF's mix of several reward models, each rewarded up to its threshold.
+    """Advantage hook: CRLHF's mix of several reward models, each rewarded up to its threshold.
 
     Beyond a threshold (a "proxy point") a reward model no longer agrees with what it stands for.
     Multiplier i, mu_i = sigmoid(raw_i) or tanh(raw_i), falls while the mean reward J_i of the last
@@ -81,7 +81,7 @@ class ConstrainedRewards(Regularizer):
     first multiplier and is left out.
     """
 
-    stage = "advantage"
+    hook = "advantage"
     requires = frozenset({"advantages", "extra.reward_advantages", "extra.objectives"})
 
     def __init__(self, thresholds: Sequence[float], kind: Kind = "inequality", lr: float = 0.1):

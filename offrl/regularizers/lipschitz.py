@@ -100,7 +100,7 @@ def into_ball(delta: Tensor, radius: float, norm: Norm) -> Tensor:
 
 
 class LipschitzPenalty(Regularizer):
-    """Model stage: coef mean of `lipschitz_penalty` of a value function.
+    """Model hook: coef mean of `lipschitz_penalty` of a value function.
 
     Inputs: extra["value_function"], (*L, d) -> L, which the caller builds around its critic (no
     weights are kept here); extra["inputs"] (*L, d); with random_start extra["start"], uniform in
@@ -113,7 +113,7 @@ class LipschitzPenalty(Regularizer):
         random_start, steps: FGSM or PGD; without, both signs of the gradient are tried.
     """
 
-    stage = "model"
+    hook = "model"
 
     def __init__(
         self,

@@ -106,7 +106,7 @@ def trimmed_mean(x: Tensor, mask: Tensor | None, trim: float) -> Tensor:
 
 
 class OccupancyReward(Regularizer):
-    """Reward stage: r - coef `occupancy_penalty`(D), D from a discriminator that the trainer fits.
+    """Reward hook: r - coef `occupancy_penalty`(D), D from a discriminator that the trainer fits.
 
     Inputs: `rewards` (B,), extra["discriminator"] (B,). Not for token policies, whose log-ratio is
     known exactly: `Chi2Occupancy`.
@@ -116,7 +116,7 @@ class OccupancyReward(Regularizer):
             and 0.05 (glucose, tomato).
     """
 
-    stage = "reward"
+    hook = "reward"
     requires = frozenset({"rewards", "extra.discriminator"})
 
     def __init__(self, coef: Coefficient, kind: Penalty = "sqrt-chi2"):

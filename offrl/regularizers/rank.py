@@ -213,7 +213,7 @@ def infer_penalty(
 
 
 class FeatureRank(Regularizer):
-    """Model stage: coef mean of `beer_penalty`, `dr3_penalty` or `infer_penalty`.
+    """Model hook: coef mean of `beer_penalty`, `dr3_penalty` or `infer_penalty`.
 
     Inputs: `features` (f) and `next_features` (t), (*L, m), `mask` L; for "beer" also `rewards` of
     the transitions in shape L and extra["weight"], the last layer's. In token trainers `rewards`
@@ -232,7 +232,7 @@ class FeatureRank(Regularizer):
     Twin critics: one input each; average the two losses.
     """
 
-    stage = "model"
+    hook = "model"
 
     def __init__(
         self,

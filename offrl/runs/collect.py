@@ -20,6 +20,7 @@ from offrl.data.sources.rollout import Share, borders, roll_out
 from offrl.engine.method import Algorithm, Now, Policy
 from offrl.envs.make import env_id
 from offrl.errors import ConfigError, DataError
+from offrl.ranges import Count, Whole
 from offrl.runs.evaluate import checkpoints, load_algorithm
 from offrl.runs.task import make_env, version
 
@@ -34,9 +35,9 @@ class Options:
     dataset: str | None = None  # random, medium, medium-replay, medium-expert, expert
     run: str | None = None  # a run directory, checkpoint or snapshot: its own policies
     explore: bool = True  # of run=: sample actions as in training
-    rows: int | None = None  # transitions; null: a million, D4RL's number for medium-replay
-    seed: int = 0  # of the roll-outs
-    workers: int = 0  # processes, 0 for one per core; the rows do not depend on it
+    rows: Count | None = None  # transitions; null: a million, D4RL's number for medium-replay
+    seed: Whole = 0  # of the roll-outs
+    workers: Whole = 0  # processes, 0 for one per core; the rows do not depend on it
     out: str | None = None  # .npz or .hdf5 with D4RL's field names; train on it with dataset=FILE
     minari: str | None = None  # also a local Minari data set <namespace>/<environment>/<name>-v0
     plot: str | None = None  # picture of the distribution of the returns
@@ -45,16 +46,13 @@ class Options:
 def collect_data(options: Options) -> Dataset:
     """Make what the options say, write copies of it, and print what was made.
 
-    A recipe is one of `offrl.data.sources.generated`.
-
-    Returns:
-        The data, memory-mapped from the cache; there the last collection of a run stays.
+    A recipe is one of `offrl.data.sources.generated`. The data are returned memory-mapped from the
+    cache, where the last collection of a run stays.
 
     Raises:
         ConfigError: neither or both of a recipe and a run.
-        FileNotFoundError: no run at that place.
-        DataError, ValueError, OSError: of a recipe, or of a copy; a wrong `out` or `minari` stops
-            before anything is rolled out.
+        DataError, ValueError, OSError: of a recipe, a run or a copy; a wrong `out` or `minari`
+            stops before anything is rolled out.
     """
     o, out = options, Path(options.out) if options.out else None
     if (o.run is None) == ((o.env, o.dataset) == (None, None)):
@@ -76,26 +74,21 @@ def collect_data(options: Options) -> Dataset:
     info = data.info
     score = "" if info["mean_score"] is None else f", D4RL score {info['mean_score']:.1f}"
     mean = "no whole episode" if info["mean_return"] is None else f"{info['mean_return']:.1f}"
-    print(
-        f"{data.name}: {len(data)} transitions, {data.episodes} episodes, mean return {mean}{score}"
-    )
+    counts = f"{len(data)} transitions, {data.episodes} episodes"
+    print(f"{data.name}: {counts}, mean return {mean}{score}")
     if o.plot:
-        from offrl.results.returns import distribution
+        from offrl.results.plots import distribution
 
         distribution(Path(o.plot), {o.env or info["env"]: {o.dataset or "run": data}})
     return data
 
 
 def from_run(run: Path, options: Options) -> tuple[Dataset, str, str]:
-    """Data from a trained run, in the environment that it was trained in.
+    """Data from a trained run in its own environment, the environment's id, and the method.
 
     Several seeds play equal shares of the rows, one after the other.
-
-    Returns:
-        The data, the environment's id, and the method.
     """
-    o = options
-    folder, files = checkpoints(run)
+    o, (folder, files) = options, checkpoints(run)
     resolved = configuration.of_run(folder)
     members: list[tuple[int, Policy]] = []
     for file in files:
@@ -158,9 +151,6 @@ class Member:
         return act[self.index], memory
 
 
-# --- copies for other programs -------------------------------------------------------------------
-
-
 def check_targets(out: Path | None, minari_id: str | None) -> None:
     """Raises before minutes of work for a target that cannot be written."""
     if out is not None and out.suffix not in (".npz", ".hdf5"):
@@ -172,13 +162,10 @@ def check_targets(out: Path | None, minari_id: str | None) -> None:
 
 
 def to_file(data: Dataset, path: Path) -> None:
-    """Write a .npz or .hdf5 file with D4RL's field names, whole or not at all.
+    """Write a .npz or .hdf5 file with D4RL's field names, whole or not at all (then OSError).
 
     `source=files` reads it. For methods of transitions that is by D4RL's rule: the last transition
     of a truncated episode is in the file but is dropped when it is read.
-
-    Raises:
-        OSError: if the place is not writable or the disk full.
     """
     arrays = dict(zip(D4RL_NAMES, (data[name].numpy() for name in FIELDS), strict=True))
     for name in ("terminals", "timeouts"):

@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from offrl import config as configuration
 from offrl.config import Resolved
+from offrl.engine import checkpoint
 from offrl.engine.evaluate import Evaluator, scenarios_of
 from offrl.engine.method import Algorithm
 from offrl.envs.make import engines, env_id
 from offrl.errors import ConfigError, Failed
+from offrl.ranges import Count, Whole
 from offrl.runs.policy import checkpoints, load_algorithm
 from offrl.runs.record import UNITS, played_in, rows, scored, summary
 from offrl.runs.task import axes_of, make_env, make_evaluator, version
@@ -31,8 +33,8 @@ class Options:
     """Options of scripts/evaluate.py."""
 
     run: str  # a run directory, a seed's folder, a checkpoint or a snapshot
-    episodes: int = 100  # per seed
-    seed: int = 0  # of the environments
+    episodes: Count = 100  # per seed
+    seed: Whole = 0  # of the environments
     explore: bool = False  # sample actions as in training instead of the deterministic policy
     video: str | None = None  # film one episode to this .gif or .mp4 (extra `video`)
     out: str | None = None  # file that receives the returns and the score as JSON
@@ -43,6 +45,7 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     folder, files = checkpoints(Path(options.run))
     resolved = configuration.of_run(folder)
     s, robots = resolved.settings, version(resolved)
+    headline = checkpoint.load(files[0]).get("headline", "return")  # absent in older files
     played: list[dict[str, torch.Tensor]] = []
     seeds: list[int] = []
     for file in files:
@@ -50,6 +53,8 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         player = make_evaluator(resolved, axes_of(group), (options.episodes,), options.seed)
         with closing(player):
             played.append(player(algo, options.episodes, explore=options.explore))
+        if headline not in played[0]:
+            raise Failed(f"{folder} is scored by {headline}, which episodes do not give")
         seeds += group
     with closing(make_env(resolved)()) as env:
         versions = engines(env)
@@ -57,10 +62,10 @@ def evaluate_run(options: Options) -> dict[str, Any]:
     def scores(key: str) -> tuple[str, np.ndarray, dict[str, Any]]:
         """Unit and values (seeds, episodes), and what is kept of them."""
         returns = rows([values[key] for values in played])
-        unit, values = scored(resolved, returns)
+        unit, values = scored(resolved, returns, headline)
         return unit, values, {"score": summary(values.mean(-1)), "returns": returns.tolist()}
 
-    unit, values, about = scores("return")
+    unit, values, about = scores(headline)
     found = {
         "run": str(options.run),
         "checkpoints": [str(file) for file in files],
@@ -71,12 +76,12 @@ def evaluate_run(options: Options) -> dict[str, Any]:
         "seeds": seeds,
         "episodes": options.episodes,
         "explore": options.explore,
-        "unit": UNITS[unit],
+        "unit": UNITS.get(unit, unit),
         **about,
     }
     for key in played[0]:
-        if key.startswith("return/"):
-            name, apart = key.removeprefix("return/"), scores(key)[2]
+        if key.startswith(f"{headline}/"):
+            name, apart = key.removeprefix(f"{headline}/"), scores(key)[2]
             found.setdefault("scenarios", {})[name] = apart
             print(f"{name}: {unit} {apart['score']['iqm']:.1f}")
     for seed, row in zip(seeds, values, strict=True):
@@ -113,11 +118,7 @@ def player(folder: Path, device: torch.device) -> Callable[[Path], dict[str, tor
 
 
 class Camera(gymnasium.Wrapper):
-    """Takes a frame before every step of the first episode.
-
-    Raises:
-        Failed: if the machine cannot render.
-    """
+    """Takes a frame before every step of the first episode."""
 
     def __init__(self, env: gymnasium.Env, bar: tqdm):
         super().__init__(env)
@@ -145,10 +146,7 @@ def film(
     seed: int,
     explore: bool = False,
 ) -> list[Any]:
-    """RGB frames of one episode of the first seed, in the first scenario or task.
-
-    Args:
-        names: of the method's scenarios.
+    """RGB frames of one episode of the first seed, in the first of the scenarios or tasks.
 
     Raises:
         Failed: if the machine cannot render.
@@ -156,9 +154,8 @@ def film(
     algo, group = loaded
     make = make_env(resolved, render=True)
     first = scenarios_of(names, make)[:1]
-    with closing(
-        Evaluator(make, axes_of(group), 1, derive(seed, "film"), scenarios=first)
-    ) as player:
+    player = Evaluator(make, axes_of(group), 1, derive(seed, "film"), scenarios=first)
+    with closing(player):
         env = player.envs.envs[0]
         horizon = env.spec.max_episode_steps if env.spec else None
         with tqdm(total=horizon, desc="filming", unit="frame", leave=False) as bar:
@@ -170,9 +167,7 @@ def film(
 def write_video(path: Path, frames: list[Any]) -> None:
     """Write frames as .gif (25 per second, every second one) or .mp4 (50 per second).
 
-    Raises:
-        ConfigError: for another suffix.
-        Failed: if the extra `video` is missing.
+    Raises ConfigError for another suffix, and Failed if the extra `video` is missing.
     """
     if path.suffix not in (".gif", ".mp4"):
         raise ConfigError(f"video must end in .gif or .mp4, got {path}")

@@ -30,6 +30,7 @@ from torch import Generator, Tensor, nn
 from torch.utils import _pytree as trees
 
 from offrl.errors import ConfigError, Failed
+from offrl.ranges import Whole
 from offrl.runs.signature import SAMPLE, Signature
 
 FORMAT = 1  # of the inputs, the outputs and what is told beside them
@@ -48,7 +49,7 @@ class Options:
 
     run: str  # a run directory, a seed's folder, a checkpoint or a snapshot
     out: str  # the file: .onnx, or .pt2 for torch.export
-    seed: int | None = None  # which of the run's seeds; null: its first
+    seed: Whole | None = None  # which of the run's seeds; null: its first
 
 
 class Step(nn.Module):

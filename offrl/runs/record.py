@@ -62,7 +62,7 @@ def finish(
         **(scores_of(resolved, folder, seeds, curves) if curves[0].final else {"score": None}),
         "device": stored["device_type"],
         "threads": resolved.settings.threads,
-        # where a session was killed it is missing in what was kept
+        # the time of a process that was killed is missing in what was kept
         "seconds": round(max([stored["seconds"], *(c.seconds for c in curves)]), 1),
     }
     result |= {k: stored[k] for k in ("versions", "engines", "commit", "command", "date")}
@@ -84,16 +84,14 @@ def scores_of(
     final, points = series(curves, headline)
     unit, last = scored(resolved, final, headline)
     _, course = scored(resolved, points, headline)
-    names = [
-        key.partition("/")[2] for key in curves[0].final or {} if key.startswith(f"{headline}/")
-    ]
+    names = [k.partition("/")[2] for k in curves[0].final or {} if k.startswith(f"{headline}/")]
     write_episodes(folder / "episodes.csv", seeds, curves, names)
     ylabel = "D4RL-normalized score" if unit == "score" else UNITS.get(unit, unit)
     drawn = {f"{resolved.name}, {len(seeds)} seed(s)": (np.array(steps), course)}
-    rows_of_panels = {ylabel: {resolved.task: drawn}}
-    plots.curves(folder / "curve.png", rows_of_panels, steps_are(resolved))
+    plots.curves(folder / "curve.png", {ylabel: {resolved.task: drawn}}, steps_are(resolved))
     found = {
         "unit": UNITS.get(unit, unit),
+        "score_of": headline,
         "score": summary(last.mean(-1)),
         "last10": summary(course[:, -10:].mean(-1)),
         "last3": summary(course[:, -3:].mean(-1)),
@@ -168,12 +166,7 @@ def write_episodes(path: Path, seeds: list[int], curves: list[Curve], names: lis
 def provenance(
     resolved: Resolved, data: Dataset | None, id: str, engines: dict[str, str], device: torch.device
 ) -> dict[str, Any]:
-    """What a run rests on, stored before it begins.
-
-    Args:
-        id: of the environment.
-        engines: packages of its dynamics and their versions.
-    """
+    """What a run rests on, stored before it begins: of the environment its id and `engines`."""
     s, data_set = resolved.settings, None
     if data is not None:
         data_set = {
@@ -194,7 +187,7 @@ def provenance(
         "device": torch.cuda.get_device_name() if device.type == "cuda" else cpu_name(),
         "device_type": device.type,
         "cores": cores(),
-        "seconds": 0.0,  # of training, over all sessions
+        "seconds": 0.0,  # of training, over all processes of a run that was resumed
         "matmul": sorted(matmul.chosen),
         "env": {"id": id, "legacy_mass": s.legacy_mass} | repeat,
         "dataset": data_set,

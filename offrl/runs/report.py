@@ -33,21 +33,14 @@ class Options:
 
 @dataclass
 class Cell:
-    """The runs of one method on one task, by seed.
+    """The runs of one method on one task."""
 
-    Attributes:
-        same: what must agree between them: steps, data, episodes, points of the curve and so on.
-        score: seed -> mean of the final episodes, normalized where the task allows.
-        curve: seed -> score of every point of the learning curve.
-        metrics: name -> seed -> logged means, (points, 2) of step and value.
-        sources: relative run folder -> command, versions and date.
-    """
-
-    same: dict[str, Any]
-    score: dict[int, float] = field(default_factory=dict)
-    curve: dict[int, np.ndarray] = field(default_factory=dict)
+    same: dict[str, Any]  # what must agree between them: steps, data, episodes and so on
+    score: dict[int, float] = field(default_factory=dict)  # seed -> mean of the final episodes
+    curve: dict[int, np.ndarray] = field(default_factory=dict)  # seed -> score of every point
+    # name -> seed -> logged means, (points, 2) of step and value
     metrics: dict[str, dict[int, np.ndarray]] = field(default_factory=lambda: defaultdict(dict))
-    sources: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)  # run folder -> command, versions, date
 
     @property
     def values(self) -> np.ndarray:
@@ -78,7 +71,7 @@ def make_report(options: Options) -> dict[str, Any]:
     cells = gather([Path(name) for name in options.runs], options.metrics)
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    every = [cell for row in cells.values() for cell in row.values()]
+    every = every_cell(cells)
     names = sorted({name for row in cells.values() for name in row})
     steps = counted({cell.same["steps_are"] for cell in every})
     found: dict[str, Any] = {
@@ -104,12 +97,12 @@ def make_report(options: Options) -> dict[str, Any]:
     return found
 
 
-def gather(folders: Iterable[Path], metrics: Sequence[str]) -> Cells:
-    """Finished runs by task and method; a seed that was run twice counts with its latest run.
+def every_cell(cells: Cells) -> list[Cell]:
+    return [cell for row in cells.values() for cell in row.values()]
 
-    Raises:
-        ConfigError: as `make_report`.
-    """
+
+def gather(folders: Iterable[Path], metrics: Sequence[str]) -> Cells:
+    """Finished runs by task and method; a seed that was run twice counts with its latest run."""
     finished = []
     for folder in folders:
         if not folder.is_dir():
@@ -122,18 +115,15 @@ def gather(folders: Iterable[Path], metrics: Sequence[str]) -> Cells:
     cells: Cells = defaultdict(dict)
     for result, run, name in sorted(finished, key=lambda found: (found[0]["date"], found[1])):
         add(cells, result, run, name, bool(metrics))
-    known = sorted(
-        {name for row in cells.values() for cell in row.values() for name in cell.metrics}
-    )
+    known = sorted({name for cell in every_cell(cells) for name in cell.metrics})
     for name in metrics:
         if name not in known:
             raise ConfigError(
                 f"no run logged the metric {name!r}{configuration.nearest(name, known)}; "
                 f"logged: {', '.join(known)}"
             )
-    for row in cells.values():
-        for cell in row.values():
-            cell.metrics = {name: cell.metrics[name] for name in metrics if name in cell.metrics}
+    for cell in every_cell(cells):
+        cell.metrics = {name: cell.metrics[name] for name in metrics if name in cell.metrics}
     return {task: dict(sorted(row.items())) for task, row in sorted(cells.items())}
 
 
@@ -150,8 +140,9 @@ def add(cells: Cells, result: dict[str, Any], run: Path, name: str, metrics: boo
             f"{run} differs from other runs of {method} on {task} in steps, data set, "
             "episodes or points of its curve; report them apart"
         )
-    final = scored(resolved, returns)[1].mean(-1)
-    curve = scored(resolved, np.array(result["curve"]["mean_return"]))[1]
+    headline = result.get("score_of", "return")  # absent in older results
+    final = scored(resolved, returns, headline)[1].mean(-1)
+    curve = scored(resolved, np.array(result["curve"]["mean_return"]), headline)[1]
     for seed, value, points in zip(result["seeds"], final, curve, strict=True):
         cell.score[seed], cell.curve[seed] = float(value), points
     for metric, seed, course in logged(run) if metrics else ():
@@ -167,13 +158,9 @@ def label(resolved: configuration.Resolved) -> str:
     s = resolved.settings
     task = {name: getattr(s, name) for name in ("env", "dataset", "source", "preset")}
     usual = configuration.configured(resolved.algo, task).options
-    given = [
-        f"{name}={value}"
-        for name, value in resolved.options.items()
-        if value != usual[name] and name != "steps"
-    ]
-    preset = [] if s.preset == "full" else [f"preset={s.preset}"]
-    return " ".join([resolved.name, *preset, *given])
+    given = {k: v for k, v in resolved.options.items() if v != usual[k] and k != "steps"}
+    given = given if s.preset == "full" else {"preset": s.preset} | given
+    return " ".join([resolved.name, *(f"{name}={value}" for name, value in given.items())])
 
 
 def logged(run: Path) -> Iterable[tuple[str, int, np.ndarray]]:
@@ -189,11 +176,12 @@ def logged(run: Path) -> Iterable[tuple[str, int, np.ndarray]]:
 
 def courses(row: dict[str, Cell], name: str) -> dict[str, Course]:
     """One metric on one task: method -> steps (points,) and values (seeds, points)."""
-    out = {}
-    for method, cell in row.items():
-        if found := by_seed(cell.metrics.get(name, {})):
-            out[method] = found[0][:, 0], np.stack([points[:, 1] for points in found])
-    return out
+    found = {method: by_seed(cell.metrics.get(name, {})) for method, cell in row.items()}
+    return {
+        method: (seeds[0][:, 0], np.stack([points[:, 1] for points in seeds]))
+        for method, seeds in found.items()
+        if seeds
+    }
 
 
 def entry(cells: Cells, name: str) -> dict[str, Any]:
@@ -217,12 +205,11 @@ def entry(cells: Cells, name: str) -> dict[str, Any]:
     if len(mine) == len(cells):
         values = [cell.values for cell in mine.values()]
         mean = float(np.mean([stats.iqm(v) for v in values]))
-        out["mean"] = {"value": mean, "interval95": stats.stratified_interval(values)}
+        out["mean"] = {"value": mean, "interval95": stats.interval(*values)}
     return out
 
 
 def counted(kinds: set[str]) -> str:
-    """What the steps of methods are whose steps are these."""
     return "updates (online: environment steps)" if len(kinds) > 1 else next(iter(kinds))
 
 
@@ -233,8 +220,8 @@ def table(found: dict[str, Any], metrics: Iterable[str]) -> str:
     for name, about in methods.items():
         places = [about["tasks"].get(task) for task in tasks]
         texts = [number(p["iqm"], p["interval95"]) if p else "" for p in places]
-        mean = about.get("mean")
-        rows.append([name, *texts, number(mean["value"], mean["interval95"]) if mean else ""])
+        mean = number(*about["mean"].values()) if "mean" in about else ""
+        rows.append([name, *texts, mean])
     text = markdown(["method", *tasks, "mean"], rows)
     kept = [place for about in methods.values() for place in about["tasks"].values()]
     for metric in metrics:
@@ -242,25 +229,24 @@ def table(found: dict[str, Any], metrics: Iterable[str]) -> str:
         for name, about in methods.items():
             given = [about["tasks"].get(t, {}).get("metrics", {}).get(metric) for t in tasks]
             if any(given):
-                rows.append([name, *(of_seeds(np.array(v)) if v else "" for v in given)])
+                rows.append([name, *(of_seeds(v) if v else "" for v in given)])
         if rows:
             head = f"Last logged {metric}, IQM over seeds [95 % bootstrap interval]:"
             text += f"\n{head}\n\n{markdown(['method', *tasks], rows)}"
     said = {key: sorted({place[key] for place in kept}) for key in ("steps", "episodes", "unit")}
     counts = sorted({len(place["seeds"]) for place in kept})
-    text += (
-        f"\n{', '.join(said['unit'])}; last checkpoint after {numbers(said['steps'])} "
+    return (
+        f"{text}\n{', '.join(said['unit'])}; last checkpoint after {numbers(said['steps'])} "
         f"{found['steps_are']}, {numbers(said['episodes'])} episodes, {numbers(counts)} "
         "seed(s); IQM over seeds with 95 % bootstrap interval\n"
     )
-    return text
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
 
 
-def of_seeds(values: np.ndarray) -> str:
+def of_seeds(values: list[float]) -> str:
     return number(float(stats.iqm(values)), stats.interval(values), 3)
 
 

@@ -44,9 +44,8 @@ def pick_device(name: str) -> torch.device:
     """Raises Failed if CUDA is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():
         raise Failed("device=cuda, but torch sees no CUDA device; use device=cpu or device=auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(best if name == "auto" else name)
 
 
 def load_data(resolved: Resolved) -> Dataset | None:
@@ -86,9 +85,8 @@ def make_task(
         progress: show a bar for long evaluations.
     """
     s = resolved.settings
-    player = make_evaluator(
-        resolved, axes_of(group), (s.eval_episodes, s.final_episodes), 0, device
-    )
+    counts = s.eval_episodes, s.final_episodes
+    player = make_evaluator(resolved, axes_of(group), counts, 0, device)
 
     def envs() -> Any:
         starts = [derive(seed, "training", i) for seed in group for i in range(s.envs)]

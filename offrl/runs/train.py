@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,8 @@ from offrl.system import cores, cpu_name
 def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[str, Any]]:
     """Train all seeds of one configuration; returns the run directory and `result.json`'s content.
 
-    Which data are used and where the run lies is printed.
-
     Args:
-        resumed: the run directory whose groups go on from their checkpoints; None makes a new one
-            under `runs`.
+        resumed: the run directory whose groups go on from their checkpoints; None makes a new one.
 
     Raises:
         Failed, Interrupted, Diverged, ConfigError, DataError, OSError: with a message for people.
@@ -130,11 +128,7 @@ def layout(resolved: Resolved, device: torch.device) -> list[Group]:
 
 
 def new_folder(resolved: Resolved) -> Path:
-    """A fresh run directory.
-
-    Raises:
-        OSError: if the place is not writable.
-    """
+    """A fresh run directory; OSError if the place is not writable."""
     base = Path(resolved.settings.runs) / resolved.name / resolved.task
     folder = first = base / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for extra in itertools.count(1):
@@ -149,9 +143,6 @@ def new_folder(resolved: Resolved) -> Path:
                 "choose another place with runs=DIR"
             ) from error
     return folder
-
-
-# --- one group of seeds --------------------------------------------------------------------------
 
 
 def train_group(
@@ -173,9 +164,7 @@ def train_group(
     prepare(resolved, folder, device)
     place = group_folder(folder, group)
     place.mkdir(exist_ok=True)
-    schedule = Schedule(
-        s.log_every, s.eval_every, s.eval_episodes, s.final_episodes, s.snapshot_every
-    )
+    schedule = Schedule(**{field.name: getattr(s, field.name) for field in fields(Schedule)})
     with system.only_one(place):  # a worker may outlive its parent for a moment
         data = data or load_data(resolved)
         task = make_task(resolved, data, group, device, share(resolved, device), progress)
@@ -183,6 +172,7 @@ def train_group(
         algo = method.make(config, task.spec, stream, axes)
         run = Run(config.steps, axes, device, method.fields, str(home()), progress)
         apart = evaluates_async(resolved, device)
+        worker = AsyncEvaluator(partial(player, folder, device)) if apart else None
         stages = method.stages(algo, task, run)
         curve = fit(
             algo,
@@ -195,7 +185,7 @@ def train_group(
             resume,
             partial(report, group),
             s.speed,
-            AsyncEvaluator(partial(player, folder, device)) if apart else None,
+            worker,
             task.headline,
         )
         for stage in stages if method.online else ():

@@ -90,11 +90,7 @@ def at_once(resolved: Resolved, groups: int) -> int:
 
 
 def prepare(resolved: Resolved, folder: Path, device: torch.device) -> None:
-    """Threads, allocator and matmul backend of this process, as the run in `folder` has them.
-
-    Raises:
-        Failed: if the run's matrix products are not available.
-    """
+    """Threads, allocator and matmul backend of this process, as the run in `folder` has them."""
     system.prepare(resolved.settings.threads, resolved.settings.keep_memory)
     if device.type == "cuda":
         return
@@ -126,7 +122,8 @@ class Display:
             self.bar.write(note)
         if told.score is not None:
             self.scores[key] = told.score
-            unit, value = scored(self.resolved, float(np.mean(list(self.scores.values()))))
+            mean = float(np.mean(list(self.scores.values())))
+            unit, value = scored(self.resolved, mean, told.headline)
             self.bar.set_postfix_str(f"{unit} {value:.1f}", refresh=False)
         if not self.steps:  # what was made before the first update is no part of its time
             self.bar.unpause()

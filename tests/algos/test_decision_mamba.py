@@ -39,7 +39,7 @@ def one_block(algo):
 def test_the_backbone_of_the_released_size_has_the_released_number_of_parameters():
     with torch.device("meta"):
         layers, width = decision_mamba.SIZES["release"]
-        net = Backbone(layers, width)
+        net = Backbone(layers, width, True, "causal", None)
     assert sum(p.numel() for p in net.parameters()) == 223_544_064
 
 

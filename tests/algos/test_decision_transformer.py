@@ -43,8 +43,8 @@ def test_settings_are_the_authors():
 def test_each_size_matches_decision_mambas(size):
     count = lambda net: sum(p.numel() for p in net.parameters())  # noqa: E731
     with torch.device("meta"):
-        mine = count(Transformer(WIDTHS[size], 3))
-        other = count(Backbone(*decision_mamba.SIZES[size]))
+        mine = count(Transformer(WIDTHS[size], 3, 1, 0.1, None))
+        other = count(Backbone(*decision_mamba.SIZES[size], True, "causal", None))
     assert abs(mine / other - 1) < 0.02
 
 

@@ -68,7 +68,7 @@ def test_windows_hold_consecutive_rows_of_one_episode_and_pads_before_them():
 
 def test_pads_hold_the_released_codes_values():
     mean, std = toy().statistics(eps=1e-6)
-    b = batch(transform=prepare(Standardize(2, mean, std)))
+    b = batch(transform=prepare(Standardize(2, mean, std, None)))
     pad = b["mask"] == 0
     assert pad.any()
     torch.testing.assert_close(b["obs"][pad], (-mean / std).expand(int(pad.sum()), 2))

@@ -160,7 +160,7 @@ def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path, kind, m
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_captured_runs_write_the_files_of_runs_as_written(tmp_path, monkeypatch, kind):
+def test_captured_runs_write_the_files_of_eager_runs(tmp_path, monkeypatch, kind):
     """A replay that grows and wraps, and a teacher that is refreshed, are seen by replays."""
     said = []
     monkeypatch.setattr(Loop, "tell", lambda self, stage, last=False: said.extend(self.notes))
@@ -200,7 +200,7 @@ def test_interrupted_between_two_rows_of_metrics_and_resumed_equals_uninterrupte
     saved["curve"]["seconds"] = 1e6
     checkpoint.save(stopped / "checkpoint.pt", saved)
     _, curve = run("offline", stopped, resume=True)
-    assert 1e6 < curve.seconds < 1e6 + 60  # of both sessions
+    assert 1e6 < curve.seconds < 1e6 + 60  # of both processes
     assert_same_files(whole, stopped)
 
 

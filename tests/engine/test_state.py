@@ -1,6 +1,7 @@
 """The state of an algorithm, found on the object."""
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ class Holder:
 
     def __init__(self):
         self.counts, self.rows, self.pair = defaultdict(int), [torch.zeros(2)], (1, torch.zeros(2))
+        self.generator = torch.Generator()
 
 
 def test_containers_are_filled_in_place():
@@ -30,6 +32,14 @@ def test_containers_are_filled_in_place():
     assert torch.equal(rows[1], torch.ones(2))
     assert torch.equal(two.pair[1], torch.full((2,), 5.0))
     assert isinstance(two.pair, tuple)
+
+
+def test_what_has_no_place_yet_comes_to_the_device_of_the_generator():
+    one = SimpleNamespace(best=torch.ones(2), seen=[torch.ones(2)], sums={"a": torch.ones(2)})
+    elsewhere = SimpleNamespace(device=torch.device("meta"))
+    two = SimpleNamespace(generator=elsewhere, best=None, seen=[], sums={})
+    load_state(two, {"generator": {}} | state_of(one))
+    assert {x.device.type for x in (two.best, *two.seen, *two.sums.values())} == {"meta"}
 
 
 def test_a_value_that_no_checkpoint_would_give_back_is_refused_with_its_name():

@@ -27,7 +27,7 @@ class SequenceDrift(Drift):
 
 
 class Half(Regularizer):
-    stage = "token"
+    hook = "token"
 
     def forward(self, x):
         return RegOutput(token_weight=torch.full_like(x.logp.detach(), 0.5))

@@ -33,7 +33,7 @@ class Drift(Regularizer):
 
 
 class Double(Regularizer):
-    stage = "reward"
+    hook = "reward"
     requires = frozenset({"rewards"})
 
     def forward(self, x):
@@ -251,7 +251,7 @@ def test_metrics_of_both_stages_are_reported():
         entropy=torch.arange(6.0).view(2, 3),
         mask=torch.ones(2, 3),
     )
-    offers = dict.fromkeys(host.LOSS_STAGES, frozenset({"logp", "old_logp", "entropy"}))
+    offers = dict.fromkeys(host.LOSS_HOOKS, frozenset({"logp", "old_logp", "entropy"}))
     reg = host.compose([PeakEntropyMask(0.5), EntropyBonus(1.0)], offers, {}, "here")
     mean = lambda value, mode: value.mean()  # noqa: E731
     loss, metrics = host.extra_loss(reg, x, reg.run("token", x), mean)
@@ -260,7 +260,7 @@ def test_metrics_of_both_stages_are_reported():
 
 
 def test_modules_with_a_zero_coefficient_need_nothing():
-    assert not verl.Advantage([LengthShaper("kimi", coef=0.0)], estimator).reg.stages
+    assert not verl.Advantage([LengthShaper("kimi", coef=0.0)], estimator).reg.hooks
 
 
 def python(code, **env):

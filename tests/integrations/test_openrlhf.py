@@ -329,7 +329,7 @@ def test_shaping_by_length_comes_before_their_baseline(estimator):
 
 def test_responses_that_were_cut_off_are_known():
     class Finished(Regularizer):
-        stage = "reward"
+        hook = "reward"
         requires = frozenset({"rewards", "finished"})
 
         def forward(self, x):

@@ -84,7 +84,7 @@ class Near(Regularizer):
 class Short(Regularizer):
     """Length above the group's mean costs reward; counts its calls."""
 
-    stage = "reward"
+    hook = "reward"
     requires = frozenset({"rewards", "lengths", "group"})
 
     def __init__(self, coef=0.1):
@@ -108,15 +108,15 @@ class Short(Regularizer):
 class Watcher(Regularizer):
     """Reads what it is told to read and changes nothing."""
 
-    def __init__(self, stage, *requires):
+    def __init__(self, hook, *requires):
         super().__init__()
-        self.stage, self.requires = stage, frozenset(requires)
+        self.hook, self.requires = hook, frozenset(requires)
 
     def forward(self, x):
         self.seen = x
-        if self.stage == "loss":
+        if self.hook == "loss":
             return RegOutput(loss=0 * x.logp.sum())
-        return RegOutput(**{f"{self.stage}s": getattr(x, f"{self.stage}s")})
+        return RegOutput(**{f"{self.hook}s": getattr(x, f"{self.hook}s")})
 
 
 def make(base, folder, tmp_path, regularizers=None, model=None, extra=(), **options):
@@ -436,7 +436,7 @@ def test_a_reference_without_beta_leaves_trls_loss_as_it_is(base, folder, tmp_pa
 
 
 @pytest.mark.parametrize("base", [GRPO, RLOO])
-def test_the_reward_stage_may_read_log_probabilities_of_the_rollout(base, folder, tmp_path):
+def test_the_reward_hook_may_read_log_probabilities_of_the_rollout(base, folder, tmp_path):
     watcher = Watcher("reward", "rewards", "old_logp", "ref_logp")
     trainer = make(base, folder, tmp_path, [watcher])
     rows = next(iter(trainer.get_train_dataloader()))
@@ -491,7 +491,7 @@ def test_evaluation_between_rollout_and_step_changes_nothing(folder, tmp_path):
 
 
 @pytest.mark.parametrize("iterations", [1, 2])
-def test_the_advantage_stage_sees_every_token_before_the_loss(iterations, folder, tmp_path):
+def test_the_advantage_hook_sees_every_token_before_the_loss(iterations, folder, tmp_path):
     names = ("advantages", "entropy", "old_logp", "mask", "turn", "group", "prompt_id")
     watcher = Watcher("advantage", *names)
     trainer = make(GRPO, folder, tmp_path, [watcher], num_iterations=iterations)

@@ -417,7 +417,7 @@ HAVE = {"stats.nucleus_entropy", "stats.lse", "stats.log_sum_sq"}
 
 def fits(case, host):
     module = case.make()
-    return module.stage == "loss" and module.requires <= host.offered | HAVE
+    return module.hook == "loss" and module.requires <= host.offered | HAVE
 
 
 def given(batch, rows):

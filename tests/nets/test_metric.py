@@ -7,7 +7,7 @@ from offrl.nets.metric import IQE
 @pytest.fixture
 def latents():
     g = torch.Generator().manual_seed(0)
-    return IQE(4, (8,), 32, generator=g), torch.randn(3, 500, 32, generator=g, dtype=torch.float64)
+    return IQE(4, (8,), 32, (), g, False), torch.randn(3, 500, 32, generator=g, dtype=torch.float64)
 
 
 def test_the_distance_is_zero_from_a_point_to_itself_and_never_negative(latents):
@@ -29,7 +29,7 @@ def test_there_and_back_differ(latents):
 
 
 def test_a_component_is_the_length_of_a_union_of_intervals():
-    metric = IQE(4, (8,), 8)
+    metric = IQE(4, (8,), 8, (), None, False)
     x = torch.tensor([[0.0, 1.0, 5.0, 9.0, 0.0, 0.0, 0.0, 0.0]])
     y = torch.tensor([[2.0, 3.0, 6.0, 8.0, 0.5, 0.0, -1.0, 0.0]])
     # [0, 2], [1, 3] and [5, 6]; an interval that ends before it begins is empty
@@ -37,7 +37,7 @@ def test_a_component_is_the_length_of_a_union_of_intervals():
 
 
 def test_components_are_mixed_by_mean_and_maximum_in_equal_parts_at_first():
-    metric = IQE(4, (8,), 16)
+    metric = IQE(4, (8,), 16, (), None, False)
     x, y = torch.zeros(1, 16), torch.zeros(1, 16)
     y[0, 0] = 4.0  # components 4 and 0: mean 2, maximum 4
     torch.testing.assert_close(metric.distance(x, y), torch.tensor([3.0]))
@@ -51,4 +51,4 @@ def test_gradients_equal_numerical_ones(latents):
 
 def test_a_latent_that_is_no_multiple_of_a_component_is_refused():
     with pytest.raises(ValueError, match="multiple of 8, got 12"):
-        IQE(4, (8,), 12)
+        IQE(4, (8,), 12, (), None, False)

@@ -148,11 +148,11 @@ def test_reads_only_what_it_requires_and_writes_one_result(case):
     assert_same(out, module(x))
     assert not list(module.parameters())
     assert all(v.dim() == 0 for v in out.metrics.values())
-    stage = {"reward": "rewards", "advantage": "advantages", "token": "token_weight"}
+    hook = {"reward": "rewards", "advantage": "advantages", "token": "token_weight"}
     others = {"rewards", "advantages", "token_weight", "per_element", "loss"}
-    others -= {stage.get(module.stage)} if module.stage in stage else {"per_element", "loss"}
+    others -= {hook.get(module.hook)} if module.hook in hook else {"per_element", "loss"}
     assert all(getattr(out, name) is None for name in others)
-    assert module.stage not in stage or not result(out).requires_grad
+    assert module.hook not in hook or not result(out).requires_grad
 
 
 @some(masked)
@@ -223,14 +223,14 @@ def test_coefficient_zero_gives_exact_zeros_and_needs_no_input(case):
     del module.coef
     module.coef = 0.0
     reg = Compose([module])
-    assert not reg.stages
+    assert not reg.hooks
     assert not reg.requires
     loss, metrics, sync = reg.run_loss(RegInputs())
     assert loss.item() == 0.0
     assert not metrics
     assert not sync
-    for stage in ("reward", "advantage", "token"):
-        out = reg.run(stage, RegInputs())
+    for hook in ("reward", "advantage", "token"):
+        out = reg.run(hook, RegInputs())
         assert out.rewards is out.advantages is out.token_weight is None
     reg.update({})
 
@@ -239,7 +239,7 @@ def test_coefficient_zero_gives_exact_zeros_and_needs_no_input(case):
 def test_a_batch_without_valid_elements_is_finite_with_a_gradient_path(case):
     module, x = trained(case), case.inputs(generator(), B, T)
     x = changed(x, lambda name, v: torch.zeros_like(v) if name == "mask" else v)
-    if module.stage not in ("loss", "model"):
+    if module.hook not in ("loss", "model"):
         assert result(module(x)).isfinite().all()
         return
     loss, metrics, sync = Compose([module]).run_loss(x)
@@ -388,7 +388,7 @@ WORLD = 2
 
 def rows_of_ranks(reg: Compose) -> tuple[list[int], ...]:
     """Pairs (i, i + B/2) stay together; groups (two rows) do where trainers gather rows first."""
-    if reg.stages & {"reward", "advantage"}:
+    if reg.hooks & {"reward", "advantage"}:
         return [0, 1, 4, 5], [2, 3, 6, 7]
     return [0, 2, 4, 6], [1, 3, 5, 7]
 
@@ -432,7 +432,7 @@ def on_rank(case: Case, rank: int, gather=None):
     counts = () if x.mask is None else (x.mask.sum(), x.mask.any(-1).sum())
     loss, _, sync = reg.run_loss(local, *(n / WORLD for n in counts))
     (part,) = reg.parts.values()
-    if part.stage not in ("token", "loss", "model"):
+    if part.hook not in ("token", "loss", "model"):
         sync = {f"{name}/{k}": v for name in reg.parts for k, v in part(local).sync.items()}
     grads = [tensors(local)[name] for name in case.differentiable]
     if grads:
@@ -484,8 +484,8 @@ def test_gradients_and_state_of_two_ranks_are_those_of_the_whole_batch(case):
     for key, value in ranks[0][1].items():
         assert torch.equal(value, ranks[1][1][key])
     module, x = trained(case), uneven(case)
-    if case.rows_mix and module.stage in ("reward", "advantage"):
-        return  # trainers gather rows before these stages
+    if case.rows_mix and module.hook in ("reward", "advantage"):
+        return  # trainers gather rows before these hooks
     if x.mask is not None:
         assert ranks[0][2] != ranks[1][2]
     loss, _, _ = Compose([module]).run_loss(x)
@@ -514,14 +514,14 @@ def test_ranks_that_do_not_share_their_rows_are_told_from_those_that_do(case):
 
     check = (
         test_token_weights_of_two_ranks_are_those_of_the_whole_batch
-        if alone().stage == "token"
+        if alone().hook == "token"
         else test_gradients_and_state_of_two_ranks_are_those_of_the_whole_batch
     )
     with pytest.raises(AssertionError):
         check(replace(case, make=alone))
 
 
-@some(lambda case: case.make().stage == "token")
+@some(lambda case: case.make().hook == "token")
 def test_token_weights_of_two_ranks_are_those_of_the_whole_batch(case):
     reg, x = Compose([trained(case)]), case.inputs(generator(), B, T)
     expected = reg.run("token", x).token_weight

@@ -285,12 +285,12 @@ def test_dense_groups_keeps_which_rows_belong_together():
 
 
 class Add(Regularizer):
-    """Adds its coefficient; as a token stage it weighs by it, as a loss it is that times logp."""
+    """Adds its coefficient; as a token hook it weighs by it, as a loss it is that times logp."""
 
-    def __init__(self, coef=1.0, stage="advantage", factor=1.0):
+    def __init__(self, coef=1.0, hook="advantage", factor=1.0):
         super().__init__(coef)
-        self.stage, self.factor = stage, factor
-        self.requires = frozenset({"logp", f"extra.{stage}"})
+        self.hook, self.factor = hook, factor
+        self.requires = frozenset({"logp", f"extra.{hook}"})
         self.register_buffer("seen", torch.tensor(0.0))
 
     def forward(self, x: RegInputs) -> RegOutput:
@@ -298,12 +298,12 @@ class Add(Regularizer):
             metrics={"weight": torch.as_tensor(self.weight)},
             sync={"sum": torch.tensor([1.0, 2.0]) * self.weight, "count": torch.tensor(3)},
         )
-        if self.stage in ("reward", "advantage"):
-            before = x.need(f"{self.stage}s")
-            return RegOutput(**{f"{self.stage}s": before * self.factor + self.weight}, **observed)
-        if self.stage == "token":
+        if self.hook in ("reward", "advantage"):
+            before = x.need(f"{self.hook}s")
+            return RegOutput(**{f"{self.hook}s": before * self.factor + self.weight}, **observed)
+        if self.hook == "token":
             return RegOutput(token_weight=torch.full_like(x.logp, self.weight), **observed)
-        if self.stage == "model":
+        if self.hook == "model":
             return RegOutput(per_element=torch.full_like(x.logp, self.weight), **observed)
         return RegOutput(per_element=self.weight * x.need("logp"), **observed)
 
@@ -312,7 +312,7 @@ class Add(Regularizer):
         self.seen += sync["sum"].sum() + sync["count"]
 
 
-def test_modules_of_a_stage_act_in_the_order_given():
+def test_modules_of_a_hook_act_in_the_order_given():
     one, two = Add(1.0, factor=3.0), Add(5.0, factor=2.0)
     x = RegInputs(advantages=torch.tensor([1.0, 2.0]))
     assert Compose([one, two]).run("advantage", x).advantages.tolist() == [13.0, 19.0]
@@ -325,11 +325,11 @@ def test_stages_do_not_see_each_other():
     out = reg.run("reward", RegInputs(rewards=torch.tensor([0.5])))
     assert out.rewards.item() == 1.5
     assert out.advantages is None
-    assert reg.stages == {"reward", "advantage"}
+    assert reg.hooks == {"reward", "advantage"}
     assert Compose([]).run("reward", RegInputs()).rewards is None
 
 
-def test_token_weights_multiply_losses_and_spare_the_model_stage():
+def test_token_weights_multiply_losses_and_spare_the_model_hook():
     parts = [Add(7.0, "model"), Add(0.1, "loss"), Add(2.0, "token"), Add(3.0, "token")]
     logp = torch.tensor([[1.0, 3.0]], requires_grad=True)
     loss, _, _ = Compose(parts).run_loss(RegInputs(logp=logp))

@@ -1,6 +1,6 @@
 import numpy as np
 
-from offrl.results.stats import interval, iqm, stratified_interval
+from offrl.results.stats import interval, iqm
 
 
 def test_the_outer_quarters_do_not_count():
@@ -33,6 +33,6 @@ def test_the_seed_decides_the_resampling():
 
 
 def test_the_mean_over_tasks_is_resampled_within_each_task():
-    low, high = stratified_interval([np.array([0.0, 0.0]), np.array([10.0, 20.0])], resamples=2000)
+    low, high = interval(np.array([0.0, 0.0]), np.array([10.0, 20.0]), resamples=2000)
     assert (low, high) == (5.0, 10.0)
-    assert stratified_interval([np.array([0.0, 1.0]), np.array([1.0])]) is None
+    assert interval(np.array([0.0, 1.0]), np.array([1.0])) is None

@@ -55,7 +55,7 @@ def rival(
         arrays = {key: value.numpy() for key, value in fields.items()}
         run = sb3.filled(name.removeprefix("sb3-").upper(), arrays, batch, device)
     else:
-        fields = prepare(Standardize(data.obs_dim, *data.statistics()))(fields)
+        fields = prepare(Standardize(data.obs_dim, *data.statistics(), None))(fields)
         arrays = {key: value.numpy() for key, value in fields.items()}
         if name == "d3rlpy":
             from benchmarks.harness.peers import in_d3rlpy

@@ -37,9 +37,7 @@ def load(
             layout lose the rows that its rule for Q-learning drops. Other sources have every row.
         strict: refuse files whose rows do not follow one another.
 
-    Raises:
-        DataError: if the data cannot be found or used.
-        OSError: if a download or the cache fails.
+    Raises DataError if the data cannot be found or used, OSError if a download or the cache fails.
     """
     source = settled(source, dataset)
     if rows is not None and source != "generated":

@@ -19,7 +19,7 @@ from typing import Any
 
 from offrl.data.dataset import Dataset, home
 from offrl.data.sources import files
-from offrl.data.sources.download import fetch
+from offrl.data.sources.download import located
 from offrl.envs.scores import GYM, HAND, reference
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,10 @@ KITCHENS = {
 
 @dataclass(frozen=True)
 class Source:
-    """One file. `horizon`: time limit of the environment in steps."""
+    """One file."""
 
     stem: str  # address below ROOT
-    horizon: int
+    horizon: int  # time limit of the environment in steps
 
     @property
     def url(self) -> str:
@@ -130,10 +130,8 @@ def load(env: str, dataset: str = "", download: bool = True, episodes: bool = Fa
         download: fetch the file if it is not on this machine.
         episodes: keep every row; see `offrl.data.sources.files`.
 
-    Raises:
-        ValueError: unknown name; lists the known ones.
-        DataError: the file is damaged.
-        OSError: the download or the cache failed; names the alternatives.
+    Raises ValueError for an unknown name, listing the known ones, DataError if the file is damaged,
+    OSError if the download or the cache failed, naming the alternatives.
     """
     env, dataset, source = resolve(env, dataset)
     task = f"{env}-{dataset}"
@@ -160,11 +158,7 @@ def load(env: str, dataset: str = "", download: bool = True, episodes: bool = Fa
 
 
 def resolve(env: str, dataset: str) -> tuple[str, str, Source]:
-    """Environment and data set as in the table, and the file, of our names.
-
-    Raises:
-        ValueError: unknown environment or data set.
-    """
+    """Environment and data set as in the table, and the file, of our names; else a ValueError."""
     bare = env.removeprefix("d4rl-")
     if bare in SOURCES:
         if dataset in SOURCES[bare]:
@@ -184,20 +178,14 @@ def resolve(env: str, dataset: str) -> tuple[str, str, Source]:
 def locate(source: Source, download: bool = True) -> Path:
     """Where the file of a data set is, downloading it if need be.
 
-    Raises:
-        FileNotFoundError: it is not here and `download` is off.
-        DownloadError: it could not be downloaded.
+    Raises FileNotFoundError if it is not here and `download` is off, DownloadError if that fails.
     """
     own = home() / "d4rl" / source.file
-    package = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
-    for path in (own, package / source.file):
-        if path.is_file():
-            return path
-    if not download:
-        raise FileNotFoundError(f"neither {own} nor {package / source.file} is there")
-    logger.info("downloading %s to %s", source.url, own)
-    fetch(source.url, own, check=inspect)
-    return own
+    package = os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets"
+    theirs = Path(package, source.file)
+    if not (download or own.is_file() or theirs.is_file()):
+        raise FileNotFoundError(f"neither {own} nor {theirs} is there")
+    return located(source.url, own, theirs, inspect)
 
 
 def inspect(path: Path) -> None:
@@ -207,10 +195,10 @@ def inspect(path: Path) -> None:
 
 
 def d4rl_view(data: Dataset) -> Dataset:
-    """The rows that D4RL's rule would leave of a data set that holds every transition.
+    """The rows that D4RL's rule (see `offrl.data.sources.files`) would leave of a whole data set.
 
-    Drops the last transition of truncated episodes and the last row of all; see
-    `offrl.data.sources.files`. Episodes without rows left disappear, returns stay as they were.
+    Drops the last transition of truncated episodes and the last row of all. Episodes without rows
+    left disappear, returns stay as they were.
     """
     keep = data["timeout"] == 0
     keep[-1] = False

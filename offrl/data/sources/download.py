@@ -1,6 +1,7 @@
 """Downloads that appear whole or not at all."""
 
 import http.client
+import logging
 import os
 import shutil
 import tempfile
@@ -12,7 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from offrl.data.dataset import once
 from offrl.errors import DownloadError
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 20  # bytes
 PATIENCE = 60  # seconds without a byte before a server counts as gone
@@ -22,15 +26,12 @@ def fetch(url: str, path: Path, check: Callable[[Path], Any] = lambda part: None
     """Download `url` to `path`.
 
     The body goes to a temporary folder beside `path` and is moved only when its size agrees with
-    the server's and `check` accepts it; otherwise nothing is left behind.
+    the server's and `check` does not raise ValueError or OSError; otherwise nothing is left behind.
 
-    Args:
-        check: raises ValueError or OSError if the file is not what it should be.
-
-    Raises:
-        DownloadError: no network, an HTTP error, a short body, a failed check, a place that is
-            not writable or a full disk.
+    Raises DownloadError for no network, an HTTP error, a short body, a failed check, a place that
+    is not writable or a full disk.
     """
+    logger.info("downloading %s to %s", url, path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         place = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
@@ -57,11 +58,18 @@ def receive(url: str, path: Path) -> None:
     with urllib.request.urlopen(url, timeout=PATIENCE) as response, path.open("wb") as file:
         size = response.headers.get("Content-Length")
         total = None if size is None else int(size)
-        bar = tqdm.wrapattr(response, "read", total, desc=path.name, disable=None)
-        with bar as body:
+        with tqdm.wrapattr(response, "read", total, desc=path.name, disable=None) as body:
             shutil.copyfileobj(body, file, BLOCK)
         if total is not None and file.tell() != total:
             raise OSError(f"the body ended after {file.tell()} of {size} bytes")
+
+
+def located(url: str, path: Path, theirs: Path, check: Callable[[Path], Any]) -> Path:
+    """`path`, or `theirs`, another package's copy; fetched to `path` where neither is there."""
+    if theirs.is_file() and not path.is_file():
+        return theirs
+    once(path, path.is_file, lambda: fetch(url, path, check))
+    return path
 
 
 def failure(url: str, path: Path, reason: str) -> DownloadError:

@@ -43,8 +43,10 @@ from offrl.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-REQUIRED = ("observations", "actions", "rewards", "terminals")
-OPTIONAL = ("timeouts", "next_observations")
+Fill = Callable[[Path, Path], dict[str, Any]]
+Names = tuple[str, ...]
+REQUIRED: Names = ("observations", "actions", "rewards", "terminals")
+OPTIONAL: Names = ("timeouts", "next_observations")
 LAYOUT = f"Store {', '.join(REQUIRED)} (N rows each), and timeouts where time limits cut"
 RULES = 1  # of the conversion; raise it when the rules change, and old conversions are made anew
 BLOCK = 1 << 16  # rows converted at a time
@@ -53,20 +55,12 @@ DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 @dataclass(frozen=True)
 class Rule:
-    """How rows become transitions.
+    """How rows become transitions."""
 
-    Attributes:
-        horizon: time limit of the environment, used where the file has no `timeouts`. Without
-            both, episodes end at terminals only.
-        through_terminals: an episode goes on after a terminal row (AntMaze's runs of successes).
-        clip: cut actions to [-1, 1], as D4RL's environments do before a step.
-        episodes: keep every row; by default D4RL's rule for Q-learning drops some.
-    """
-
-    horizon: int | None = None
-    through_terminals: bool = False
-    clip: bool = False
-    episodes: bool = False
+    horizon: int | None = None  # time limit, where a file has no timeouts; else terminals only end
+    through_terminals: bool = False  # an episode goes on after one (AntMaze's runs of successes)
+    clip: bool = False  # cut actions to [-1, 1], as D4RL's environments do before a step
+    episodes: bool = False  # keep every row; by default D4RL's rule for Q-learning drops some
 
 
 def load(
@@ -78,9 +72,8 @@ def load(
         horizon, episodes: see `Rule`.
         strict: refuse rows that do not follow one another; otherwise info["strays"] counts them.
 
-    Raises:
-        DataError: if the file is missing, damaged, holds pickled objects, lacks a field, or its
-            fields do not fit together; the message names the field and the remedy.
+    Raises DataError if the file is missing, damaged, holds pickled objects, lacks a field, or its
+    fields do not fit together; the message names the field and the remedy.
     """
     rule = Rule(horizon, episodes=episodes)
     data = rows_of(path, entry(path, "files"), f"files/{path.stem}", rule, {"source": "files"})
@@ -115,12 +108,7 @@ def rows_of(path: Path, folder: Path, name: str, rule: Rule, info: dict[str, Any
 
 
 def converted(
-    path: Path,
-    folder: Path,
-    name: str,
-    rules: Any,
-    fill: Callable[[Path, Path], dict[str, Any]],
-    info: dict[str, Any],
+    path: Path, folder: Path, name: str, rules: Any, fill: Fill, info: dict[str, Any]
 ) -> Dataset:
     """The conversion of a file, made when the cache has none of this file as it is now.
 
@@ -157,15 +145,11 @@ def digest(path: Path) -> str:
 
 @contextmanager
 def opened(
-    path: Path,
-    required: tuple[str, ...] = REQUIRED,
-    optional: tuple[str, ...] = OPTIONAL,
-    layout: str = LAYOUT,
+    path: Path, required: Names = REQUIRED, optional: Names = OPTIONAL, layout: str = LAYOUT
 ) -> Iterator[dict[str, Any]]:
     """The arrays of a file by name, HDF5 ones still on the disk: numeric, of equal length.
 
-    Raises:
-        DataError: as for `load`; `layout` says what a file without a field should hold.
+    Raises DataError as `load`; `layout` says what a file without a field should hold.
     """
     with ExitStack() as stack:
         try:
@@ -191,15 +175,14 @@ def opened(
 
 
 def damaged(path: Path, error: Exception) -> DataError:
-    if "pickle" in str(error):
-        return DataError(
-            f"{path} holds pickled objects, which can run code and are not read ({error}); "
-            "store plain numeric arrays"
-        )
-    return DataError(
-        f"{path} is damaged, cut short or of another format ({error}); "
-        "delete it and get or write it again"
+    what, remedy = (
+        "is damaged, cut short or of another format",
+        "delete it and get or write it again",
     )
+    if "pickle" in str(error):
+        what = "holds pickled objects, which can run code and are not read"
+        remedy = "store plain numeric arrays"
+    return DataError(f"{path} {what} ({error}); {remedy}")
 
 
 def examine(columns: dict[str, Any], path: Path) -> None:
@@ -224,11 +207,9 @@ def examine(columns: dict[str, Any], path: Path) -> None:
             raise DataError(f"{path}: {what}")
 
 
-def part(
-    columns: dict[str, Any], name: str, path: Path, first: int = 0, last: int | None = None
-) -> np.ndarray:
+def part(columns: dict[str, Any], name: str, path: Path, rows: slice = slice(None)) -> np.ndarray:
     try:
-        return columns[name][first:last]
+        return columns[name][rows]
     except DAMAGE as error:
         raise damaged(path, error) from error
 
@@ -239,9 +220,8 @@ def part(
 def convert(columns: dict[str, Any], place: Path, path: Path, rule: Rule) -> dict[str, Any]:
     """Write the rows of a log, arrays in memory or on the disk, into the folder `place`.
 
-    Returns:
-        What was found: rows, episodes, unfinished, strays (rows whose next_observations is not
-        the following row though nothing ended there), horizon, notes.
+    Returns what was found: rows, episodes, unfinished, strays (rows whose next_observations is not
+    the following row though nothing ended there), horizon, notes.
     """
     size, own, notes = len(columns["observations"]), "next_observations" in columns, []
     flat = {
@@ -269,15 +249,11 @@ def convert(columns: dict[str, Any], place: Path, path: Path, rule: Rule) -> dic
     if not keep.any():
         raise DataError(f"{path}: no row is left after dropping timeouts and the last row")
     kept_starts, kept = surviving(starts, keep)
-    small = {
-        "starts": kept_starts,
-        "returns": dataset.episode_sums(flat["rewards"], starts)[kept],
-        "reward": flat["rewards"][keep],
-        "terminal": flat["terminals"][keep],
-        "timeout": timeout[keep].float(),
-    }
-    for field, value in small.items():
-        store(place / f"{field}.npy", value.numpy())
+    store(place / "starts.npy", kept_starts.numpy())
+    store(place / "returns.npy", dataset.episode_sums(flat["rewards"], starts)[kept].numpy())
+    flags = {"reward": flat["rewards"], "terminal": flat["terminals"], "timeout": timeout.float()}
+    for field, value in flags.items():
+        store(place / f"{field}.npy", value[keep].numpy())
     count: Counter[str] = Counter(strays=0)
     blocks = gather(columns, path, keep.numpy(), alone.numpy(), rule.clip, count)
     stream(place, blocks, int(keep.sum()))
@@ -312,17 +288,17 @@ def gather(
     for first in range(0, len(keep), BLOCK):
         last = min(first + BLOCK, len(keep))
         use, end = keep[first:last], alone[first:last]
-        obs = part(columns, "observations", path, first, last + 1).astype(np.float32)
+        obs = part(columns, "observations", path, slice(first, last + 1)).astype(np.float32)
         if last == len(keep):
             obs = np.concatenate([obs, obs[-1:]])
         obs, following = obs[:-1], obs[1:]
         own = obs
         if "next_observations" in columns:
-            own = part(columns, "next_observations", path, first, last).astype(np.float32)
+            own = part(columns, "next_observations", path, slice(first, last)).astype(np.float32)
             same = np.isclose(own, following, rtol=1e-4, atol=1e-5, equal_nan=True).all(-1)
             count["strays"] += int((~same & use & ~end).sum())
         following = np.where(end[:, None], own, following)
-        act = part(columns, "actions", path, first, last)[use].astype(kind)
+        act = part(columns, "actions", path, slice(first, last))[use].astype(kind)
         act = act.reshape(len(act), *shape)
         if clip:
             count["clipped"] += int((np.abs(act) > 1).reshape(len(act), -1).any(-1).sum())
@@ -333,11 +309,9 @@ def gather(
 def counted(terminal: Tensor, horizon: int, after_terminal: int = 1) -> Tensor:
     """The rows taken for time limits where a file has no timeouts, bool (N,).
 
-    A row is one when `horizon - 1` steps were counted before it.
-
-    Args:
-        after_terminal: what the count starts at there, elsewhere 0. D4RL's rule for Q-learning
-            sets it to 0 at a terminal row and then counts that row: 1, kept for equal data.
+    A row is one when `horizon - 1` steps were counted before it. The count starts at 0, after a
+    terminal at `after_terminal`: D4RL's rule for Q-learning sets it to 0 at a terminal row and then
+    counts that row, which is 1, kept for equal data.
     """
     timeout = torch.zeros(len(terminal), dtype=torch.bool)
     first = count = 0
@@ -351,11 +325,8 @@ def counted(terminal: Tensor, horizon: int, after_terminal: int = 1) -> Tensor:
 def surviving(starts: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """Episodes that have rows left, of those with the first rows `starts` (E,).
 
-    Args:
-        keep: rows that stay, bool (N,).
-
-    Returns:
-        their first rows among the rows that stay, and their numbers among the E.
+    Their first rows among those that stay, where `keep`, bool (N,), is true, and their numbers
+    among the E.
     """
     episode = dataset.episode_of(starts, len(keep))[keep]
     left, counts = episode.unique_consecutive(return_counts=True)

@@ -17,7 +17,6 @@ Two data sets with the same seed share rows: medium is the first half of a twice
 medium-expert.
 """
 
-import difflib
 import hashlib
 import importlib
 import json
@@ -33,6 +32,7 @@ from offrl.data.sources import policies
 from offrl.data.sources.policies import Behavior
 from offrl.data.sources.rollout import CHUNK, Share, Uniform, borders, roll_out
 from offrl.envs import scores
+from offrl.envs.dm_control import nearest
 from offrl.envs.make import env_id, factory
 from offrl.envs.vector import sizes
 from offrl.errors import DataError
@@ -63,10 +63,8 @@ def load(
         seed: of the roll-outs.
         folder: of the policies.
 
-    Raises:
-        ValueError: unknown environment.
-        DataError: unknown data set, no policies for the environment, or a process died.
-        OSError: the cache is not writable or the disk full.
+    Raises ValueError for an unknown environment, DataError for an unknown data set, one without
+    policies or a process that died, OSError if the cache is not writable or the disk full.
     """
     shares = recipe(env, dataset, rows, folder)
     total, key = sum(share.rows for share in shares), identity(env, shares, seed)
@@ -90,11 +88,8 @@ def recipe(
     """Who plays how many rows; raises as `load`."""
     id = env_id(env)
     if dataset not in DATASETS:
-        near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise DataError(
-            f"there is no generated data set {dataset!r}{hint} (there are: {', '.join(DATASETS)})"
-        )
+        hint = f"{nearest(dataset, DATASETS)} (there are: {', '.join(DATASETS)})"
+        raise DataError(f"there is no generated data set {dataset!r}{hint}")
     if rows is not None and rows < 1:
         raise DataError(f"rows must be at least 1, got {rows}")
     size = rows or (REPLAY_ROWS.get(env, ROWS) if dataset == "medium-replay" else ROWS)
@@ -123,11 +118,11 @@ def replay(early: list[Behavior], medium: Behavior, random_steps: int, rows: int
     actors = [*early, medium]
     steps = [actor.about["step"] for actor in actors]
     edges = [0, random_steps, *((a + b) / 2 for a, b in pairwise(steps)), steps[-1]]
-    counts = borders([b - a for a, b in pairwise(edges)], rows)
     act_dim = actors[0].layers[-1][1].shape[-1] // 2
-    warmup = Share("random", Uniform(act_dim), counts[0])
-    played = zip(steps, actors, counts[1:], strict=True)
-    return [warmup, *(Share(f"step {step}", actor, count) for step, actor, count in played)]
+    players: list[Any] = [Uniform(act_dim), *actors]
+    names = ["random", *(f"step {step}" for step in steps)]
+    counts = borders([b - a for a, b in pairwise(edges)], rows)
+    return list(map(Share, names, players, counts))
 
 
 def identity(env: str, shares: Sequence[Share], seed: int) -> str:
@@ -153,9 +148,7 @@ def described(
 ) -> dict[str, Any]:
     """Name and provenance of rolled-out data, as `offrl.data.dataset.write` wants them.
 
-    Args:
-        env, id: our name of the environment, and Gymnasium's.
-        info: what `roll_out` returned, and more.
+    Of our `env`, Gymnasium's `id`, and what `roll_out` returned and more as `info`.
     """
     reference, mean = scores.reference(env), info["mean_return"]
     known = reference is not None and mean is not None

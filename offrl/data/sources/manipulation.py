@@ -40,13 +40,9 @@ def size(env: str, kind: str) -> tuple[int, int]:
 def play(name: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
     """One chunk of episodes; draws from NumPy's global generator, as the oracles do.
 
-    Args:
-        name: such as "cube-double", "scene", "visual-puzzle-3x3".
-        length: T; an episode has T + 1 rows, the last of which is a state without a successor.
-
-    Returns:
-        observations (n, o) float32 or images (n, 64, 64, 3) uint8, actions (n, 5), qpos, qvel
-        float32, terminals (n,) bool, and button_states (n, b) int64 where there are buttons.
+    Of the `length` T; an episode has T + 1 rows, the last of which is a state without a successor.
+    Returns observations (n, o) float32 or images (n, 64, 64, 3) uint8, actions (n, 5), qpos, qvel
+    float32, terminals (n,) bool, and button_states (n, b) int64 where there are buttons.
     """
     import gymnasium
 

@@ -38,12 +38,8 @@ def size(maze: str, kind: str) -> tuple[int, int]:
 def play(maze: str, kind: str, episodes: int, length: int, seed: int) -> Arrays:
     """One chunk of walks; draws from NumPy's global generator, as the environment does.
 
-    Args:
-        maze: one of "medium", "large", "giant", "teleport".
-        length: T; an episode has T + 1 rows, the last of which is a state without a successor.
-
-    Returns:
-        observations, actions, qpos, qvel (n, 2) float32, terminals (n,) bool.
+    Of the `length` T; an episode has T + 1 rows, the last of which is a state without a successor.
+    Returns observations, actions, qpos, qvel (n, 2) float32, terminals (n,) bool.
     """
     import gymnasium
 

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from offrl.data.dataset import Arrays, Dataset, bounds, cached, home, once, store_episodes, stream
+from offrl.data.dataset import Arrays, Dataset, bounds, cached, home, store_episodes, stream
 from offrl.data.sources import files, manipulation, mazes
-from offrl.data.sources.download import fetch
+from offrl.data.sources.download import located
 from offrl.data.sources.rollout import in_processes
 from offrl.envs import ogbench
 from offrl.errors import DataError
@@ -50,20 +50,16 @@ def load(env: str, dataset: str) -> Dataset:
         env: such as `antmaze-giant`.
         dataset: `navigate`, `stitch`, `explore`, `play` or `noisy`; or the path of a file.
 
-    Raises:
-        DataError: if the file is missing, damaged, holds pickled objects, or its fields do not fit.
-        OSError: if the download fails.
+    Raises DataError as `offrl.data.sources.files.load`, OSError if the download fails.
     """
-    name = f"{env}-{dataset}-{ogbench.VERSION}"
-    path, folder = home() / "ogbench" / f"{name}.npz", home() / "ogbench" / name
-    theirs = Path.home() / ".ogbench" / "data" / path.name
     if Path(dataset).suffix == ".npz":
         path = Path(dataset)
         folder = files.entry(path, "ogbench")
-    elif not path.exists() and theirs.exists():
-        path = theirs
     else:
-        once(path, path.exists, lambda: fetch(ROOT + path.name, path, columns))
+        folder = home() / "ogbench" / f"{env}-{dataset}-{ogbench.VERSION}"
+        path = folder.with_name(f"{folder.name}.npz")
+        theirs = Path.home() / ".ogbench" / "data" / path.name
+        path = located(ROOT + path.name, path, theirs, columns)
     info = {"source": "ogbench"}
     return files.converted(path, folder, f"ogbench/{path.stem}", RULES, convert, info)
 
@@ -82,9 +78,7 @@ def generate(
         rows: transitions, rounded down to whole episodes; None for the published number.
         workers: processes; 0 for one per core. The rows do not depend on it.
 
-    Raises:
-        DataError: if there is no recipe for the data.
-        ValueError: without the extra `ogbench`.
+    Raises DataError if there is no recipe for the data, ValueError without the extra `ogbench`.
     """
     family, _, maze = env.partition("-")
     recipe: Any
@@ -101,8 +95,7 @@ def generate(
         )
     ogbench.register()
     episodes, length = recipe.size(where, dataset)
-    if rows is not None:
-        episodes = rows // length
+    episodes = episodes if rows is None else rows // length
     if episodes < 1:
         raise DataError(f"rows must be at least one episode of {length}, got {rows}")
     counts = {"": episodes, "-val": max(1, episodes // 10)}
@@ -142,9 +135,6 @@ def write_npz(path: Path, chunks: Iterable[Arrays], rows: int, label: str) -> No
                 shutil.copyfileobj(source, member)
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
 def columns(path: Path) -> Arrays:
     """The arrays that training reads; DataError as for `load`."""
     with files.opened(path, REQUIRED, (), LAYOUT) as arrays:
@@ -164,17 +154,14 @@ def convert(path: Path, place: Path) -> dict[str, Any]:
     obs = arrays["observations"].reshape(len(last), -1)  # images are rows
     keep = np.flatnonzero(~last)
     timeout = last[keep + 1]
-    plain = lambda rows: rows.astype(np.float32) if rows.dtype.kind == "f" else rows  # noqa: E731
+    plain = lambda rows: rows.astype(np.float32) if rows.dtype.kind in "fb" else rows  # noqa: E731
 
     def blocks() -> Iterator[Arrays]:
         for first in range(0, len(keep), BLOCK):
             rows = keep[first : first + BLOCK]
             found = {"obs": obs[rows], "act": act[rows], "next_obs": obs[rows + 1]}
-            ends = last[rows + 1].astype(np.float32)
-            yield {name: plain(value) for name, value in found.items()} | {
-                "terminal": np.zeros_like(ends),
-                "timeout": ends,
-            }
+            found |= {"terminal": np.zeros(len(rows), bool), "timeout": last[rows + 1]}
+            yield {name: plain(value) for name, value in found.items()}
 
     stream(place, blocks(), len(keep))
     starts = bounds(torch.from_numpy(timeout))

@@ -25,15 +25,10 @@ Weights = list[tuple[Tensor, Tensor]]  # (in, out) and (1, out) of every layer
 
 @dataclass(frozen=True)
 class Behavior:
-    """A tanh-squashed Gaussian policy for inference, equal to `GaussianActor` with its weights.
+    """A tanh-squashed Gaussian policy for inference, equal to `GaussianActor` with its weights."""
 
-    Attributes:
-        layers: weight (in, out) and bias (1, out) of every layer, float32.
-        about: role ("early", "medium", "expert"), step, return and more; see `tools.packing`.
-    """
-
-    layers: Weights
-    about: dict[str, Any]
+    layers: Weights  # float32
+    about: dict[str, Any]  # role ("early", "medium", "expert"), step, return; see `tools.packing`
 
     def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
         """Actions (B, a) in [-1, 1] for now["obs"] (B, o): sampled, or the tanh of the mean."""
@@ -50,10 +45,8 @@ class Behavior:
     @property
     def digest(self) -> str:
         """SHA-256 of the weights, 64 hex digits."""
-        total = hashlib.sha256()
-        for weight, bias in self.layers:
-            total.update(weight.numpy().tobytes() + bias.numpy().tobytes())
-        return total.hexdigest()
+        parts = (part.numpy().tobytes() for layer in self.layers for part in layer)
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def manifest(folder: Path = FOLDER) -> dict[str, Any]:
@@ -65,8 +58,7 @@ def manifest(folder: Path = FOLDER) -> dict[str, Any]:
 def load(env: str, folder: Path = FOLDER) -> list[Behavior]:
     """The policies of an environment: the early ones by step, then medium, then the expert.
 
-    Raises:
-        DataError: if there are none, or the files are damaged.
+    Raises DataError if there are none, or the files are damaged.
     """
     robots = manifest(folder)["robots"]
     if env not in robots:

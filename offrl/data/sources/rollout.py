@@ -72,13 +72,9 @@ def roll_out(
         workers: processes; 0 for one per core. The rows do not depend on it.
         label: of the progress bar.
 
-    Returns:
-        What was found: episodes; cut_episodes, which their chunk's end cut short; mean_return of
-        the others, None if there are none.
-
-    Raises:
-        DataError: no rows are asked for, or a process died. An error of a policy or an
-            environment is raised as it is.
+    Returns what was found: episodes; cut_episodes, which their chunk's end cut short; mean_return
+    of the others, None if there are none. Raises DataError if no rows are asked for, or a process
+    died, and what a policy or an environment raises as it is.
     """
     total, jobs = sum(share.rows for share in shares), []
     if total < 1:
@@ -155,8 +151,7 @@ def in_processes(
 ) -> Iterator[Made]:
     """function(*job) for every job in order, in processes of one torch thread each.
 
-    Raises:
-        DataError: if a process died.
+    Raises DataError if a process died.
     """
     jobs = list(jobs)
     limit, context = min(workers or cores(), len(jobs)), multiprocessing.get_context("spawn")

@@ -65,24 +65,17 @@ class NotRecordable(Exception):
 
 @dataclass
 class Call:
-    """One operator as it was called.
-
-    Attributes:
-        writes: tensors among the arguments that it changes.
-        outs: tensors that it returned.
-        fixed: the same inputs give the same outputs.
-        inputs: all tensors among the arguments.
-    """
+    """One operator as it was called."""
 
     run: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    writes: list[Tensor]
-    outs: list[Tensor]
-    fixed: bool
+    writes: list[Tensor]  # tensors among the arguments that it changes
+    outs: list[Tensor]  # tensors that it returned
+    fixed: bool  # the same inputs give the same outputs
 
     def __post_init__(self) -> None:
-        self.inputs = tensors((self.args, self.kwargs))
+        self.inputs = tensors((self.args, self.kwargs))  # all among the arguments
         self.operator = isinstance(self.run, torch._ops.OpOverload)  # no opaque function
 
     def named(self, names: tuple[str, ...]) -> bool:
@@ -159,8 +152,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         arguments = func._schema.arguments
         given = dict(zip([a.name for a in arguments], args, strict=False)) | kwargs
-        changed = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        writes = tensors([given.get(name) for name in changed])
+        writes = tensors([given.get(a.name) for a in arguments if a.is_write])
         fixed = torch.Tag.nondeterministic_seeded not in func.tags
         self.calls.append(Call(func, args, kwargs, writes, tensors(out), fixed))
         if not self.calls[-1].is_repeatable():

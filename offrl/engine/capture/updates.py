@@ -35,6 +35,7 @@ Speed = Literal["auto", "eager", "graph", "compile"]
 WARM_UP = 3  # updates before the capture: optimizers make their state, libraries choose algorithms
 CHECKS = 50  # replays in a row that are compared with the eager update
 ROUNDS = 12  # updates of each kind that `auto` compares
+MANY = 32  # turns beyond which they are no few patterns
 TOLERANCE = 0.05  # on a GPU: share of what an update changes by which a replay may miss it
 ROUNDING = 1e-6  # likewise, share of the value itself
 
@@ -79,13 +80,19 @@ class Updates:
         self.replays: dict[int, Captured] = {}
         self.made: Counter[int] = Counter()
         self.spent: dict[int, tuple[float, float]] = {}  # ms of an update, eager and captured
-        self.told = False
+        self.told = self.many = False  # what is said once
 
     def __call__(self, step: int) -> Metrics:
         turn = self.turn(step)
         if not self.captures:
             return self.eager(turn)
         self.made[turn] += 1
+        if len(self.made) > MANY and not self.many:
+            self.many = True
+            self.say(
+                f"more than {MANY} turns so far, of which each is captured by itself and most "
+                "never come to it: `turn` should name one of a few patterns and not count"
+            )
         try:
             if turn in self.replays and (change := self.replays[turn].watch.changes()):
                 raise NotRecordable(f"{change} between updates", self.eager(turn))
@@ -168,10 +175,10 @@ class Updates:
         known = sum(self.made[turn] for turn in self.spent)
         if not self.told and known >= 0.9 * self.made.total():
             self.told = True
-            parts = [
-                [self.made[turn] * ms / known for ms in self.spent[turn]] for turn in self.spent
-            ]
-            slow, fast = map(sum, zip(*parts, strict=True))
+            slow, fast = (
+                sum(self.made[turn] * ms[i] for turn, ms in self.spent.items()) / known
+                for i in (0, 1)
+            )
             self.say(f"an update takes {slow:.2f} ms eager, {fast:.2f} ms captured")
 
     def now(self) -> float:
@@ -214,16 +221,11 @@ def close(x: Tensor, y: Tensor, before: Tensor) -> bool:
 
 
 class Captured:
-    """An update and its replay.
+    """An update, made here with the metrics `first`, and its replay.
 
     Args:
-        update: makes the update.
-        algo: what it changes; draws from its `generator`.
+        update: makes the update, which changes `algo` and draws from its `generator`.
         pool: memory of a run's CUDA graphs, which never run at the same time.
-
-    Attributes:
-        first: metrics of the update that was made here.
-        watch: what the replay takes for granted.
 
     Raises:
         NotRecordable: after the update has been made.

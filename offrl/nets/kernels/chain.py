@@ -174,13 +174,10 @@ def gradients(
     of_x: Tensor | None,
     shared: bool,
 ) -> None:
-    """The gradients of one network, from its output's (B, out).
+    """The gradients of one network, from its output's (B, out) and what `run` kept.
 
-    Args:
-        layers: parameters but the bias, and where the gradients of all are written, None for those
-            not asked for.
-        kept: what `run` kept.
-        of_x: where the gradient of x is written, or added if `shared`.
+    Layers are parameters but the bias, and where the gradients of all are written, None for those
+    not asked for. The gradient of x is written to `of_x`, or added if `shared`.
     """
     active = len(layers) - (not kind.last)
     size = (len(kept) - 1) // max(active, 1)

@@ -45,12 +45,10 @@ def serves(x: Tensor) -> bool:
 def forward(
     x: Tensor, mask: Tensor | None, blocks: Sequence[Sequence[Tensor]], norm: Tensor, kept: int
 ) -> Tensor:
-    """What the blocks and the last norm give for x (B, 3K, width) at the last `kept` steps.
+    """What the blocks and the last `norm` give for x (B, 3K, width) at the last `kept` steps.
 
-    Args:
-        mask: (B, K) or None.
-        blocks: weights of each, in the order of the C file, where those of the fine path come last.
-        norm: weight of the norm behind the blocks.
+    The mask is (B, K) or None. The weights of each of the blocks come in the order of the C file,
+    where those of the fine path are the last.
     """
     loops = library()
     if loops is None:

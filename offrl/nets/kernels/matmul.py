@@ -79,21 +79,16 @@ def multiply(x: Tensor, y: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         torch.addmm(bias, x, y, out=out)
 
 
-# --- the choice ----------------------------------------------------------------------------------
-
-
 def select_backend(folder: Path, machine: str) -> str:
     """Use the faster library for each kind of product, as measured on this machine before or now.
 
     One measurement serves all later runs, so that runs from one seed go through the same products;
-    a run keeps its own choice in run.json, for its processes and for resuming.
+    a run keeps its own choice in run.json, for its processes and for resuming. Returns a sentence
+    about what is used.
 
     Args:
         folder: where choices are kept; where it cannot be written they last for this process.
         machine: name of the processor.
-
-    Returns:
-        A sentence about what is used.
     """
     path = folder / "matmul.json"
     key = f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} thread(s), {VERSION}"

@@ -22,11 +22,9 @@ def opaque(function: Function, *inputs: Tensor) -> Sequence[Tensor]:
     """function(*inputs), for work that torch's dispatcher does not see or that depends on values.
 
     Compiled loops on raw memory are the first kind, a search that looks closer where it must the
-    second. Outside of a recording this is the plain call. In one, the call is noted and made again
+    second. The function returns new tensors whose shapes do not depend on values; no gradient
+    passes. Outside of a recording this is the plain call. In one, the call is noted and made again
     in every replay.
-
-    Args:
-        function: returns new tensors whose shapes do not depend on values; no gradient passes.
     """
     if not watchers:
         return function(*inputs)

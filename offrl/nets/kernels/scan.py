@@ -20,7 +20,8 @@ by the number of kernels that they launch: they have not been timed.
 import logging
 import math
 from collections.abc import Callable
-from functools import cache, reduce
+from functools import cache, partial, reduce
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -37,7 +38,8 @@ logger = logging.getLogger(__name__)
 def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     """Run the recurrence over all steps in the form that suits the device.
 
-    Computes in float32 at least, inside autocast too.
+    Computes y (batch, L, E) in float32 at least, inside autocast too. All six arguments receive
+    gradients. Raises ValueError for shapes that do not fit, or several devices.
 
     Args:
         u: input (batch, L, E).
@@ -45,12 +47,6 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
         A: decay rates (E, N), negative.
         B, C: input and output vectors of each step (batch, L, N), shared by the channels.
         D: weight of the direct path (E,).
-
-    Returns:
-        y (batch, L, E). All six arguments receive gradients.
-
-    Raises:
-        ValueError: shapes that do not fit, or several devices.
     """
     states = A.shape[-1]
     shapes = [u.shape, u.shape, (u.shape[-1], states), *2 * [(*u.shape[:-1], states)], u.shape[-1:]]
@@ -60,8 +56,7 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
             "selective_scan takes u and delta (batch, L, E), A (E, N), B and C (batch, L, N), "
             f"D (E,); got {', '.join(str(tuple(x.shape)) for x in inputs)}"
         )
-    if len({x.device for x in inputs}) > 1:
-        devices = [str(x.device) for x in inputs]
+    if len(set(devices := [str(x.device) for x in inputs])) > 1:
         raise ValueError(f"selective_scan takes tensors of one device, got {devices}")
     with torch.autocast(u.device.type, enabled=False):
         u, *rest = at_least_float32(*inputs)
@@ -73,11 +68,8 @@ def selective_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of `selective_scan`, whose u, delta (batch, E), B and C (batch, N) lack the time.
 
-    Args:
-        h: state (batch, E, N) that the last step left, zeros before the first.
-
-    Returns:
-        y (batch, E) and the new state.
+    From the state h (batch, E, N) that the last step left, zeros before the first, to y (batch, E)
+    and the new state.
     """
     with torch.autocast(u.device.type, enabled=False):
         return advance(*at_least_float32(h, u, delta, A, B, C, D))
@@ -191,11 +183,8 @@ def mamba_ssm(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tens
 @cache
 def agrees(form: Form, device: torch.device) -> bool:
     """Whether a form runs and equals `loop`: values to 1e-4, gradients to 1e-3."""
-    generator = Generator(device).manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device)
-
+    how: dict[str, Any] = {"generator": Generator(device).manual_seed(0), "device": device}
+    draw = partial(torch.randn, **how)
     with torch.inference_mode(False), torch.enable_grad():
         u, delta, A = draw(2, 9, 8), draw(2, 9, 8).sigmoid(), -draw(8, 16).exp()
         parts = u, delta, A, draw(2, 9, 16), draw(2, 9, 16), draw(8)

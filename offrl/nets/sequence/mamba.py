@@ -92,11 +92,7 @@ class Mixer(nn.Module):
         return zeros(batch, REACH - 1, inner), zeros(batch, inner, states)
 
     def step(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """One step (B, width) of `forward`, at a cost that does not grow with time.
-
-        Returns:
-            The output (B, width) and the memory after this step.
-        """
+        """One step (B, width) of `forward` -> (B, width), memory; at a cost that does not grow."""
         tail, h = memory
         u, z = (x @ self.weight_in).chunk(2, -1)  # (B, E)
         window = torch.cat([tail, u.unsqueeze(1)], 1)  # (B, REACH, E)
@@ -109,8 +105,7 @@ class Mixer(nn.Module):
 def decayed(net: nn.Module, decay: float, everything: bool) -> list[tuple[list[Tensor], float]]:
     """Parameters with their weight decay: none for biases, norms, A_log and D.
 
-    Args:
-        everything: exempt only biases and LayerNorms, as the authors of Decision Mamba do.
+    With `everything` only biases and LayerNorms have none, as the authors of Decision Mamba do.
     """
     norms: Any = nn.LayerNorm if everything else (nn.LayerNorm, nn.RMSNorm)
     exempt = () if everything else ("A_log", "D")

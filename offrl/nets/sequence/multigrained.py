@@ -86,14 +86,7 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """The blocks and a last RMSNorm over tokens: (B, 3K, width) -> (B, 3 kept, width)."""
 
-    def __init__(
-        self,
-        layers: int,
-        width: int,
-        fine: bool = True,
-        grouping: Grouping = "causal",
-        generator: Source = None,
-    ):
+    def __init__(self, layers: int, width: int, fine: bool, grouping: Grouping, generator: Source):
         super().__init__()
         blocks = [Block(width, fine, grouping, generator) for _ in range(layers)]
         self.blocks: Any = nn.ModuleList(blocks)

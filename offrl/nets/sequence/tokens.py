@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from offrl.nets.linear import Linear, Source, device_of
+from offrl.nets.linear import Dims, Linear, Source, device_of
 
 
 class Embedding(nn.Module):
@@ -27,26 +27,19 @@ class StepTokens(nn.Module):
     LayerNorm stands behind that or, with `norm_first`, before it.
 
     Args:
+        sizes: of an observation and of an action.
         steps: rows of the embedding of steps; later steps share the last one.
         mlp: see `Embedding`.
     """
 
     def __init__(
-        self,
-        obs_dim: int,
-        act_dim: int,
-        width: int,
-        steps: int,
-        mlp: bool,
-        norm_first: bool,
-        generator: Source = None,
+        self, sizes: Dims, width: int, steps: int, mlp: bool, norm_first: bool, generator: Source
     ):
         super().__init__()
         device = device_of(generator)
         self.norm_first = norm_first
         self.embed_return = Embedding(1, width, mlp, generator)
-        self.embed_obs = Embedding(obs_dim, width, mlp, generator)
-        self.embed_act = Embedding(act_dim, width, mlp, generator)
+        self.embed_obs, self.embed_act = (Embedding(n, width, mlp, generator) for n in sizes)
         table = torch.empty(steps, width, device=device)
         self.embed_step = nn.Parameter(table.normal_(generator=generator))
         self.norm = nn.LayerNorm(width, device=device)

@@ -59,23 +59,13 @@ class Transformer(nn.Module):
     """L pre-norm blocks and a last LayerNorm: (B, T, width) -> (B, T, width).
 
     Epsilon of the norms 1e-5, weights N(0, 0.02), biases 0. Dropout falls on the input, on the
-    attention weights and on both branches of a block.
-
-    Args:
-        generator: source of the initial weights and of dropout; its device holds them.
+    attention weights and on both branches of a block; the generator draws it and the weights.
 
     Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, in the form
     of Decision Transformer's released code: ReLU, and no embedding of positions in the window.
     """
 
-    def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int = 1,
-        dropout: float = 0.1,
-        generator: Source = None,
-    ):
+    def __init__(self, width: int, layers: int, heads: int, dropout: float, generator: Source):
         super().__init__()
         self.dropout = Dropout(dropout, generator)
         blocks = [Block(width, heads, self.dropout, generator) for _ in range(layers)]
@@ -83,8 +73,7 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width, device=device_of(generator))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, width); mask (B, T), 0 at pads, at which nothing looks and whose results mean
-        nothing."""
+        """x (B, T, width); mask (B, T), 0 at pads: nothing looks there, their results are void."""
         length = x.shape[1]
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         hidden = future | (mask == 0).unsqueeze(1)  # (B, T, T)

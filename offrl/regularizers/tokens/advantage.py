@@ -1,7 +1,7 @@
 """Advantages: shaped by entropy or length, made of token and turn rewards, of cut episodes.
 
 Everything returned is free of gradient, except by `bgpo_objective`. The modules act at the
-advantage stage, where advantages are (B,) or (B, T). Steps and turns of a trajectory are the same
+advantage hook, where advantages are (B,) or (B, T). Steps and turns of a trajectory are the same
 thing: `turn` (B, T) holds 0, 1, 2, ... below T, and -1 outside the policy's tokens.
 """
 
@@ -94,7 +94,7 @@ def entropy_modulation(
 
 
 class EMPG(Regularizer):
-    """Advantage stage: A gain + zeta clarity, less its mean over the steps of the batch.
+    """Advantage hook: A gain + zeta clarity, less its mean over the steps of the batch.
 
     The gain strengthens certain steps and weakens uncertain ones, and never changes the sign of A;
     the bonus favors steps that lead to a certain next one. See `entropy_modulation`. Scaling the
@@ -112,7 +112,7 @@ class EMPG(Regularizer):
     is over steps is our reading.
     """
 
-    stage = "advantage"
+    hook = "advantage"
     requires = frozenset({"advantages", "entropy", "turn"})
 
     def __init__(self, k: float = 1.0, k_next: float = 1.0, zeta: float = 0.05):
@@ -166,13 +166,13 @@ def overlength_factor(
 
 
 class STCR(Regularizer):
-    """Advantage stage: A times `overlength_factor`, which pushes overlong wrong responses harder.
+    """Advantage hook: A times `overlength_factor`, which pushes overlong wrong responses harder.
 
     Args:
         base: 1 leaves the advantages alone; larger ones reach the factor 2 sooner.
     """
 
-    stage = "advantage"
+    hook = "advantage"
     requires = frozenset({"advantages", "lengths", "correct", "group"})
 
     def __init__(self, base: float = 1.00001):
@@ -307,13 +307,13 @@ def standardized_in_group(x: Tensor, group: Tensor, mask: Tensor) -> Tensor:
 
 
 class IGPO(Regularizer):
-    """Advantage stage: replaces the advantages by `igpo_advantages`, one number per turn.
+    """Advantage hook: replaces the advantages by `igpo_advantages`, one number per turn.
 
     The trainer provides extra["answer_logp"] (B, S). The paper trains with 16 samples per prompt,
     up to 10 turns and a KL coefficient of 1e-3, values of its code.
     """
 
-    stage = "advantage"
+    hook = "advantage"
     requires = frozenset({"rewards", "turn", "group", "extra.answer_logp"})
 
     def __init__(self, discount: float = 1.0, baseline: Baseline = "turn"):

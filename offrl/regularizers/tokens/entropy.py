@@ -60,7 +60,7 @@ def peak_mask(
 
 
 class PeakEntropyMask(Regularizer):
-    """Token stage: weight 1 for the elements of highest entropy, 0 for the rest.
+    """Token hook: weight 1 for the elements of highest entropy, 0 for the rest.
 
     The default is TRL's `top_entropy_quantile=0.2`: one quantile over the batch, ties kept, means
     still taken over all valid tokens. The quantile is of the micro-batch on all ranks and depends
@@ -73,7 +73,7 @@ class PeakEntropyMask(Regularizer):
     Source: Wang et al., "Beyond the 80/20 Rule", arXiv:2506.01939 (number from memory).
     """
 
-    stage = "token"
+    hook = "token"
     requires = frozenset({"entropy"})
 
     def __init__(self, quantile: float = 0.8, scope: Scope = "batch"):

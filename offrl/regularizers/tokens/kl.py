@@ -275,16 +275,16 @@ class KLToReference(Regularizer):
 
 
 class KLReward(Regularizer):
-    """Reward stage: r - coef sum_t d_t with d = old_logp - ref_logp, the sequence form of A2.
+    """Reward hook: r - coef sum_t d_t with d = old_logp - ref_logp, the sequence form of A2.
 
-    `kl_in_reward` is the form with a reward per token. The stage follows the rollout, so the
+    `kl_in_reward` is the form with a reward per token. The hook follows the rollout, so the
     log-probabilities are those of the sampling policy.
 
     Args:
         coef, target: as of `KLToReference`; nats per token, not per sequence.
     """
 
-    stage = "reward"
+    hook = "reward"
     requires = frozenset({"rewards", "old_logp", "ref_logp"})
 
     def __init__(self, coef: Coefficient, target: float | None = None):

@@ -1,7 +1,7 @@
 """Rewards that depend on the length of a response; `DLER` and `DRPO` are in length_objectives.
 
 A formula returns the *change* of the reward, (B,) without gradient, in units in which a correct
-answer is worth 1; `LengthShaper` adds it, times its coefficient, at the reward stage. Lengths count
+answer is worth 1; `LengthShaper` adds it, times its coefficient, at the reward hook. Lengths count
 the policy's tokens only, without prompt, padding and tool output; whether the end token counts is
 the caller's choice. What these papers learned: a length term inside the normalization of a group
 can turn correct but long responses negative; punishing the length of wrong answers destabilizes;
@@ -233,7 +233,7 @@ class PromptHistory(nn.Module):
 
     One step's `observe` is a pair of sums over the table. It comes from rewards gathered over all
     ranks, so it must not be added up over ranks (a sum of equal copies is harmless for "min" and,
-    if every step does it, for "mean"). Where one optimizer step covers several reward stages, "min"
+    if every step does it, for "mean"). Where one optimizer step covers several reward hooks, "min"
     sees the mean of their least lengths.
     """
 
@@ -279,7 +279,7 @@ class PromptHistory(nn.Module):
 
 
 class LengthShaper(Regularizer):
-    """Reward stage: rewards + coef formula(lengths, ...), see the function of the kind's name.
+    """Reward hook: rewards + coef formula(lengths, ...), see the function of the kind's name.
 
     Args:
         kind: truncate, truncate_adaptive, hapo, grpo_lambda, kimi, curriculum, levels, overlong or
@@ -300,7 +300,7 @@ class LengthShaper(Regularizer):
     tensor([0.5000])
     """
 
-    stage = "reward"
+    hook = "reward"
 
     def __init__(
         self,

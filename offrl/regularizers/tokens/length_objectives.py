@@ -46,7 +46,7 @@ def dler_advantages(
 
 
 class DLER(Regularizer):
-    """Advantage stage: replaces the advantages by `dler_advantages`; after `truncate`.
+    """Advantage hook: replaces the advantages by `dler_advantages`; after `truncate`.
 
     Upper clip 0.28, 16 samples and 512 prompts are the paper's.
 
@@ -54,7 +54,7 @@ class DLER(Regularizer):
         over: whitening over the "batch" of responses, or over "tokens" as the released code.
     """
 
-    stage = "advantage"
+    hook = "advantage"
 
     def __init__(self, over: Literal["batch", "tokens"] = "batch"):
         super().__init__()

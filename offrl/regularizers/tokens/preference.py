@@ -420,12 +420,12 @@ class GenARM(Regularizer):
 
 
 class SPO(Regularizer):
-    """Reward stage: r + coef `spo_reward`; hand over rewards of 0 for the method alone.
+    """Reward hook: r + coef `spo_reward`; hand over rewards of 0 for the method alone.
 
     Inputs: `rewards` (B,), `group`, extra["preferences"] (B, B).
     """
 
-    stage = "reward"
+    hook = "reward"
     requires = frozenset({"rewards", "group", "extra.preferences"})
 
     def forward(self, x: RegInputs) -> RegOutput:

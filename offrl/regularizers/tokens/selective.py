@@ -172,7 +172,7 @@ def covariance(logp: Tensor, advantages: Tensor, mask: Tensor | None = None) -> 
 
 
 class ClipCov(Regularizer):
-    """Token stage: weight 0 for a random few of the tokens with low < covariance < high, else 1.
+    """Token hook: weight 0 for a random few of the tokens with low < covariance < high, else 1.
 
     Args:
         generator: draws which ones, on its device, one uniform number per element and call;
@@ -189,7 +189,7 @@ class ClipCov(Regularizer):
     Models", arXiv:2505.22617 (number from memory); defaults of its code and of verl.
     """
 
-    stage = "token"
+    hook = "token"
     requires = frozenset({"logp", "advantages"})
     whole_batch = True
 

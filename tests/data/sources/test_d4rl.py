@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from offrl.data.dataset import Dataset, check
-from offrl.data.sources import d4rl
+from offrl.data.sources import d4rl, download
 from offrl.envs.scores import REFERENCES
 from offrl.errors import DataError, DownloadError
 
@@ -125,7 +125,7 @@ def test_a_file_that_is_nowhere_is_downloaded_and_checked(tmp_path, monkeypatch)
         write(path, [0, 1, 0], [0, 0, 0])
         check(path)
 
-    monkeypatch.setattr(d4rl, "fetch", fetch)
+    monkeypatch.setattr(download, "fetch", fetch)
     data = d4rl.load("walker2d", "expert")
     assert len(data) == 2
     assert data.info["file"].endswith("home/d4rl/walker2d_expert-v2.hdf5")

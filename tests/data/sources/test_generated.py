@@ -24,7 +24,7 @@ from offrl.engine.state import state_of
 from offrl.envs.make import factory
 from offrl.errors import DataError
 from offrl.nets import GaussianActor
-from offrl.results.returns import distribution
+from offrl.results.plots import distribution
 from offrl.runs import collect as collection
 
 STEPS = (20_000, 30_000, 50_000, 300_000)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offrl.engine.capture import updates as capture
-from offrl.engine.capture.updates import CHECKS, ROUNDS, WARM_UP, Updates, close
+from offrl.engine.capture.updates import CHECKS, MANY, ROUNDS, WARM_UP, Updates, close
 from offrl.engine.optim import adam, descend
 
 ALTERNATELY = lambda step: step % 2  # noqa: E731
@@ -85,6 +85,12 @@ def test_an_update_is_told_its_turn_and_no_number(speed, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda update: update)
     course(speed, 300, Turns(), turn=lambda step: step % 7 // 5)
     assert told == {0, 1}
+
+
+@pytest.mark.parametrize(("turns", "times"), [(MANY, 0), (MANY + 1, 1), (1000, 1)])
+def test_turns_that_are_no_few_patterns_are_told_once(turns, times):
+    _, _, said = course("graph", 200, turn=lambda step: step % turns)
+    assert [f"more than {MANY} turns" in text for text in said] == [True] * times
 
 
 def test_metrics_stay_what_they_were_while_later_updates_run():

@@ -15,13 +15,24 @@ class Config:
     lr: float = 0.1
 
 
+class Rows:
+    """A part of a stage, which is saved with it."""
+
+    def __init__(self):
+        self.kept = 0
+
+    def save(self, place): ...
+
+    def load(self, state, place): ...
+
+
 class Method:
     def __init__(self):
         self.config, self.generator = Config(), torch.Generator()
         self.net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
         self.opt = adam(self.net, 0.1)
         self.parts, self.pair = [SimpleNamespace(count=0), torch.zeros(1)], (1, "a")
-        self.itself = self
+        self.itself, self.rows = self, Rows()
 
 
 def moved(algo):
@@ -46,6 +57,7 @@ def test_all_tensors_and_generators_are_found_once():
     ("change", "told"),
     [
         (lambda m: setattr(m.parts[0], "count", 1), "Method.parts[0].count changes"),
+        (lambda m: setattr(m.rows, "kept", 1), "Method.rows.kept changes"),
         (lambda m: setattr(m, "pair", (1, "b")), "Method.pair changes"),
         (lambda m: setattr(m, "pair", None), "Method.pair changes"),
         (lambda m: setattr(m.net[1], "momentum", 0.2), "Method.net.1.momentum changes"),

@@ -14,8 +14,8 @@ from tests.nets.gcc import needs_gcc
 pytestmark = needs_gcc
 
 
-def backbone(width=16, **options):
-    return Backbone(2, width, **options, generator=torch.Generator().manual_seed(0))
+def backbone(width=16, fine=True, grouping="causal"):
+    return Backbone(2, width, fine, grouping, torch.Generator().manual_seed(0))
 
 
 def draw(*shape, seed=1):

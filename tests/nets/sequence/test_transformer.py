@@ -92,7 +92,7 @@ def test_dropout_keeps_the_mean_draws_from_its_generator_and_rests_in_evaluation
 
 
 def test_initial_weights_are_those_of_gpt2():
-    net = Transformer(128, 1, generator=torch.Generator().manual_seed(0))
+    net = Transformer(128, 1, 1, 0.1, torch.Generator().manual_seed(0))
     for name, p in net.named_parameters():
         if "norm" not in name and name.endswith("weight"):
             assert abs(float(p.detach().std()) - 0.02) < 0.001

@@ -189,7 +189,7 @@ def test_kl_in_reward_ascends_the_regularized_objective_to_its_optimum():
     close(now.log_softmax(-1), best, atol=1e-6, rtol=0)
 
 
-def test_reward_stage_subtracts_the_sequence_divergence():
+def test_reward_hook_subtracts_the_sequence_divergence():
     x = RegInputs(
         rewards=torch.tensor([1.0, 2.0]),
         old_logp=torch.tensor([[-1.0, -1.0], [-1.0, torch.nan]]),
