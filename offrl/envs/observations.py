@@ -77,10 +77,11 @@ def rows(space: spaces.Space, values: Any) -> np.ndarray:
     """What `spaces.flatten` makes of each of T observations that lie side by side, float32 (T, o).
 
     Args:
-        values: of an ordered space; dictionaries and tuples of arrays with T rows.
+        values: of an ordered space; dictionaries and tuples of arrays with T rows. What a key with
+            "/" names may lie in a dictionary within, as it does in HDF5 files.
     """
     if isinstance(space, spaces.Dict):
-        parts = [rows(part, values[key]) for key, part in space.spaces.items()]
+        parts = [rows(part, entry(values, key)) for key, part in space.spaces.items()]
         return np.concatenate(parts, -1)
     if isinstance(space, spaces.Tuple):
         return np.concatenate([rows(*pair) for pair in zip(space.spaces, values, strict=True)], -1)
@@ -93,6 +94,34 @@ def rows(space: spaces.Space, values: Any) -> np.ndarray:
             [one_hot(*pair) for pair in zip(flat.T, space.nvec.ravel(), strict=True)], -1
         )
     return array.reshape(len(array), -1).astype(np.float32)
+
+
+def entry(values: Any, key: Any) -> Any:
+    if key in values or not isinstance(key, str):
+        return values[key]
+    first, _, rest = key.partition("/")
+    return entry(values[first], rest) if rest else values[first]
+
+
+def nested(space: Any) -> Any:
+    """The space as HDF5 keeps it: "a/b" is the entry b of the dictionary a."""
+    if isinstance(space, spaces.Tuple):
+        return spaces.Tuple([nested(part) for part in space.spaces])
+    if not isinstance(space, spaces.Dict):
+        return space
+    groups: dict[str, Any] = {}
+    for key, part in space.spaces.items():
+        *path, last = key.split("/")
+        group = groups
+        for name in path:
+            group = group.setdefault(name, {})
+        group[last] = nested(part)
+    return dictionary(groups)
+
+
+def dictionary(groups: dict[str, Any]) -> spaces.Dict:
+    inner = {k: dictionary(v) if isinstance(v, dict) else v for k, v in groups.items()}
+    return spaces.Dict(inner)
 
 
 def one_hot(values: np.ndarray, count: int) -> np.ndarray:

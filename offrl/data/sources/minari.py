@@ -25,7 +25,7 @@ from gymnasium.spaces import Box, Discrete, Space
 
 from offrl.data.dataset import Arrays, Dataset, home, once, read, store_episodes, stream, write
 from offrl.envs.make import bounded
-from offrl.envs.observations import layout, ordered
+from offrl.envs.observations import layout, nested, ordered
 from offrl.envs.observations import rows as flat_rows
 from offrl.errors import ConfigError, DataError
 
@@ -148,7 +148,10 @@ def opened(place: Path) -> tuple[Any, dict[str, Any]]:
     try:
         raw = json.loads((place / "metadata.json").read_text())
         if {"observation_space", "action_space"} <= set(raw):
-            return minari.MinariDataset(place), raw
+            source = minari.MinariDataset(place)
+            if source.storage.FORMAT == "hdf5":  # its reader asks for what it finds in the file
+                source.storage._observation_space = nested(source.observation_space)
+            return source, raw
     except DAMAGE as error:
         raise damaged(place, error) from error
     raise DataError(f"the Minari data set at {place} does not describe its spaces; get it again")
