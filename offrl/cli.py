@@ -256,7 +256,7 @@ def sweep(flags: Sequence[str], overrides: Overrides) -> None:
     for key, values, word in [("runs", ["runs"], ""), *overrides]:
         if is_hydras(key):
             given[key] = word
-        elif key in ("algo", "dataset", "runs"):
+        elif key in ("algo", "dataset", "env", "runs"):
             places = (
                 Path(str(v)).absolute() if key == "runs" else configuration.anchored(key, v)
                 for v in values

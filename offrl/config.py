@@ -7,16 +7,12 @@ guessed from values.
 
 import difflib
 import fnmatch
-import functools
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import re
-import sys
 import types
 import typing
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +25,7 @@ from offrl.data import sources
 from offrl.engine.method import Method
 from offrl.envs import ogbench
 from offrl.errors import ConfigError
+from offrl.own import absolute, module_of, title
 from offrl.ranges import Count, Range, Share, Whole
 
 
@@ -54,6 +51,9 @@ class Settings:
     env_version: Literal["auto", "v4", "v5"] = "auto"
     legacy_mass: bool = False  # capsule masses of the engines behind D4RL's data
     action_repeat: Count = 1  # steps of the simulator per action; all steps here count actions
+    # actions after which an episode is cut off, as a timeout; null: the environment's own limit,
+    # and 10,000 where it states none
+    episode_limit: Count | None = None
     envs: Count = 1  # environments that an online method steps together, per seed
     # processes that step them; 0: the training's own; null: whichever a short measurement favors
     env_workers: Whole | None = None
@@ -93,7 +93,7 @@ class Resolved:
     @property
     def task(self) -> str:
         """What task patterns match, and what a run's folder is called."""
-        env = self.settings.env
+        env = title(self.settings.env)
         return env if self.method.online else f"{env}-{self.data_name}"
 
     @property
@@ -208,10 +208,12 @@ def method(algo: str) -> Method:
 
 
 def anchored(key: str, value: Any) -> Any:
-    """The value, as an absolute path if it names a data file or a method's own.
+    """The value, as an absolute path if it names a data file, or a user's method or environment.
 
     A job of a sweep may start elsewhere than here, and a run may be continued elsewhere.
     """
+    if key == "env":
+        return absolute(str(value))
     suffixes = {"dataset": sources.SUFFIXES, "algo": (".py",)}.get(key, ())
     return str(Path(value).absolute()) if Path(str(value)).suffix in suffixes else value
 
@@ -220,21 +222,9 @@ def is_own(algo: str) -> bool:
     return Path(algo).suffix == ".py"
 
 
-@functools.cache
 def own_method(path: Path) -> Method:
     """The METHOD of a user's file, which is run once."""
-    if not path.is_file():
-        raise ConfigError(f"there is no file {path}")
-    place = zlib.crc32(str(path).encode())  # two files may have the same name
-    name = f"offrl_own_{path.stem}_{place}"
-    spec: Any = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their types up there
-    try:
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise ConfigError(f"{path} cannot be imported: {error}") from error
-    found = getattr(module, "METHOD", None)
+    found = getattr(module_of(path), "METHOD", None)
     if not isinstance(found, Method):
         raise ConfigError(f"{path} defines no METHOD = Method(...); see offrl/engine/method.py")
     return found

@@ -20,14 +20,15 @@ ALLOWED: dict[str, set[str]] = {
     "regularizers": set(),
     "integrations": {"regularizers"},
     "nets": set(),
-    "envs": set(),
+    "own": {"errors"},
+    "envs": {"errors", "own"},
     "engine.method": set(),
     "engine.optim": set(),
-    "data": {"engine.method", "envs", "errors", "nets", "seeding", "system"},
+    "data": {"engine.method", "envs", "errors", "nets", "own", "seeding", "system"},
     "algos": {"data", "engine.method", "engine.optim", "nets", "ranges", "regularizers"},
     "engine": {"engine.method", "envs", "errors", "nets.kernels", "seeding"},
     "results": {"data", "envs"},
-    "config": {"algos", "data", "engine.method", "envs", "errors", "ranges"},
+    "config": {"algos", "data", "engine.method", "envs", "errors", "own", "ranges"},
     "runs": {
         "",  # the version
         "config",
@@ -43,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         "seeding",
         "system",
     },
-    "cli": {"", "config", "data", "errors", "runs"},
+    "cli": {"", "config", "data", "errors", "own", "runs"},
     "__main__": {"cli"},
     "": set(),  # offrl/__init__.py
 }

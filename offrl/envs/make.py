@@ -11,10 +11,13 @@ from typing import Any, cast
 
 import gymnasium
 import numpy as np
-from gymnasium.envs.registration import load_env_creator
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 
-from offrl.envs import dm_control, grid, ogbench
+from offrl.envs import dm_control, grid, ogbench, own
+from offrl.envs.observations import FlatObservation
 from offrl.envs.randomness import OwnRandomness
+from offrl.errors import ConfigError
+from offrl.own import absolute, is_env, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -33,30 +36,81 @@ ROBOTS = {
 }
 VERSIONS = ("v5", "v4")
 PHYSICS = ("mass", "friction", "force")  # settings of what MuJoCo simulates; see `changed`
+UNBOUNDED = 1e10  # a bound of an action that says that there is none, as in dm-control
+LONGEST = 10_000  # actions of an episode where nothing limits it
 OURS = ("gymnasium", "offrl")  # packages whose versions every run keeps
 
 
 class ScaleAction(gymnasium.ActionWrapper):
-    """Actions in [-1, 1], clipped and stretched to the environment's own range.
+    """Actions in [-1, 1], clipped and stretched to the environment's own range and type.
 
-    Clipping comes first, since Gymnasium takes the control cost from the action as it is given.
+    -1 is its low and 1 its high; whole numbers are the nearest ones. Clipping comes first, since
+    Gymnasium takes the control cost from the action as it is given.
+
+    Raises:
+        ConfigError: for a space without bounds that mean something.
     """
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
         space = env.action_space
-        if not isinstance(space, gymnasium.spaces.Box) or not np.isfinite(space.low).all():
-            raise ValueError(f"{env} needs a bounded continuous action space, has {space}")
-        self.half, self.middle = (space.high - space.low) / 2, (space.high + space.low) / 2
+        if not isinstance(space, gymnasium.spaces.Box):
+            raise ConfigError(
+                f"{env} has actions of {space}; known are Box and Discrete. Make one of these of "
+                "them, in the environment or in a wrapper"
+            )
+        # float64 holds float32's products exactly, so that one rounding is left, to the own type
+        self.low, self.high = space.low.astype(np.float64), space.high.astype(np.float64)
+        if not bounded(self.low, self.high):
+            raise ConfigError(
+                f"{env} has actions of {space}, in which -1 and 1 have no meaning; give it the "
+                "bounds that its actions need, with gymnasium.wrappers.RescaleAction or in its "
+                "action_space"
+            )
+        self.half, self.middle = (self.high - self.low) / 2, (self.high + self.low) / 2
+        self.type = space.dtype
+        self.whole = not np.issubdtype(self.type, np.floating)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, space.shape, np.float32)
 
     def action(self, action: np.ndarray) -> np.ndarray:
-        return np.clip(action, -1.0, 1.0) * self.half + self.middle
+        inner = np.clip(action, -1.0, 1.0) * self.half + self.middle
+        own = np.where(action <= -1, self.low, np.where(action >= 1, self.high, inner))
+        return (own.round() if self.whole else own).astype(self.type)
+
+
+class CountAction(gymnasium.ActionWrapper):
+    """Discrete actions that count from 0, in an environment where they count from another."""
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        self.own = cast(gymnasium.spaces.Discrete, env.action_space)
+        self.action_space = gymnasium.spaces.Discrete(int(self.own.n))
+
+    def action(self, action: Any) -> Any:
+        return self.own.dtype.type(int(action) + int(self.own.start))
+
+
+def bounded(low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether these are bounds, and not infinity or the largest number of a type."""
+    return bool((np.abs([low, high]) < UNBOUNDED).all())
 
 
 def own_actions(env: gymnasium.Env) -> gymnasium.Space:
-    """The action space of what `factory` makes as it was before scaling."""
-    return env.env.action_space if isinstance(env, ScaleAction) else env.action_space
+    """The action space of what `factory` makes as it was before scaling or counting."""
+    return env.env.action_space if isinstance(env, (ScaleAction, CountAction)) else env.action_space
+
+
+class CutOff(gymnasium.wrappers.TimeLimit):
+    """Cuts off episodes where the environment states no limit, so that none goes on forever."""
+
+
+def cut_off(env: gymnasium.Env) -> bool:
+    """Whether `factory` limits the episodes because nothing else does."""
+    while isinstance(env, gymnasium.Wrapper):
+        if isinstance(env, CutOff):
+            return True
+        env = env.env
+    return False
 
 
 class RepeatAction(gymnasium.Wrapper):
@@ -97,8 +151,10 @@ def env_id(name: str, version: str | None = None) -> str:
 
     The version is a robot's; None is v5, or what an id says.
 
+    It is `module:Id` of a user's own, or `/path/to/file.py:Class` with the whole path.
+
     Raises ValueError for a version that contradicts an id, an unknown name or version (naming the
-    nearest), and for the tasks of D4RL that have data only.
+    nearest), the tasks of D4RL that have data only, and a user's own that cannot be found.
     """
     if version not in (None, *VERSIONS):
         raise ValueError(f"env_version must be one of {', '.join(VERSIONS)}, got {version!r}")
@@ -117,6 +173,9 @@ def env_id(name: str, version: str | None = None) -> str:
         if version and named in VERSIONS and named != version:
             raise ValueError(f"env={name} contradicts env_version={version}; leave one of them out")
         return name
+    if is_env(name):
+        own.spec_of(name)
+        return absolute(name)
     if name.startswith("d4rl-"):
         raise ValueError(
             f"there is no environment for {name!r} yet, so training on it could not be scored; "
@@ -127,7 +186,8 @@ def env_id(name: str, version: str | None = None) -> str:
         f"unknown environment {name!r}{dm_control.nearest(name, known)}. "
         f"Known are the robots {', '.join(ROBOTS)}; "
         f"{dm_control.PREFIX}<domain>-<task> such as dmc-cheetah-run; OGBench's such as "
-        f"{ogbench.NAMES[0]}; {grid.NAME}; and every id registered with Gymnasium"
+        f"{ogbench.NAMES[0]}; {grid.NAME}; every id registered with Gymnasium; and your own as "
+        "module:Id or path/to/file.py:Class"
     )
 
 
@@ -137,6 +197,7 @@ def factory(
     legacy_mass: bool = False,
     render: bool = False,
     action_repeat: int = 1,
+    episode_limit: int | None = None,
 ) -> Callable[..., gymnasium.Env]:
     """A picklable maker of the environment, with actions in [-1, 1] or discrete ones.
 
@@ -145,14 +206,18 @@ def factory(
     `force` of a MuJoCo model (see `changed`). It raises ValueError for any other.
 
     Args:
-        name: a robot such as `halfcheetah`, `dmc-<domain>-<task>`, or a Gymnasium id.
+        name: a robot such as `halfcheetah`, `dmc-<domain>-<task>`, a Gymnasium id, or a user's own
+            `module:Id` or `path/to/file.py:Class`.
         version: of the MuJoCo robots, v5 (default) or v4; must not contradict an id.
         legacy_mass: give capsules the mass rho pi r^2 (L + r) of the engines that D4RL's data
             came from, instead of the exact rho pi r^2 (L + 4r/3): Hopper 15.26 instead of 15.82.
         render: make RGB frames available.
         action_repeat: simulator's steps per action; the time limit counts the simulator's.
+        episode_limit: actions of an episode at most; None is the environment's own limit, and
+            `LONGEST` where it states none.
     """
-    return functools.partial(build, env_id(name, version), legacy_mass, render, action_repeat)
+    id = env_id(name, version)
+    return functools.partial(build, id, legacy_mass, render, action_repeat, episode_limit)
 
 
 def simulator_warning(message: str) -> None:
@@ -165,25 +230,25 @@ def simulator_warning(message: str) -> None:
 
 
 def build(
-    id: str, legacy_mass: bool, render: bool, action_repeat: int, **settings: Any
+    id: str,
+    legacy_mass: bool,
+    render: bool,
+    action_repeat: int,
+    episode_limit: int | None = None,
+    **settings: Any,
 ) -> gymnasium.Env:
     import mujoco
 
     mujoco.set_mju_user_warning(simulator_warning)
     env_id(id)  # in a process of its own nobody has registered it
+    spec = own.spec_of(id) if is_env(id) else gymnasium.spec(id)
     from_ogbench = ogbench.known(id.removesuffix("-v0"))
-    mode = "rgb_array" if render else None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*out of date.*")  # v4, chosen on purpose
-        try:
-            named = constructor_settings(id) if settings else []
-            own = {name: settings.pop(name) for name in named if name in settings}
-            env = gymnasium.make(id, disable_env_checker=True, render_mode=mode, **own)
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise ValueError(
-                f"{id} needs a package that is not installed ({error}); LunarLander and "
-                "BipedalWalker come with the extra: pip install 'offrl[box2d]'"
-            ) from error
+    named = constructor_settings(spec) if settings else []
+    given = {name: settings.pop(name) for name in named if name in settings}
+    given |= {"render_mode": "rgb_array"} if render else {}
+    if episode_limit is not None:
+        given["max_episode_steps"] = episode_limit * action_repeat
+    env = made(spec, id, given)
     if legacy_mass:
         lighten(env)
     if render:
@@ -193,8 +258,38 @@ def build(
         if from_ogbench:
             env.reset(seed=0)  # its arms have no model before
         env = changed(env, settings, named)
+    if not env.has_wrapper_attr("_max_episode_steps"):
+        env = CutOff(env, LONGEST * action_repeat)
     env = RepeatAction(env, action_repeat) if action_repeat > 1 else env
-    return env if isinstance(env.action_space, gymnasium.spaces.Discrete) else ScaleAction(env)
+    if not isinstance(env.observation_space, gymnasium.spaces.Box):
+        env = FlatObservation(env, id)
+    if not isinstance(space := env.action_space, gymnasium.spaces.Discrete):
+        return ScaleAction(env)
+    return env if space.start == 0 and space.dtype == np.int64 else CountAction(env)
+
+
+def made(spec: EnvSpec, id: str, given: dict[str, Any]) -> gymnasium.Env:
+    """What Gymnasium makes.
+
+    Raises:
+        ConfigError: with Gymnasium's text if it cannot be made.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*out of date.*")  # v4, chosen on purpose
+        try:
+            env = gymnasium.make(spec, disable_env_checker=True, **given)
+            env.observation_space, env.action_space  # noqa: B018  # every environment must say them
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise ConfigError(
+                f"{id} needs a package that is not installed ({error}); LunarLander and "
+                "BipedalWalker come with the extra: pip install 'offrl[box2d]'"
+            ) from error
+        except Exception as error:  # whatever a constructor does
+            told = one_line(error)
+            if "render_mode" in given and "unexpected keyword argument 'render_mode'" in told:
+                told = "its constructor takes no render_mode, so it cannot be filmed"
+            raise ConfigError(f"{id} cannot be made: {told}") from error
+    return env
 
 
 def engines(env: gymnasium.Env) -> dict[str, str]:
@@ -220,9 +315,9 @@ def tasks(env: gymnasium.Env) -> tuple[dict[str, Any], ...]:
     return tuple({"task_id": i + 1} for i in range(getattr(env.unwrapped, "num_tasks", 0)))
 
 
-def constructor_settings(id: str) -> list[str]:
-    """Arguments that the constructor of a registered environment names."""
-    point = gymnasium.spec(id).entry_point
+def constructor_settings(spec: EnvSpec) -> list[str]:
+    """Arguments that the constructor of an environment names."""
+    point = spec.entry_point
     creator: Any = load_env_creator(point) if isinstance(point, str) else point
     names = inspect.signature(creator).parameters
     return [name for name in names if name not in ("render_mode", "args", "kwargs")]

@@ -1,5 +1,6 @@
 """Environments stepped together in one process, with automatic restarts and exact snapshots."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -128,17 +129,22 @@ def flat(rows: Sequence[Any]) -> Tensor:
 def snapshot(env: gymnasium.Env) -> dict[str, Any]:
     """What decides the future of an environment: its state, clock and generator.
 
-    MuJoCo's integration state with the body positions that rewards read before a step (of the last
-    substep, so nothing computes them anew), or the `state` of Gymnasium's classic control. An
-    environment that has `snapshot` and `restore` of its own is asked. Of others, Box2D's among
-    them, the state is missing, and `restore` says so.
+    Of Gymnasium's and OGBench's robots MuJoCo's integration state with the body positions that
+    rewards read before a step (of the last substep, so nothing computes them anew); of Gymnasium's
+    classic control its `state`. An environment that has `snapshot` and `restore` of its own is
+    asked. Of others, Box2D's among them, the state is missing, and `restore` says so.
     """
     core: Any = env.unwrapped
     elapsed = env.get_wrapper_attr(CLOCK) or 0 if env.has_wrapper_attr(CLOCK) else 0
     if hasattr(core, "snapshot"):
-        return {"own": core.snapshot(), "elapsed": elapsed}
-    found = {"generator": generator_state(core.np_random), "elapsed": elapsed}
-    if hasattr(core, "model") and hasattr(core, "data"):
+        own = stored(core.snapshot)
+        return {"elapsed": elapsed} if own is None else {"own": own, "elapsed": elapsed}
+    generator = stored(lambda: generator_state(core.np_random))
+    if generator is None:
+        return {"elapsed": elapsed}
+    found = {"generator": generator, "elapsed": elapsed}
+    suite = core.__module__.partition(".")[0] in ("gymnasium", "ogbench")
+    if suite and hasattr(core, "model") and hasattr(core, "data"):
         found |= {name: torch.tensor(getattr(core.data, name)) for name in POSITIONS}
         found["physics"] = physics(core.model, core.data)
     elif core.__module__.startswith("gymnasium.envs.classic_control"):
@@ -146,15 +152,33 @@ def snapshot(env: gymnasium.Env) -> dict[str, Any]:
     return found
 
 
+def stored(take: Callable[[], Any]) -> Any:
+    """What is taken, if a checkpoint can hold it: tensors and plain values; else None."""
+    try:
+        found, buffer = take(), io.BytesIO()
+        torch.save(found, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception:  # of a user's own environment, whatever it does; `resumes` tells in advance
+        return None
+    return found
+
+
+def resumes(env: gymnasium.Env) -> bool:
+    """Whether a `snapshot` restores it exactly, tried at the beginning of an episode."""
+    env.reset(seed=0)
+    return restore(env, snapshot(env))
+
+
 def restore(env: gymnasium.Env, state: dict[str, Any]) -> bool:
     """Continue from a `snapshot`; the environment must have been reset before.
 
-    Returns False if only the generator could be restored, so that the episode must start anew.
+    False if at most the generator could be restored, so that the episode must start anew.
     """
     core: Any = env.unwrapped
     if "own" in state:
         core.restore(state["own"])
-    else:
+    elif "generator" in state:
         set_generator_state(core.np_random, state["generator"])
     if "physics" in state:
         set_physics(core.model, core.data, state["physics"])
@@ -188,7 +212,8 @@ def set_physics(model: Any, data: Any, state: Tensor) -> None:
 
 
 def generator_state(generator: np.random.Generator) -> str:
-    return json.dumps(generator.bit_generator.state)  # whose integers have 128 bits
+    """As text: integers may have 128 bits, and some generators keep arrays."""
+    return json.dumps(generator.bit_generator.state, default=lambda array: array.tolist())
 
 
 def set_generator_state(generator: np.random.Generator, state: str) -> None:

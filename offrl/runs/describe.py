@@ -8,7 +8,7 @@ from offrl.data import sources
 from offrl.data.dataset import Dataset, check_fits
 from offrl.data.describe import describe
 from offrl.data.description import Description
-from offrl.envs.make import factory
+from offrl.envs.make import cut_off, factory
 from offrl.envs.vector import sizes
 from offrl.results.description import figure, page
 
@@ -59,11 +59,12 @@ def describe_data(options: Options) -> Description:
 def limit_of(name: str, data: Dataset) -> int | None:
     """The time limit of an environment, which must fit the data."""
     env = factory(name)()
+    unlimited = cut_off(env)
     spec, (obs_dim, act_dim, discrete) = env.spec, sizes(env)
     env.close()
     if not (discrete and data.discrete):  # of discrete actions some may not occur
         check_fits(data, obs_dim, act_dim, name)
-    return spec.max_episode_steps if spec else None
+    return spec.max_episode_steps if spec and not unlimited else None
 
 
 def write(found: Description, folder: Path) -> Path:

@@ -18,7 +18,7 @@ from offrl.config import Resolved
 from offrl.engine import checkpoint
 from offrl.engine.evaluate import Evaluator, scenarios_of
 from offrl.engine.method import Algorithm
-from offrl.envs.make import engines, env_id, factory
+from offrl.envs.make import engines, env_id
 from offrl.errors import ConfigError, Failed
 from offrl.ranges import Count, Whole
 from offrl.runs.policy import checkpoints, load_algorithm
@@ -150,8 +150,8 @@ def film(
 
     Raises Failed if the machine cannot render.
     """
-    (algo, group), s = loaded, resolved.settings
-    make = factory(s.env, version(resolved), s.legacy_mass, True, s.action_repeat)
+    algo, group = loaded
+    make = make_env(resolved, render=True)
     first = scenarios_of(names, make)[:1]
     player = Evaluator(make, axes_of(group), 1, derive(seed, "film"), scenarios=first)
     with closing(player):

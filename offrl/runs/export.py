@@ -11,7 +11,8 @@ any number of rows:
     reward    (batch,), the reward of the action before, likewise
     memory_*  what the last call put out as memory_*_out; any numbers where start is 1
 
-Outputs: action (batch, *action), float32, or int64 (batch,) if discrete; and memory_*_out.
+Outputs: action (batch, *action), float32 or, if whole numbers, int64, (batch,) if discrete; and
+memory_*_out.
 """
 
 import hashlib
@@ -81,6 +82,7 @@ class Step(nn.Module):
             return act + self.signature.start, memory
         act = act.clamp(-1, 1) * self.scale + self.shift
         act = torch.minimum(torch.maximum(act, self.low), self.high)  # whatever was rounded
+        act = act.round().long() if self.signature.whole else act
         return act.unflatten(-1, self.signature.act_shape), memory
 
     @torch.no_grad()
@@ -417,16 +419,16 @@ def episodes(obs: np.ndarray, steps: int) -> Iterator[np.ndarray]:
 
 
 def distance(step: Step, told: Arrays, memory: Any, ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference in half ranges; of discrete actions the share of those that differ
-    though the library's own stay when the observation is moved by a millionth."""
-    if not step.signature.discrete:
-        flat = [np.reshape(act, (len(act), -1)) for act in (ours, theirs)]
+    """The largest difference in half ranges; of whole numbers the share of rows that differ though
+    the library's own stay when the observation is moved by a millionth."""
+    flat = [np.reshape(act, (len(act), -1)) for act in (ours, theirs)]
+    if not (step.signature.discrete or step.signature.whole):
         return float((np.abs(flat[0] - flat[1]) / step.scale.numpy().clip(1e-30)).max())
-    other, random = ours != theirs, np.random.default_rng(1)
+    other, random = (flat[0] != flat[1]).any(-1), np.random.default_rng(1)
     for _ in range(8 if other.any() else 0):
         moved = told["obs"] * (1 + 1e-6 * random.standard_normal(told["obs"].shape))
         nearby = step.run(told | {"obs": moved.astype(np.float32)}, memory)[0]
-        other &= nearby != theirs
+        other &= (nearby != theirs).reshape(len(other), -1).any(-1)
     return float(other.mean())
 
 

@@ -74,7 +74,7 @@ class Policy:
 
         Args:
             obs: (o,) for an action (a,), (B, o) for (B, a), or shaped as the environment's own. An
-                action is an int64 number if discrete.
+                action is an int64 number if discrete, otherwise of the environment's own type.
             memory: of a policy that remembers, what the last call returned; None where all episodes
                 begin.
             start: whether an episode begins, one for all or (B,); where memory is None it does.
@@ -118,9 +118,17 @@ class Policy:
             told["goal"] = np.empty_like(rows)
             told["goal"][:] = self.rows("goal", goal)[0]
         act, after = self.step.run(told, before and before.content, self.draws(explore, seed))
-        act = act[0] if single else act
+        act = self.own_type(act[0] if single else act)
         kept = None if after is None else Memory(count, after)
         return act if kept is None and memory is NOT_GIVEN else (act, kept)
+
+    def own_type(self, act: Any) -> Any:
+        """Actions (..., *act_shape) in the type of the environment's, within its bounds there."""
+        s = self.signature
+        if s.discrete or s.dtype == "float32":
+            return act
+        low, high = np.reshape(s.low, s.act_shape), np.reshape(s.high, s.act_shape)
+        return np.clip(act, low, high).astype(s.dtype)
 
     def predict(
         self,

@@ -30,6 +30,7 @@ class Signature:
         discrete: actions are whole numbers from `start` on.
         start: of discrete actions, the first one.
         low, high: of other ones, the environment's bounds, `actions` numbers each.
+        dtype: of other ones, the environment's, by NumPy's name.
         players: see `Spec`.
         goals: it is told a goal, an observation.
         targets: returns that it can be asked for, the first unless another is named; () for a
@@ -45,6 +46,7 @@ class Signature:
     start: int = 0
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
+    dtype: str = "float32"
     players: tuple[int, ...] = ()
     goals: bool = False
     targets: tuple[float, ...] = ()
@@ -54,6 +56,11 @@ class Signature:
     @property
     def obs_dim(self) -> int:
         return math.prod(self.obs_shape)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the numbers of an action are whole ones in a range."""
+        return not (self.discrete or np.issubdtype(self.dtype, np.floating))
 
     @property
     def spec(self) -> Spec:
@@ -117,6 +124,7 @@ def signature(
         ends = (stated["low"], stated["high"]) if space is None else (space.low, space.high)
         wide = [np.broadcast_to(np.ravel(end), spec.act_dim).astype(float) for end in ends]
         units = dict(zip(("low", "high"), (tuple(end.tolist()) for end in wide), strict=True))
+        units["dtype"] = str(getattr(space, "dtype", "float32"))
         units["act_shape"] = getattr(space, "shape", None) or (spec.act_dim,)
     return Signature(
         method=resolved.name,

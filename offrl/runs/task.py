@@ -16,15 +16,15 @@ from offrl.data.dataset import Dataset, check, check_fits
 from offrl.engine.evaluate import Evaluator, scenarios_of, width
 from offrl.engine.method import Method, Policy, Spec, Task
 from offrl.envs import ogbench
-from offrl.envs.make import VERSIONS, factory, own_actions, tasks
-from offrl.envs.vector import sizes
+from offrl.envs.make import LONGEST, VERSIONS, cut_off, factory, own_actions, tasks
+from offrl.envs.vector import resumes, sizes
 from offrl.envs.workers import environments
 from offrl.errors import ConfigError, Failed
 from offrl.runs.validation import Losses
 from offrl.seeding import derive
 
 
-def make_env(resolved: Resolved) -> Callable[..., Any]:
+def make_env(resolved: Resolved, render: bool = False) -> Callable[..., Any]:
     """A picklable maker of the run's environment; ConfigError where it has none."""
     s = resolved.settings
     if resolved.free:
@@ -32,7 +32,8 @@ def make_env(resolved: Resolved) -> Callable[..., Any]:
             f"a run of env=none has no environment; name one: env={ogbench.NAMES[0]}, env=hopper "
             "or a Gymnasium id"
         )
-    return factory(s.env, version(resolved), s.legacy_mass, action_repeat=s.action_repeat)
+    robots, repeat = version(resolved), s.action_repeat
+    return factory(s.env, robots, s.legacy_mass, render, repeat, s.episode_limit)
 
 
 def version(resolved: Resolved) -> str:
@@ -179,6 +180,23 @@ def make_evaluator(
     make, seed = make_env(resolved), derive(seed, "evaluator")
     situations, wide = scenarios_of(names, make), width(*episodes)
     return Evaluator(make, axes, wide, seed, device, situations, "best" if names else "all")
+
+
+def notes_on(resolved: Resolved, env: gymnasium.Env) -> list[str]:
+    """What a user should know of the environment before the run begins."""
+    s, notes = resolved.settings, []
+    if cut_off(env):
+        notes.append(
+            f"{s.env} states no time limit: episodes are cut off after {LONGEST} actions; "
+            "choose another limit with episode_limit="
+        )
+    if resolved.method.online and not resumes(env):
+        notes.append(
+            f"the state of {s.env} cannot be stored: a resumed run starts its running episodes "
+            "anew. With snapshot() and restore(state), made of plain values and tensors, an "
+            "environment goes on exactly"
+        )
+    return notes
 
 
 def check_task(resolved: Resolved, env: gymnasium.Env) -> None:

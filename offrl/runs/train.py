@@ -47,6 +47,7 @@ from offrl.runs.task import (
     load_data,
     make_env,
     make_task,
+    notes_on,
     pick_device,
     spec_of,
     version,
@@ -77,6 +78,8 @@ def train(resolved: Resolved, resumed: Path | None = None) -> tuple[Path, dict[s
             check_task(resolved, env)
             played = env_id(resolved.settings.env, version(resolved)), engines(env)
             spaces = env.observation_space, own_actions(env)
+            for note in notes_on(resolved, env):
+                print(note)
     data = load_data(resolved)
     learns = learned(resolved, data)
     if data is not None and learns is not None:

@@ -1,5 +1,4 @@
 import sys
-from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -44,11 +43,8 @@ class Still:
 @pytest.fixture
 def filmed(monkeypatch):
     def go(screen, seeds):
-        monkeypatch.setattr(evaluation, "factory", lambda *_, **__: lambda: Robot(screen))
-        settings = SimpleNamespace(
-            env="robot", env_version="v5", legacy_mass=False, action_repeat=1
-        )
-        return film(SimpleNamespace(settings=settings), (Still(), seeds), (), 0)
+        monkeypatch.setattr(evaluation, "make_env", lambda *_, **__: lambda: Robot(screen))
+        return film(None, (Still(), seeds), (), 0)
 
     return go
 

@@ -18,6 +18,7 @@ medium-expert.
 """
 
 import hashlib
+import importlib
 import json
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,8 +27,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from offrl.data.dataset import Dataset, cached, home
 from offrl.data.sources import policies
 from offrl.data.sources.policies import Behavior
@@ -35,7 +34,9 @@ from offrl.data.sources.rollout import CHUNK, Share, Uniform, borders, roll_out
 from offrl.envs import scores
 from offrl.envs.dm_control import nearest
 from offrl.envs.make import env_id, factory
+from offrl.envs.vector import sizes
 from offrl.errors import DataError
+from offrl.own import is_env, title
 
 PACKAGES = ("offrl", "torch", "numpy", "gymnasium", "mujoco")
 RECIPE = 1  # raise it when rows would change for the same weights, and old entries are made anew
@@ -55,8 +56,7 @@ def load(
     """A generated data set from the cache, made first if it is not there.
 
     Args:
-        env: `halfcheetah`, `hopper`, `walker2d`; for "random" any environment with bounded
-            continuous actions.
+        env: `halfcheetah`, `hopper`, `walker2d`; for "random" any environment.
         dataset: one of DATASETS.
         rows: transitions; None for ROWS, or REPLAY_ROWS of medium-replay.
         workers: processes; 0 for one per core. The rows do not depend on it.
@@ -68,7 +68,7 @@ def load(
     """
     shares = recipe(env, dataset, rows, folder)
     total, key = sum(share.rows for share in shares), identity(env, shares, seed)
-    label = f"{env}-{dataset}"
+    label = f"{title(env)}-{dataset}"
 
     def fill(place: Path) -> dict[str, Any]:
         robots = policies.manifest(folder)["robots"]
@@ -95,8 +95,8 @@ def recipe(
     size = rows or (REPLAY_ROWS.get(env, ROWS) if dataset == "medium-replay" else ROWS)
     if dataset == "random":
         with closing(factory(env)()) as example:
-            act_dim = int(np.prod(example.action_space.shape or ()))
-        return [Share("random", Uniform(act_dim), size)]
+            _, act_dim, discrete = sizes(example)
+        return [Share("random", Uniform(act_dim, discrete), size)]
     *early, medium, expert = policies.load(env, folder)
     trained = policies.manifest(folder)["robots"][env]
     if trained["env"] != id:
@@ -129,8 +129,18 @@ def identity(env: str, shares: Sequence[Share], seed: int) -> str:
     """Ten hex digits of everything that decides the rows."""
     played = [(s.name, s.rows, getattr(s.policy, "digest", "uniform")) for s in shares]
     simulator = [metadata.version(name) for name in ("gymnasium", "mujoco")]
-    text = json.dumps([RECIPE, CHUNK, env_id(env), played, seed, simulator])
+    id = env_id(env)
+    text = json.dumps([RECIPE, CHUNK, id, *own_source(id), played, seed, simulator])
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def own_source(id: str) -> list[str]:
+    """The digest of a user's own file or module: data of an older one are not taken for new."""
+    if not is_env(id):
+        return []
+    place = id.rpartition(":")[0]
+    file = place if place.endswith(".py") else importlib.import_module(place).__file__
+    return [hashlib.sha256(Path(file).read_bytes()).hexdigest()] if file else []
 
 
 def described(

@@ -6,9 +6,8 @@ truncated episodes; see `offrl.data.sources.d4rl.d4rl_view`. Minari's `D4RL/` da
 regenerated or replayed in other environments, and their reference returns belong to those: they
 are kept in info["ref_min"] and info["ref_max"] and never serve as D4RL's.
 
-Observations that are dictionaries are flattened in a fixed order, kept in info["layout"]:
-goal tasks as [observation, achieved_goal, desired_goal], AntMaze as [achieved_goal, observation,
-desired_goal], so that its first 29 numbers are laid out as D4RL's, others by sorted keys.
+Observations of any kind are flattened as those of environments (`offrl.envs.observations`); the
+order is kept in info["layout"].
 """
 
 import json
@@ -20,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
 from gymnasium.spaces import Box, Discrete, Space
@@ -36,9 +34,11 @@ from offrl.data.dataset import (
     stream,
     write,
 )
-from offrl.errors import DataError
+from offrl.envs.make import bounded
+from offrl.envs.observations import layout, nested, ordered
+from offrl.envs.observations import rows as flat_rows
+from offrl.errors import ConfigError, DataError
 
-GOAL = ("observation", "achieved_goal", "desired_goal")
 METADATA = {  # our name -> Minari's
     "ref_min": "ref_min_score",
     "ref_max": "ref_max_score",
@@ -88,16 +88,16 @@ def lent(source: Any) -> Dataset:
         DataError: as for `load`.
     """
     name = source.spec.dataset_id
-    order = layout(source.observation_space, name)
+    space = observations(source.observation_space, name)
     act, scaling = actions(source.action_space, name)
-    parts = list(steps(source, name, source.storage.data_path, order, act))
+    parts = list(steps(source, name, source.storage.data_path, space, act))
     if not parts:
         raise DataError(f"{name} holds no steps")
     fields = {key: torch.cat([torch.from_numpy(p[key]) for p in parts]) for key in parts[0]}
     lengths = torch.tensor([len(part["reward"]) for part in parts])
     starts = lengths.cumsum(0) - lengths
     returns = episode_sums(fields["reward"], starts)
-    info = {"source": "minari", "id": name, "layout": order, "actions": scaling}
+    info = {"source": "minari", "id": name, "layout": dict(layout(space)), "actions": scaling}
     return Dataset(fields, starts, returns, f"minari/{name}", info | units(scaling))
 
 
@@ -135,14 +135,14 @@ def obtain(dataset_id: str, download: bool) -> None:
 def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[str, Any]:
     """Write the arrays of the data set at `place` into the folder `part`, episode by episode."""
     source, raw = opened(place)
-    order, rows = layout(source.observation_space, dataset_id), source.total_steps
+    space, rows = observations(source.observation_space, dataset_id), source.total_steps
     act, scaling = actions(source.action_space, dataset_id)
     if rows == 0:
         raise DataError(f"{dataset_id} holds no steps")
     ends, rewards = [0], []
 
     def chunks() -> Iterator[Arrays]:
-        for found in steps(source, dataset_id, place, order, act):
+        for found in steps(source, dataset_id, place, space, act):
             ends.append(ends[-1] + len(found["reward"]))
             rewards.append(found["reward"])
             yield found
@@ -154,22 +154,18 @@ def flatten(dataset_id: str, place: Path, part: Path, stamp: list[Any]) -> dict[
     starts = starts[starts < rows]
     store_episodes(part, starts, torch.from_numpy(np.concatenate(rewards)))
     info: dict[str, Any] = {"source": "minari", "id": dataset_id, "stamp": stamp, "notes": []}
-    info |= {"layout": order, "rows": rows, "episodes": len(starts), "actions": scaling}
-    info |= units(scaling)
+    info |= {"layout": dict(layout(space)), "actions": scaling, **units(scaling)}
+    info |= {"rows": rows, "episodes": len(starts)}
     info |= {ours: raw.get(theirs) for ours, theirs in METADATA.items()}
     info["env"] = json.loads(raw["env_spec"])["id"] if raw.get("env_spec") else None
     return {"name": f"minari/{dataset_id}", "info": info}
 
 
 def steps(
-    source: Any,
-    dataset_id: str,
-    place: Path,
-    order: dict[str, int],
-    act: Callable[[Any], np.ndarray],
+    source: Any, dataset_id: str, place: Path, space: Space, act: Callable[[Any], np.ndarray]
 ) -> Iterator[Arrays]:
     """The transitions of every episode, by the names of our fields."""
-    for number, found in enumerate(episodes(source, place, order, act)):
+    for number, found in enumerate(episodes(source, place, space, act)):
         lengths = {name: len(value) for name, value in found.items()}
         obs, size = found.pop("obs"), len(found["reward"])
         if lengths != dict.fromkeys(lengths, size) | {"obs": size + 1}:
@@ -197,21 +193,24 @@ def opened(place: Path) -> tuple[Any, dict[str, Any]]:
     try:
         raw = json.loads((place / "metadata.json").read_text())
         if {"observation_space", "action_space"} <= set(raw):
-            return minari.MinariDataset(place), raw
+            source = minari.MinariDataset(place)
+            if source.storage.FORMAT == "hdf5":  # its reader asks for what it finds in the file
+                source.storage._observation_space = nested(source.observation_space)
+            return source, raw
     except DAMAGE as error:
         raise damaged(place, error) from error
     raise DataError(f"the Minari data set at {place} does not describe its spaces; get it again")
 
 
 def episodes(
-    source: Any, place: Path, order: dict[str, int], act: Callable[[Any], np.ndarray]
+    source: Any, place: Path, space: Space, act: Callable[[Any], np.ndarray]
 ) -> Iterator[Arrays]:
     """Every episode by our names: obs (T + 1, o), the others (T, ...)."""
     flat = lambda values: np.asarray(values).reshape(-1).astype(np.float32)  # noqa: E731
     try:
         for episode in source.iterate_episodes():
             yield {
-                "obs": join(episode.observations, order),
+                "obs": flat_rows(space, episode.observations),
                 "act": act(episode.actions),
                 "reward": flat(episode.rewards),
                 "terminal": flat(episode.terminations),
@@ -223,40 +222,18 @@ def episodes(
 
 def damaged(place: Path, error: Exception) -> DataError:
     return DataError(
-        f"the Minari data set at {place} is damaged ({type(error).__name__}: {error}); "
-        "delete its folder and get it again"
+        f"the Minari data set at {place} is damaged ({type(error).__name__}: {error}); get it again"
     )
 
 
 # --- spaces --------------------------------------------------------------------------------------
 
 
-def layout(space: Space, dataset_id: str = "") -> dict[str, int]:
-    """Path of every part of an observation, such as "desired_goal", in order, and its width."""
-    if isinstance(space, gymnasium.spaces.Dict):
-        keys = sorted(space.spaces)
-        if set(keys) == set(GOAL):
-            first = 1 if "antmaze" in dataset_id.lower() else 0
-            keys = [GOAL[first], GOAL[1 - first], GOAL[2]]
-        return {
-            f"{key}/{inner}" if inner else key: width
-            for key in keys
-            for inner, width in layout(space.spaces[key]).items()
-        }
-    if isinstance(space, Box):
-        return {"": int(np.prod(space.shape, dtype=np.int64))}
-    raise DataError(f"{dataset_id} has observations of {space}; only Box and Dict of Box are read")
-
-
-def join(value: Any, order: dict[str, int]) -> np.ndarray:
-    """The parts of observations side by side, float32 (T, sum of widths)."""
-    parts = []
-    for path, width in order.items():
-        leaf = value
-        for key in path.split("/") if path else ():
-            leaf = leaf[key]
-        parts.append(np.asarray(leaf, np.float32).reshape(-1, width))
-    return np.concatenate(parts, -1)
+def observations(space: Space, dataset_id: str) -> Space:
+    try:
+        return ordered(space, dataset_id)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
 
 
 def actions(space: Space, dataset_id: str) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
@@ -268,12 +245,16 @@ def actions(space: Space, dataset_id: str) -> tuple[Callable[[Any], np.ndarray],
     if not isinstance(space, Box):
         raise DataError(f"{dataset_id} has actions of {space}; only Box and Discrete are read")
     limits = {"low": space.low.ravel().tolist(), "high": space.high.ravel().tolist()}
-    low, high = map(np.array, limits.values())
-    other = bool(np.isfinite([low, high]).all() and ((low != -1) | (high != 1)).any())
+    low, high = (np.array(end, np.float64) for end in limits.values())
+    other = bounded(low, high) and bool(((low != -1) | (high != 1)).any())
+    varies = high > low
+    width = np.where(varies, high - low, 1)
 
     def scaled(raw: Any) -> np.ndarray:
         flat = np.asarray(raw, np.float64).reshape(len(raw), -1)
-        return (2 * (flat - low) / (high - low) - 1 if other else flat).astype(np.float32)
+        if other:
+            flat = np.where(varies, 2 * (flat - low) / width - 1, 0)
+        return flat.astype(np.float32)
 
     return scaled, {"rescaled_from": limits if other else None}
 

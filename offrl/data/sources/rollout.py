@@ -24,6 +24,7 @@ from torch import Tensor
 
 from offrl.data.dataset import FIELDS, Arrays, bounds, store_episodes, stream
 from offrl.engine.method import Now, Policy
+from offrl.envs.vector import sizes
 from offrl.errors import DataError
 from offrl.seeding import derive, generator
 from offrl.system import cores
@@ -34,12 +35,16 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Uniform:
-    """Uniformly random actions in [-1, 1]."""
+    """Uniformly random actions, in [-1, 1] or of `act_dim` discrete ones."""
 
     act_dim: int
+    discrete: bool = False
 
     def act(self, now: Now, memory: Any = None) -> tuple[Tensor, Any]:
-        return torch.rand(len(now["obs"]), self.act_dim, generator=now["generator"]) * 2 - 1, memory
+        count, stream = len(now["obs"]), now["generator"]
+        if self.discrete:
+            return torch.randint(self.act_dim, (count,), generator=stream), memory
+        return torch.rand(count, self.act_dim, generator=stream) * 2 - 1, memory
 
 
 @dataclass(frozen=True)
@@ -103,21 +108,29 @@ def roll_out(
 
 @torch.inference_mode()
 def play(packed: bytes, rows: int, seed: int) -> tuple[Arrays, bool]:
-    """One chunk: float32 arrays by field, and whether the last episode was cut by its end."""
+    """One chunk: arrays by field, and whether the last episode was cut by its end.
+
+    They are float32, but for the int64 numbers of discrete actions.
+    """
     make_env, policy, explore = pickle.loads(packed)
     env = make_env()
     how = {"scenario": torch.zeros(1).long(), "explore": explore}
     how["generator"] = generator(seed, "policy")
     read = lambda raw: torch.as_tensor(raw, dtype=torch.float32).view(1, -1)  # noqa: E731
     obs = read(env.reset(seed=derive(seed, "environment"))[0])
-    widths = dict.fromkeys(("obs", "next_obs"), (obs.shape[-1],))
-    widths["act"] = (int(np.prod(env.action_space.shape)),)
-    out = {name: np.zeros((rows, *widths.get(name, ())), np.float32) for name in FIELDS}
+    widths: dict[str, tuple[int, ...]] = dict.fromkeys(("obs", "next_obs"), (obs.shape[-1],))
+    _, act_dim, discrete = sizes(env)
+    widths["act"] = () if discrete else (act_dim,)
+    kinds = {"act": np.int64} if discrete else {}
+    out = {
+        name: np.zeros((rows, *widths.get(name, ())), kinds.get(name, np.float32))
+        for name in FIELDS
+    }
     begin, later = torch.ones(1), torch.zeros(1)
     memory, start, gained = None, begin, later
     for row in range(rows):
         act, memory = policy.act({"obs": obs, "start": start, "reward": gained} | how, memory)
-        action = act.view(-1).numpy()
+        action = act[0].numpy()
         raw, reward, terminated, truncated, _ = env.step(action.reshape(env.action_space.shape))
         next_obs = read(raw)
         found = (obs[0], action, reward, next_obs[0], terminated, truncated and not terminated)

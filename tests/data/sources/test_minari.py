@@ -9,7 +9,7 @@ import minari as package
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Text
 from minari.data_collector import EpisodeBuffer
 
 from offrl.data.dataset import Dataset, check
@@ -188,6 +188,22 @@ def test_actions_are_rescaled_from_other_bounds():
     assert data.info["actions"] == {"rescaled_from": {"low": [0, -2], "high": [4, 2]}}
 
 
+def test_a_number_that_cannot_vary_is_0_and_the_others_stay():
+    space = Box(np.float32([0, 3, -2]), np.float32([4, 3, 2]))
+    act = np.float32([[0, 3, -2], [4, 3, 2], [1, 3, 0]])
+    store("toy/fixed-v0", [episode(3, act=act)], act=space)
+    assert minari.load("toy/fixed-v0")["act"].tolist() == [[-1, 0, -1], [1, 0, 1], [-0.5, 0, 0]]
+
+
+@pytest.mark.parametrize("most", [np.inf, np.finfo(np.float32).max])
+def test_actions_without_bounds_stay_as_they_are(most):
+    act = np.float32([[0.5], [-0.25], [1]])
+    store("toy/free-v0", [episode(3, act=act)], act=Box(-most, most, (1,), np.float32))
+    data = minari.load("toy/free-v0")
+    assert data["act"].tolist() == act.tolist()
+    assert data.info["actions"] == {"rescaled_from": None}
+
+
 def test_discrete_actions_count_from_zero():
     act = np.array([3, 5, 4])
     store("toy/discrete-v0", [episode(3, act=act)], act=Discrete(3, start=3))
@@ -197,10 +213,9 @@ def test_discrete_actions_count_from_zero():
 
 
 def test_spaces_that_do_not_flatten_are_named(tmp_path):
-    obs = (np.zeros((2, 1), np.float32),)
-    store("toy/tuple-v0", [episode(1, obs=obs)], obs=Tuple([Box(-1, 1, (1,), np.float32)]))
-    with pytest.raises(DataError, match="toy/tuple-v0 has observations of Tuple"):
-        minari.load("toy/tuple-v0")
+    store("toy/text-v0", [episode(1, obs=["ab", "cd"])], obs=Text(5))
+    with pytest.raises(DataError, match="toy/text-v0 has observations of Text"):
+        minari.load("toy/text-v0")
     assert not list((tmp_path / "home").rglob("*.npy"))
 
 
