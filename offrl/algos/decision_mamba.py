@@ -244,10 +244,4 @@ def stages(algo: DecisionMamba, task: Task, run: Run) -> list[Stage]:
     return window_stages(algo, task, run, [renewal] if algo.config.self_evolution else [])
 
 
-METHOD = Method(
-    DecisionMamba,
-    Config,
-    stages=stages,
-    scheduled=lambda config: config.self_evolution,  # its stages are shares of all steps
-    **SEQUENCE,
-)
+METHOD = Method(DecisionMamba, Config, stages=stages, scheduled=True, **SEQUENCE)

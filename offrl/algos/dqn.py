@@ -157,10 +157,4 @@ def stages(algo: DQN, task: Task, run: Run) -> list[Stage]:
     ]
 
 
-METHOD = Method(
-    DQN,
-    Config,
-    stages=stages,
-    actions=("discrete",),
-    scheduled=lambda config: True,  # epsilon
-)
+METHOD = Method(DQN, Config, stages=stages, actions=("discrete",), scheduled=True)

@@ -252,10 +252,5 @@ def stages(algo: PPO, task: Task, run: Run) -> list[Stage]:
     ]
 
 
-METHOD = Method(
-    PPO,
-    Config,
-    stages=stages,
-    actions=("continuous", "discrete"),
-    scheduled=lambda config: True,  # the learning rate
-)
+KINDS = ("continuous", "discrete")
+METHOD = Method(PPO, Config, stages=stages, actions=KINDS, scheduled=True)

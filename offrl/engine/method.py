@@ -190,7 +190,6 @@ class Method:
         stacks: whether its parameters carry seed axes; asked with the config where that decides.
         scheduled: whether something runs over all of its steps, such as a learning rate that
             falls to zero: a run that is extended then differs from one that was as long at first.
-            Asked with the config.
         scenarios: config -> names of the situations that it is to be scored in, such as target
             returns; () to be scored once, or in the environment's own tasks.
     """
@@ -203,7 +202,7 @@ class Method:
     goals: bool = False
     episodes: bool = False
     stacks: Callable[[Any], bool] = lambda config: True
-    scheduled: Callable[[Any], bool] = lambda config: False
+    scheduled: bool = False
     scenarios: Callable[[Any], tuple[str, ...]] = lambda config: ()
 
     @property

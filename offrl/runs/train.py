@@ -141,7 +141,7 @@ def extended(folder: Path, steps: int) -> Resolved:
                 f"{folder} was finished by an earlier version of offrl, which did not keep where "
                 "its last stage ended; start a new run"
             )
-    if resolved.method.scheduled(resolved.config()):
+    if resolved.method.scheduled:
         print(
             f"{resolved.name} has a schedule over all steps, from here on over {steps}: this run "
             "will differ from one that had so many from its beginning"

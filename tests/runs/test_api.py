@@ -231,7 +231,7 @@ def test_an_online_run_goes_on_with_its_replay_and_a_schedule_is_told(capsys):
     states = (checkpoint.load(run / "seed-0" / "checkpoint.pt")["algo"] for run in (long, short))
     same(*states)
     assert "schedule" not in capsys.readouterr().out
-    assert config.method("ppo").scheduled(None)
+    assert config.method("ppo").scheduled
 
 
 def test_fewer_steps_and_other_settings_are_refused(capsys):
