@@ -23,10 +23,10 @@ import yaml
 import offrl.algos
 from offrl.data import sources
 from offrl.engine.method import Method
+from offrl.engine.ranges import Count, Range, Share, Whole
 from offrl.envs import ogbench
 from offrl.errors import ConfigError
 from offrl.own import absolute, module_of, title
-from offrl.ranges import Count, Range, Share, Whole
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The machine and this process: cores, threads, the allocator, the parent, locks on folders."""
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -17,6 +18,15 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory(device: torch.device) -> float:
+    """Bytes of a device's memory; inf where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "cpu" and hasattr(os, "sysconf"):  # not on Windows
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 def cpu_name() -> str:

@@ -14,7 +14,6 @@ ROOT = Path(offrl.__file__).parent
 # Room -> the rooms that it may use beside itself. A module belongs to the longest name that fits.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "ranges": set(),
     "seeding": set(),
     "system": set(),
     "regularizers": set(),
@@ -24,11 +23,12 @@ ALLOWED: dict[str, set[str]] = {
     "envs": {"errors", "own"},
     "engine.method": set(),
     "engine.optim": set(),
+    "engine.ranges": set(),
     "data": {"engine.method", "envs", "errors", "nets", "own", "seeding", "system"},
-    "algos": {"data", "engine.method", "engine.optim", "nets", "ranges", "regularizers"},
+    "algos": {"data", "engine.method", "engine.optim", "nets", "engine.ranges", "regularizers"},
     "engine": {"engine.method", "envs", "errors", "nets.kernels", "seeding"},
     "results": {"data", "envs"},
-    "config": {"algos", "data", "engine.method", "envs", "errors", "own", "ranges"},
+    "config": {"algos", "data", "engine.method", "envs", "errors", "own", "engine.ranges"},
     "runs": {
         "",  # the version
         "config",
@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "envs",
         "errors",
         "nets",
-        "ranges",
+        "engine.ranges",
         "results",
         "seeding",
         "system",

@@ -294,3 +294,8 @@ def test_every_number_of_a_method_has_a_range_and_nothing_outside_passes(algo, n
 def test_a_value_out_of_range_is_refused_with_the_range(given, message):
     with pytest.raises(ConfigError, match=message):
         resolve("td3bc", given)
+
+
+def test_a_minibatch_of_one_row_leaves_ppo_nothing_to_standardize():
+    with pytest.raises(ConfigError, match=r"algo\.batch must be at least 2, got 1"):
+        resolve("ppo", {"algo.batch": 1})

@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 from offrl.data.stages import offline
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
+from offrl.engine.ranges import Count, Positive
 from offrl.nets import Actor, Standardize
-from offrl.ranges import Count, Positive
 
 
 @dataclass(frozen=True)

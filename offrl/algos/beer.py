@@ -37,8 +37,8 @@ from torch import Generator, Tensor
 from offrl.data.stages import off_policy
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, bootstrap, descend, polyak, smoothed, target_copy
+from offrl.engine.ranges import Count, NonNegative, Positive, Share, Whole
 from offrl.nets import Actor, Critics
-from offrl.ranges import Count, NonNegative, Positive, Share, Whole
 from offrl.regularizers.rank import beer_penalty, ranks
 
 

@@ -30,9 +30,9 @@ from torch.nn import functional as F
 from offrl.data.goals import GOALS, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
+from offrl.engine.ranges import Between, Count, NonNegative, Positive, Share, Whole
 from offrl.nets.goal import GoalActor, GoalColumns, Sight, held, normal_log_prob, sampled
 from offrl.nets.mlp import MLP
-from offrl.ranges import Between, Count, NonNegative, Positive, Share, Whole
 
 HEADS = 2
 FLOOR = 1e-6  # of exp(Q) in the actor's loss, as in OGBench: no gradient below

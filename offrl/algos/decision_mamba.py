@@ -48,11 +48,11 @@ from torch.nn import functional as F
 from offrl.data.windows import SEQUENCE, asked, asked_returns, renewed, window_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Run, Seeds, Spec, Stage, Task
 from offrl.engine.optim import adamw, descend, target_copy, warm_up
+from offrl.engine.ranges import Bound, Count, NonNegative, Positive, Real, Share, Whole
 from offrl.nets import Linear, Standardize
 from offrl.nets.sequence.mamba import decayed
 from offrl.nets.sequence.multigrained import Backbone, Grouping
 from offrl.nets.sequence.tokens import StepTokens
-from offrl.ranges import Bound, Count, NonNegative, Positive, Real, Share, Whole
 from offrl.regularizers import ProgressiveTarget, RegInputs
 from offrl.regularizers.reductions import masked_reduce
 

@@ -32,10 +32,10 @@ from torch import Generator, Tensor, nn
 from offrl.data.windows import SEQUENCE, act_taken, asked, asked_returns, extend, window_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adamw, descend, warm_up
+from offrl.engine.ranges import Bound, Count, NonNegative, Positive, Real, Share, Whole
 from offrl.nets import Linear, Standardize
 from offrl.nets.sequence.tokens import StepTokens
 from offrl.nets.sequence.transformer import Transformer
-from offrl.ranges import Bound, Count, NonNegative, Positive, Real, Share, Whole
 from offrl.regularizers.reductions import masked_reduce
 
 WIDTHS = {"tiny": 80, "small": 152, "base": 296, "release": 128}

@@ -30,8 +30,8 @@ from offrl.data.collector import Collector
 from offrl.data.stages import measured
 from offrl.engine.method import Batch, Method, Metrics, Now, Run, Seeds, Spec, Stage, Task
 from offrl.engine.optim import adam, bootstrap, descend, polyak, target_copy
+from offrl.engine.ranges import Count, NonNegative, Positive, Share, Whole
 from offrl.nets import MLP
-from offrl.ranges import Count, NonNegative, Positive, Share, Whole
 from offrl.regularizers.rank import action_features, beer_penalty, ranks
 
 

@@ -22,8 +22,8 @@ from torch import Generator, Tensor
 from offrl.data.goals import GOALS, Trajectories, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
+from offrl.engine.ranges import Count, Positive, Share, Whole
 from offrl.nets.goal import GoalActor, GoalColumns, sampled
-from offrl.ranges import Count, Positive, Share, Whole
 
 
 @dataclass(frozen=True)

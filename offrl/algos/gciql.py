@@ -29,8 +29,8 @@ from torch import Generator, Tensor, nn
 from offrl.data.goals import GOALS, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend, polyak, target_copy
+from offrl.engine.ranges import Between, Count, NonNegative, Positive, Share, Whole
 from offrl.nets.goal import GoalActor, GoalColumns, Values, held, normal_log_prob, sampled
-from offrl.ranges import Between, Count, NonNegative, Positive, Share, Whole
 
 HEADS = 2
 

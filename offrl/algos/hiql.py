@@ -37,8 +37,8 @@ from torch import Generator, Tensor, nn
 from offrl.data.goals import GOALS, Trajectories, goal_stages
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend, polyak, target_copy
+from offrl.engine.ranges import Between, Count, NonNegative, Positive, Share, Whole
 from offrl.nets.goal import GoalActor, GoalColumns, GoalRep, RepValues, normalized, sampled
-from offrl.ranges import Between, Count, NonNegative, Positive, Share, Whole
 
 HEADS = 2
 WEIGHT_CAP = 100.0  # largest weight of a regression

@@ -34,9 +34,9 @@ from offrl.data.collector import Collector
 from offrl.data.table import pack, unpack, widths
 from offrl.engine.method import Batch, Method, Metrics, Now, Run, Sampler, Seeds, Spec, Stage, Task
 from offrl.engine.optim import adamw, descend
+from offrl.engine.ranges import Bound, Count, NonNegative, Positive, Several, Share
 from offrl.nets.actors import Categorical, Gaussian
 from offrl.nets.mlp import MLP, Running
-from offrl.ranges import Bound, Count, NonNegative, Positive, Share
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Config:
     steps: Count = 1_000_000  # environment steps, a first rollout for statistics included
     rollout: Count = 2048  # steps of every environment per iteration
     epochs: Count = 10  # passes over a rollout
-    batch: Count = 64  # rows of a minibatch; divides rollout * envs
+    batch: Several = 64  # rows of a minibatch; divides rollout * envs
     lr: Positive = 3e-4  # Adam; falls linearly to 0 over the iterations
     discount: Share = 0.99  # per step
     trace: Share = 0.95  # GAE's lambda

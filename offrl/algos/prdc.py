@@ -51,8 +51,8 @@ from offrl.engine.method import (
     Task,
 )
 from offrl.engine.optim import adam, bootstrap, descend, polyak, smoothed, target_copy
+from offrl.engine.ranges import Bound, Count, NonNegative, Positive, Real, Share
 from offrl.nets import Actor, Critics, Standardize
-from offrl.ranges import Bound, Count, NonNegative, Positive, Real, Share
 from offrl.regularizers.functional import imitation, q_scale
 
 

@@ -31,10 +31,10 @@ from torch.nn import functional as F
 from offrl.data.goals import GOALS, Trajectories, goal_stages, two_goals
 from offrl.engine.method import Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, descend
+from offrl.engine.ranges import Count, NonNegative, Positive, Share
 from offrl.nets.goal import GoalActor, held, normal_log_prob, sampled
 from offrl.nets.metric import IQE
 from offrl.nets.mlp import MLP
-from offrl.ranges import Count, NonNegative, Positive, Share
 
 
 @dataclass(frozen=True)

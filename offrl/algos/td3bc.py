@@ -24,8 +24,8 @@ from torch import Generator, Tensor
 from offrl.data.stages import offline
 from offrl.engine.method import TRANSITION, Batch, Method, Metrics, Now, Seeds, Spec
 from offrl.engine.optim import adam, bootstrap, descend, polyak, smoothed, target_copy
+from offrl.engine.ranges import Bound, Count, NonNegative, Positive, Real, Share
 from offrl.nets import Actor, Critics, Standardize
-from offrl.ranges import Bound, Count, NonNegative, Positive, Real, Share
 from offrl.regularizers.functional import imitation, q_scale
 
 

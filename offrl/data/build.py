@@ -291,6 +291,7 @@ def qlearning(data: dataset.Dataset) -> dataset.Dataset:
         fields={name: value[rows] for name, value in fields.items()},
         starts=starts,
         returns=data.returns[left],
+        info=data.info | {"dropped": (~rows).nonzero()[:, 0].tolist()},
     )
 
 

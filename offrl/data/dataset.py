@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from offrl.errors import DataError
+from offrl.errors import DataError, refusal
 from offrl.system import locked
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,8 @@ def check(data: Dataset, needs: Iterable[str]) -> None:
     """Stop before training on data that an algorithm which reads the fields `needs` cannot use.
 
     Raises DataError for a missing field, a wrong shape or length, NaN or infinity, actions outside
-    [-1, 1], a constant reward where rewards are used, flags other than 0 and 1, bad bounds.
+    [-1, 1], a constant reward where rewards are used and no episode ends, flags other than 0 and 1,
+    bad bounds.
     """
     needs, size = tuple(needs), len(data)
     if size == 0:
@@ -170,10 +171,11 @@ def check(data: Dataset, needs: Iterable[str]) -> None:
         reject(data, "act", data["act"].abs() > 1 + 1e-5, "lies outside [-1, 1]", remedy)
     if "reward" in needs and size > 1:
         reward = data["reward"]
-        if reward.dim() == 1 and reward.min() == reward.max():
+        ends = "terminal" in data.fields and bool(data["terminal"].any())
+        if reward.dim() == 1 and reward.min() == reward.max() and not ends:
             raise DataError(
-                f"{data.name}: reward is {float(reward[0]):g} in every row, so there is nothing "
-                "to learn from; check that the reward field was filled"
+                f"{data.name}: reward is {float(reward[0]):g} in every row and no episode ends, so "
+                "there is nothing to learn from; check that rewards and terminals were filled"
             )
     starts = data.starts
     if len(starts) == 0 or starts[0] != 0 or starts[-1] >= size or (starts.diff() <= 0).any():
@@ -183,9 +185,12 @@ def check(data: Dataset, needs: Iterable[str]) -> None:
 def reject(data: Dataset, name: str, bad: Tensor, what: str, remedy: str) -> None:
     rows = bad.view(len(data), -1).any(-1).nonzero()[:, 0].tolist()
     if rows:
+        dropped = torch.tensor(data.info.get("dropped", []), dtype=torch.int64)
+        before = dropped - torch.arange(len(dropped))  # rows kept before each one dropped
+        first = rows[0] + int(torch.searchsorted(before, rows[0], right=True))
         raise DataError(
             f"{data.name}: {name} {what} in {len(rows)} of {len(data)} rows, first in row "
-            f"{rows[0]} ({data[name][rows[0]].tolist()}); {remedy}"
+            f"{first} ({data[name][rows[0]].tolist()}); {remedy}"
         )
 
 
@@ -318,7 +323,13 @@ def read(folder: Path) -> Dataset:
         fields = {name: load(name) for name in meta["fields"]}
         return Dataset(fields, load("starts"), load("returns"), meta["name"], meta["info"])
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"the cache entry {folder} is damaged ({error}); delete it") from error
+        raise DataError(unusable(folder, error)) from error
+
+
+def unusable(folder: Path, error: Exception) -> str:
+    """What is said of a cache entry that could not be read."""
+    remedy = "move it away and it is made anew"
+    return f"the cache entry {folder} {refusal(error) or f'is damaged ({error}); {remedy}'}"
 
 
 def home() -> Path:

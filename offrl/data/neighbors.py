@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from offrl.data.dataset import once, store, write
+from offrl.data.dataset import once, store, unusable, write
 from offrl.data.table import take
 from offrl.errors import DataError
 from offrl.nets.kernels.opaque import opaque
@@ -350,7 +350,7 @@ def cached_lists(obs: Tensor, k: int, progress: bool, digest: str, cache: Path) 
         if arrays[0].min() < 0 or arrays[0].max() >= len(obs):
             raise ValueError("rows outside the data")
     except (OSError, ValueError) as error:
-        raise DataError(f"the cache entry {folder} is damaged ({error}); delete it") from error
+        raise DataError(unusable(folder, error)) from error
     rows, square, reach = map(torch.from_numpy, arrays)
     return rows, square, reach
 

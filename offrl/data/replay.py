@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from offrl.data.table import Columns, Device, pack, take, unpack, widths
 from offrl.engine.method import Batch, Sampler, Seeds
+from offrl.system import memory
 
 FILES = 16  # that a full ring is spread over,
 LEAST = 2**20  # bytes of a file, so that small rings have one
@@ -29,11 +30,19 @@ class Replay:
         columns: name -> (trailing shape, dtype), for example {"obs": ((17,), torch.float32)}.
         seeds: stacked seed axes, () for one.
         device: where the table lies.
+
+    Raises ValueError if the table is larger than the device's memory.
     """
 
     def __init__(self, capacity: int, columns: Columns, seeds: Seeds = (), device: Device = "cpu"):
         self.capacity, self.columns, self.seeds = capacity, columns, seeds
         self.row = [*seeds, sum(widths(columns))]  # shape of a row of all seeds
+        size, room = 4 * capacity * math.prod(self.row), memory(torch.device(device))
+        if size > room:
+            raise ValueError(
+                f"a replay of algo.capacity={capacity} rows needs {size / 2**30:.1f} GiB and "
+                f"{device} has {room / 2**30:.1f}; take a smaller algo.capacity"
+            )
         self.table = torch.zeros(*seeds, capacity, self.row[-1], device=device)
         self.size = torch.zeros(seeds, dtype=torch.int64, device=device)
         stacks = self.size.numel()

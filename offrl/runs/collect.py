@@ -18,9 +18,9 @@ from offrl.data.dataset import FIELDS, Dataset, home, read, write
 from offrl.data.sources import generated, minari
 from offrl.data.sources.rollout import Share, borders, roll_out
 from offrl.engine.method import Algorithm, Now, Policy
+from offrl.engine.ranges import Count, Whole
 from offrl.envs.make import env_id
 from offrl.errors import ConfigError, DataError
-from offrl.ranges import Count, Whole
 from offrl.runs.evaluate import checkpoints, load_algorithm
 from offrl.runs.task import make_env, version
 

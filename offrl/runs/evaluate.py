@@ -18,9 +18,9 @@ from offrl.config import Resolved
 from offrl.engine import checkpoint
 from offrl.engine.evaluate import Evaluator, scenarios_of
 from offrl.engine.method import Algorithm
+from offrl.engine.ranges import Count, Whole
 from offrl.envs.make import engines, env_id
 from offrl.errors import ConfigError, Failed
-from offrl.ranges import Count, Whole
 from offrl.runs.policy import checkpoints, load_algorithm
 from offrl.runs.record import UNITS, played_in, rows, scenarios, scored, summary
 from offrl.runs.task import axes_of, make_env, make_evaluator, version

@@ -29,8 +29,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils import _pytree as trees
 
+from offrl.engine.ranges import Whole
 from offrl.errors import ConfigError, Failed
-from offrl.ranges import Whole
 from offrl.runs.signature import SAMPLE, Signature
 
 FORMAT = 1  # of the inputs, the outputs and what is told beside them

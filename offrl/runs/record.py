@@ -3,6 +3,7 @@
 import csv
 import datetime
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -210,7 +211,7 @@ def provenance(
             "transitions": len(data),
             "episodes": data.episodes,
             "mean_return": float(data.returns.double().mean()),
-            "info": data.info,
+            "info": {k: v for k, v in data.info.items() if k != "dropped"},
         }
     repeat = {"action_repeat": s.action_repeat} if s.action_repeat > 1 else {}
     return {
@@ -282,5 +283,14 @@ def placeless(command: str) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
+    temporary.write_text(json.dumps(finite(content), indent=1, allow_nan=False))
     os.replace(temporary, path)
+
+
+def finite(content: Any) -> Any:
+    """The same with null where a number is NaN or infinite, which JSON cannot write."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -297,7 +297,7 @@ def test_a_damaged_entry_is_named(data, tmp_path, damage):
         np.save(path, np.zeros((7, 16), np.int32))
     else:
         np.save(path, np.full((5000, 16), 5000, np.int32))
-    with pytest.raises(DataError, match=r"is damaged.*delete it"):
+    with pytest.raises(DataError, match=r"is damaged.*move it away"):
         StateNeighbors.build(*data, "digest", cache=tmp_path)
 
 

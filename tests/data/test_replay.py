@@ -209,3 +209,8 @@ def test_a_ring_of_other_rows_is_refused(tmp_path):
         loaded(replay.save(tmp_path / "r"), tmp_path / "r", 9)
     with pytest.raises(ValueError, match="do not fit a replay of 5"):
         Replay(5, FIELDS).add(rows(0, 6))
+
+
+def test_a_ring_larger_than_the_memory_is_refused_with_its_size():
+    with pytest.raises(ValueError, match=r"algo\.capacity=1000000000000 rows needs [\d.]+ GiB"):
+        Replay(10**12, FIELDS)

@@ -41,7 +41,7 @@ from torch import Tensor
 from offrl.data import dataset
 from offrl.data.dataset import Arrays, Dataset, bounds, home, store, stream
 from offrl.data.sources import layouts
-from offrl.errors import DataError
+from offrl.errors import DataError, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -245,6 +245,8 @@ def check_columns(
 
 
 def damaged(path: Path | str, error: Exception) -> DataError:
+    if why := refusal(error):
+        return DataError(f"{path} {why}")
     what = "is damaged, cut short or of another format"
     remedy = "get or write it again"
     if "pickle" in str(error):
@@ -368,6 +370,7 @@ def transitions(
             notes.append(f"{clipped} rows had {told}")
         found = {"rows": size, "episodes": len(last), "unfinished": unfinished, "notes": notes}
         found |= {"strays": count["strays"], "horizon": rule.horizon} | units.info
+        found["dropped"] = np.flatnonzero(~keep.numpy()).tolist()
         return found | named(columns, path, about)
 
     return fields, blocks, finish
@@ -487,7 +490,8 @@ def gather(
         own = obs
         if "next_observations" in columns:
             own = part(columns, "next_observations", path, slice(first, last)).astype(np.float32)
-            same = np.isclose(own, following, rtol=1e-4, atol=1e-5, equal_nan=True).all(-1)
+            same = np.isclose(own, following, rtol=1e-4, atol=1e-5).all(-1)
+            same |= ~np.isfinite(own + following).all(-1)  # told as what it is, by `check`
             count["strays"] += int((~same & use & ~end).sum())
         following = np.where(end[:, None], own, following)
         act = units(part(columns, "actions", path, slice(first, last))[use])

@@ -37,7 +37,7 @@ from offrl.data.dataset import (
 from offrl.envs.make import bounded
 from offrl.envs.observations import layout, nested, ordered
 from offrl.envs.observations import rows as flat_rows
-from offrl.errors import ConfigError, DataError
+from offrl.errors import ConfigError, DataError, refusal
 
 METADATA = {  # our name -> Minari's
     "ref_min": "ref_min_score",
@@ -221,6 +221,8 @@ def episodes(
 
 
 def damaged(place: Path, error: Exception) -> DataError:
+    if why := refusal(error):
+        return DataError(f"the Minari data set at {place} {why}")
     return DataError(
         f"the Minari data set at {place} is damaged ({type(error).__name__}: {error}); get it again"
     )

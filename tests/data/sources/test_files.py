@@ -1,6 +1,9 @@
 """Logs in HDF5 and npz files, and D4RL's rule against its literal loop."""
 
+import errno
 import os
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -274,7 +277,7 @@ def test_a_truncated_file_is_called_damaged(tmp_path, suffix, share):
     path = store(tmp_path / f"log.{suffix}", log([0] * 500))
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(DataError, match=r"log\.\w+ is damaged, cut short .*delete it"):
+    with pytest.raises(DataError, match=r"log\.\w+ is damaged, cut short .*get or write it again"):
         files.load(path)
 
 
@@ -367,3 +370,65 @@ def test_a_cache_that_is_not_writable_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("OFFRL_HOME", str(tmp_path / "file" / "home"))
     with pytest.raises(OSError, match=r"cannot write the data cache .*OFFRL_HOME"):
         files.load(store(tmp_path / "log.npz", log([0, 0, 1, 0, 0])))
+
+
+@pytest.mark.parametrize("field", ["observations", "rewards", "actions"])
+def test_a_bad_row_is_named_by_its_number_in_the_file(tmp_path, field):
+    arrays = {name: np.array(value, np.float32) for name, value in THREE.items()}
+    arrays[field][7] = np.nan  # after row 6, a timeout, which is dropped
+    data = files.load(store(tmp_path / "log.npz", arrays))
+    with pytest.raises(DataError, match=r"NaN or infinite in 1 of 7 rows, first in row 7 "):
+        check(data, ("obs", "act", "reward"))
+
+
+def test_nan_in_observations_is_not_taken_for_a_missing_timeout(tmp_path):
+    arrays = log(np.zeros(9))
+    arrays["observations"][4, 1] = np.nan
+    data = files.load(store(tmp_path / "log.npz", arrays))
+    with pytest.raises(DataError, match=r"obs is NaN or infinite in 1 of 8 rows, first in row 4 "):
+        check(data, ("obs",))
+    arrays["observations"][4, 1] = 5.0
+    with pytest.raises(DataError, match="differs from the following row of observations in 1 rows"):
+        files.load(store(tmp_path / "other.npz", arrays))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (BlockingIOError(errno.EAGAIN, "unable to lock file"), "is in use: another process"),
+        (PermissionError(errno.EACCES, "Permission denied"), "may not be read by this user"),
+        (OSError(errno.EIO, "Input/output error"), "cannot be read: Input/output error"),
+        (OSError("truncated file: eof = 96"), "is damaged, cut short or of another format"),
+    ],
+)
+def test_the_systems_refusals_are_told_apart_from_damage(tmp_path, monkeypatch, error, told):
+    def refuse(*args):
+        raise error
+
+    path = store(tmp_path / "log.hdf5", THREE)
+    monkeypatch.setattr(files.h5py, "File", refuse)
+    with pytest.raises(DataError, match=told) as found:
+        files.load(path)
+    assert "delete" not in str(found.value)
+
+
+def test_a_file_that_another_process_writes_is_said_to_be_in_use(tmp_path):
+    path = store(tmp_path / "log.hdf5", THREE)
+    holder = "import sys, h5py; f = h5py.File(sys.argv[1], 'a'); print('held', flush=True); input()"
+    command = [sys.executable, "-c", holder, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(DataError, match="is in use: another process has locked it"):
+            files.load(path)
+        process.communicate(b"\n")
+    assert len(files.load(path)) == 7
+
+
+def test_a_constant_reward_is_refused_only_where_no_episode_ends(tmp_path):
+    arrays = log([0, 0, 1, 0, 0, 1, 0])
+    arrays["rewards"][:] = 1
+    check(files.load(store(tmp_path / "log.npz", arrays)), ("obs", "reward", "terminal"))
+    arrays["terminals"][:] = False
+    data = files.load(store(tmp_path / "log.npz", arrays), strict=False)
+    with pytest.raises(DataError, match="reward is 1 in every row and no episode ends"):
+        check(data, ("obs", "reward", "terminal"))

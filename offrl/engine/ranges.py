@@ -30,6 +30,7 @@ class Range:
 
 
 Count = Annotated[int, Range("at least 1", 1)]
+Several = Annotated[int, Range("at least 2", 2)]
 Whole = Annotated[int, Range("at least 0", 0)]
 Positive = Annotated[float, Range("above 0 and finite", 0, strict=True)]
 NonNegative = Annotated[float, Range("at least 0 and finite", 0, sys.float_info.max)]
